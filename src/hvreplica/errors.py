@@ -1,0 +1,274 @@
+"""The exception tree: few public classes, precise reasons, each with its place and a hint.
+
+    HvReplicaError
+      FormatError (+ValueError)   bytes that are not what they claim to be
+        Truncated  BadSignature  UnsupportedVersion  ChecksumMismatch  FieldOutOfRange  Overlap
+      LogError                    an .hrl that cannot be used as asked
+        NotClosed  ChainBroken  ReplayRequired
+      TrackingError               the record of what changed
+        TrackingLost
+      TransportError              the way between the two sites
+        Unreachable  PeerClosed  ProtocolViolation  ResumeRefused  AuthenticationFailed  AuthorizationRefused
+      StoreError                  the replica's folder
+        Locked  NoSuchPoint  PointInUse  ReplicaDiverged  StoreFull  Fenced
+      StateError                  a verb at the wrong time
+        InvalidTransition  FailoverRefused
+
+An OSError is never wrapped: files.py adds path and offset to it as a note. Programmer errors are TypeError or
+AssertionError and stand outside the tree. Exit codes live on the classes; docs/errors.md is made from them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    import os
+
+
+class HvReplicaError(Exception):
+    """Say what is wrong, where, and what to do next.
+
+    message: one sentence without the place. path: the file, or a peer's address. offset: bytes from its start.
+    field, expected, actual: the field that was read and both values. spec: the section that is broken.
+    hint: the next step for the person who reads it. All of them appear in str().
+    """
+
+    exit_code: ClassVar[int] = 3
+    retryable: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        offset: int | None = None,
+        field: str | None = None,
+        expected: object = None,
+        actual: object = None,
+        spec: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.path = path
+        self.offset = offset
+        self.field = field
+        self.expected = expected
+        self.actual = actual
+        self.spec = spec
+        self.hint = hint
+
+    def at(self, path: str | os.PathLike[str]) -> HvReplicaError:
+        """Name the file of an error that was raised by code which sees bytes only; keeps a name already there."""
+        if self.path is None:
+            self.path = path
+        return self
+
+    def __str__(self) -> str:
+        parts = []
+        if self.path is not None:
+            parts.append(f"{self.path}: ")
+        parts.append(self.message)
+        details = []
+        if self.field is not None:
+            details.append(f"field {self.field}")
+        if self.offset is not None:
+            details.append(f"offset {self.offset}")
+        if self.expected is not None:
+            details.append(f"expected {self.expected}")
+        if self.actual is not None:
+            details.append(f"found {self.actual}")
+        if self.spec is not None:
+            details.append(self.spec)
+        if details:
+            parts.append(f" ({', '.join(details)})")
+        return "".join(parts)
+
+
+class FormatError(HvReplicaError, ValueError):
+    """Bytes from outside break the rules of their format."""
+
+    exit_code = 10
+
+
+class Truncated(FormatError):
+    """The bytes end before the structure does."""
+
+    exit_code = 11
+
+
+class BadSignature(FormatError):
+    """A signature or cookie is not the one of this format."""
+
+    exit_code = 12
+
+
+class UnsupportedVersion(FormatError):
+    """A version, feature or required item that we do not know."""
+
+    exit_code = 13
+
+
+class ChecksumMismatch(FormatError):
+    """A checksum or digest does not belong to its bytes."""
+
+    exit_code = 14
+
+
+class FieldOutOfRange(FormatError):
+    """A length, offset, count or code is outside of what the format allows."""
+
+    exit_code = 15
+
+
+class Overlap(FormatError):
+    """Two structures claim the same bytes."""
+
+    exit_code = 16
+
+
+class LogError(HvReplicaError):
+    """An .hrl cannot be used as asked."""
+
+    exit_code = 20
+
+
+class NotClosed(LogError):
+    """The log was never closed: its EOLLocation is 0."""
+
+    exit_code = 21
+
+
+class ChainBroken(LogError):
+    """A log does not follow the one before it."""
+
+    exit_code = 22
+
+
+class ReplayRequired(LogError):
+    """A VHDX whose own log is not empty was to be used without replay."""
+
+    exit_code = 23
+
+
+class TrackingError(HvReplicaError):
+    """The record of what changed cannot be used."""
+
+    exit_code = 30
+
+
+class TrackingLost(TrackingError):
+    """What changed is no longer known; only a comparison of the disk finds it."""
+
+    exit_code = 31
+
+
+class TransportError(HvReplicaError):
+    """The way between the two sites failed."""
+
+    exit_code = 40
+
+
+class Unreachable(TransportError):
+    """No connection to the other side could be made."""
+
+    exit_code = 41
+    retryable = True
+
+
+class PeerClosed(TransportError):
+    """The other side went away in the middle of an exchange."""
+
+    exit_code = 42
+    retryable = True
+
+
+class ProtocolViolation(TransportError):
+    """The other side sent what the protocol does not allow."""
+
+    exit_code = 43
+
+
+class ResumeRefused(TransportError):
+    """A transfer cannot go on from where it stopped."""
+
+    exit_code = 44
+
+
+class AuthenticationFailed(TransportError):
+    """A certificate was refused, by us or by the other side."""
+
+    exit_code = 45
+
+
+class AuthorizationRefused(TransportError):
+    """The certificate is good, but the trust list does not let it write this VM."""
+
+    exit_code = 46
+
+
+class StoreError(HvReplicaError):
+    """The replica's store cannot do what was asked."""
+
+    exit_code = 50
+
+
+class Locked(StoreError):
+    """Another process or session holds what is needed."""
+
+    exit_code = 51
+    retryable = True
+
+
+class NoSuchPoint(StoreError):
+    """No such VM, disk or recovery point in the store."""
+
+    exit_code = 52
+
+
+class PointInUse(StoreError):
+    """A recovery point is open and cannot go away now."""
+
+    exit_code = 53
+
+
+class ReplicaDiverged(StoreError):
+    """The replica's disk is not in the state that the next log needs."""
+
+    exit_code = 54
+
+
+class StoreFull(StoreError):
+    """The replica's file system has no room left."""
+
+    exit_code = 55
+    retryable = True
+
+
+class Fenced(StoreError):
+    """Another primary, or a newer generation, owns this VM."""
+
+    exit_code = 56
+
+
+class StateError(HvReplicaError):
+    """The verb does not fit the state of the relationship."""
+
+    exit_code = 60
+
+
+class InvalidTransition(StateError):
+    """No such step from this state."""
+
+    exit_code = 61
+
+
+class FailoverRefused(StateError):
+    """A failover would lose or fork data and was not forced."""
+
+    exit_code = 62
+
+
+IO_ERROR_EXIT_CODE = 70
+NO_SPACE_EXIT_CODE = 71

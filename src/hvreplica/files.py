@@ -1,0 +1,411 @@
+"""The only module that opens, reads, writes, syncs, renames and locks files.
+
+Everything above takes a FileSystem, so that tests can fail, tear, drop and reorder what is written; OS_FILES is the
+real one. What is durable when:
+
+- a write is durable after sync() of the same BlockFile returned
+- a new or renamed name is durable after sync_directory() of its folder returned
+- a failed sync() poisons the BlockFile for good: the kernel may have dropped the dirty pages, so no later sync of
+  the same file proves anything. Every later call but close() raises the first error again.
+
+An OSError passes through with the path, the operation and the offset added as a note.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from hvreplica.errors import Locked, Truncated
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from typing_extensions import Buffer
+
+    from hvreplica.clock import Clock
+
+_PUNCH_HOLE = 0x01 | 0x02  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
+_ZERO_WINDOW_BYTES = 1 << 20
+_UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+class BlockFile(Protocol):
+    """One open file, addressed by offset. One owner; reads and writes of disjoint ranges may come from many threads."""
+
+    @property
+    def path(self) -> Path:
+        """The name it was opened by."""
+        ...
+
+    @property
+    def writable(self) -> bool:
+        """Whether writes are allowed."""
+        ...
+
+    def fileno(self) -> int | None:
+        """Return the descriptor for native kernels, or None where every access must pass this object."""
+        ...
+
+    def size(self) -> int:
+        """Return the length in bytes."""
+        ...
+
+    def read(self, file_offset: int, length: int) -> bytes:
+        """Return exactly `length` bytes. Raises: Truncated if the file ends before."""
+        ...
+
+    def read_into(self, buffer: Buffer, file_offset: int) -> None:
+        """Fill `buffer` exactly. Raises: Truncated if the file ends before."""
+        ...
+
+    def write(self, buffer: Buffer, file_offset: int) -> None:
+        """Write all of `buffer`; grows the file where needed. Nothing is durable until sync()."""
+        ...
+
+    def resize(self, size_bytes: int) -> None:
+        """Cut the file or extend it with zeros. Nothing is durable until sync()."""
+        ...
+
+    def zero(self, file_offset: int, length: int) -> None:
+        """Make a range inside the file read as zeros, giving its space back where the file system can."""
+        ...
+
+    def data_extents(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield (file_offset, length) of what the file system holds between `start` and `end`; the rest is zeros."""
+        ...
+
+    def sync(self) -> None:
+        """Make data and length durable. A failure poisons the file."""
+        ...
+
+    def close(self) -> None:
+        """Close without syncing. May be called twice."""
+        ...
+
+
+class FileLock(Protocol):
+    """A lock that its process holds until release() or death."""
+
+    def release(self) -> None:
+        """Give it back."""
+        ...
+
+
+class FileSystem(Protocol):
+    """Names and folders."""
+
+    def open(self, path: Path, *, writable: bool = False, create: bool = False, exclusive: bool = False) -> BlockFile:
+        """Open a regular file or block device.
+
+        create: make it where absent (implies writable). exclusive: with create, fail with FileExistsError if present.
+        """
+        ...
+
+    def exists(self, path: Path) -> bool:
+        """Return whether anything has this name."""
+        ...
+
+    def names(self, folder: Path) -> list[str]:
+        """Return the sorted names in `folder`; empty where it is absent."""
+        ...
+
+    def make_directory(self, path: Path) -> None:
+        """Make `path` and its parents, durably; fine where present."""
+        ...
+
+    def replace(self, source: Path, target: Path) -> None:
+        """Rename over whatever has the target's name, at once and whole; durable after sync_directory()."""
+        ...
+
+    def unlink(self, path: Path) -> None:
+        """Remove a file; fine where absent. Durable after sync_directory()."""
+        ...
+
+    def sync_directory(self, path: Path) -> None:
+        """Make the names in `path` durable."""
+        ...
+
+    def free_bytes(self, path: Path) -> int:
+        """Return the bytes an unprivileged writer may still use on the file system of `path`."""
+        ...
+
+    def lock(self, path: Path, *, shared: bool = False) -> FileLock:
+        """Take the lock file at `path` or raise Locked at once; an exclusive holder is named in the error."""
+        ...
+
+
+@contextlib.contextmanager
+def _noted(operation: str, path: object, offset: int | None = None) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        place = "" if offset is None else f" at offset {offset}"
+        error.add_note(f"{operation} {path}{place}")
+        if error.filename is None:
+            error.filename = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+        raise
+
+
+class OsBlockFile:
+    """A BlockFile on the operating system's descriptors."""
+
+    def __init__(self, descriptor: int, path: Path, *, writable: bool) -> None:
+        self._descriptor = descriptor
+        self._path = path
+        self._writable = writable
+        self._poison: OSError | None = None
+        self._is_device = stat.S_ISBLK(os.fstat(descriptor).st_mode)
+
+    @property
+    def path(self) -> Path:
+        return self._path
+
+    @property
+    def writable(self) -> bool:
+        return self._writable
+
+    def fileno(self) -> int | None:
+        self._check()
+        return self._descriptor
+
+    def size(self) -> int:
+        self._check()
+        if self._is_device:
+            return os.lseek(self._descriptor, 0, os.SEEK_END)
+        return os.fstat(self._descriptor).st_size
+
+    def read(self, file_offset: int, length: int) -> bytes:
+        buffer = bytearray(length)
+        self.read_into(buffer, file_offset)
+        return bytes(buffer)
+
+    def read_into(self, buffer: Buffer, file_offset: int) -> None:
+        self._check()
+        view = memoryview(buffer).cast("B")
+        done = 0
+        with _noted("read", self._path, file_offset):
+            while done < len(view):
+                count = os.preadv(self._descriptor, [view[done:]], file_offset + done)
+                if count == 0:
+                    raise Truncated(
+                        "the file ends inside what was to be read",
+                        path=self._path,
+                        offset=file_offset,
+                        expected=f"{len(view)} bytes",
+                        actual=f"{done} bytes",
+                    )
+                done += count
+
+    def write(self, buffer: Buffer, file_offset: int) -> None:
+        self._check()
+        view = memoryview(buffer).cast("B")
+        done = 0
+        with _noted("write", self._path, file_offset):
+            while done < len(view):
+                done += os.pwrite(self._descriptor, view[done:], file_offset + done)
+
+    def resize(self, size_bytes: int) -> None:
+        self._check()
+        with _noted("resize", self._path, size_bytes):
+            os.ftruncate(self._descriptor, size_bytes)
+
+    def zero(self, file_offset: int, length: int) -> None:
+        self._check()
+        if length <= 0:
+            return
+        with _noted("zero", self._path, file_offset):
+            if _punch(self._descriptor, file_offset, length):
+                return
+        zeros = bytes(min(length, _ZERO_WINDOW_BYTES))
+        for done in range(0, length, len(zeros)):
+            self.write(memoryview(zeros)[: min(len(zeros), length - done)], file_offset + done)
+
+    def data_extents(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        self._check()
+        end = min(end, self.size())
+        position = start
+        while position < end:
+            try:
+                data = os.lseek(self._descriptor, position, os.SEEK_DATA)
+                hole = os.lseek(self._descriptor, data, os.SEEK_HOLE)
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    return
+                if error.errno in _UNSUPPORTED:
+                    data, hole = position, end
+                else:
+                    error.add_note(f"seek data {self._path} at offset {position}")
+                    raise
+            if data >= end:
+                return
+            yield data, min(hole, end) - data
+            position = hole
+
+    def sync(self) -> None:
+        self._check()
+        try:
+            os.fdatasync(self._descriptor)
+        except OSError as error:
+            error.add_note(f"sync {self._path}: nothing written to it since the last sync can be trusted; reopen it")
+            self._poison = error
+            raise
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            descriptor, self._descriptor = self._descriptor, -1
+            os.close(descriptor)
+
+    def __enter__(self) -> OsBlockFile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _check(self) -> None:
+        if self._poison is not None:
+            raise self._poison
+        if self._descriptor < 0:
+            message = f"{self._path} is closed"
+            raise ValueError(message)
+
+
+class _OsLock:
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        if self._descriptor >= 0:
+            descriptor, self._descriptor = self._descriptor, -1
+            os.close(descriptor)
+
+
+class OsFiles:
+    """The FileSystem of the operating system."""
+
+    def open(self, path: Path, *, writable: bool = False, create: bool = False, exclusive: bool = False) -> OsBlockFile:
+        writable = writable or create
+        flags = os.O_CLOEXEC | (os.O_RDWR if writable else os.O_RDONLY)
+        if create:
+            flags |= os.O_CREAT | (os.O_EXCL if exclusive else 0)
+        with _noted("open", path):
+            descriptor = os.open(path, flags, 0o644)
+            mode = os.fstat(descriptor).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+                os.close(descriptor)
+                code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+                raise OSError(code, "neither a regular file nor a block device", os.fspath(path))
+        return OsBlockFile(descriptor, Path(path), writable=writable)
+
+    def exists(self, path: Path) -> bool:
+        return os.path.lexists(path)
+
+    def names(self, folder: Path) -> list[str]:
+        try:
+            return sorted(os.listdir(folder))
+        except FileNotFoundError:
+            return []
+
+    def make_directory(self, path: Path) -> None:
+        missing = []
+        folder = Path(path)
+        while not folder.exists():
+            missing.append(folder)
+            folder = folder.parent
+        with _noted("make directory", path):
+            for folder in reversed(missing):
+                folder.mkdir(mode=0o755, exist_ok=True)
+                self.sync_directory(folder.parent)
+            if not Path(path).is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, "not a directory", os.fspath(path))
+
+    def replace(self, source: Path, target: Path) -> None:
+        with _noted("rename", source):
+            os.replace(source, target)
+
+    def unlink(self, path: Path) -> None:
+        with _noted("unlink", path), contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+    def sync_directory(self, path: Path) -> None:
+        with _noted("sync directory", path):
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def free_bytes(self, path: Path) -> int:
+        figures = os.statvfs(path)
+        return figures.f_bavail * figures.f_frsize
+
+    def lock(self, path: Path, *, shared: bool = False) -> _OsLock:
+        with _noted("lock", path):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip("\0 \n")
+            os.close(descriptor)
+            raise Locked(
+                f"another process{f' (pid {holder})' if holder.isdigit() else ''} holds this lock",
+                path=path,
+                hint="wait for it to end, or stop it; the lock goes away with its process",
+            ) from None
+        except OSError:
+            os.close(descriptor)
+            raise
+        if not shared:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        return _OsLock(descriptor)
+
+
+def write_durably(files: FileSystem, path: Path, data: bytes, *, clock: Clock) -> None:
+    """Put `data` under the name `path` so that after any crash the old or the new content stands there, whole."""
+    temporary = path.with_name(f".{path.name}.{clock.guid().hex[:8]}.tmp")
+    file = files.open(temporary, create=True, exclusive=True)
+    try:
+        file.write(data, 0)
+        file.sync()
+        file.close()
+        files.replace(temporary, path)
+    except BaseException:
+        file.close()
+        files.unlink(temporary)
+        raise
+    files.sync_directory(path.parent)
+
+
+def _load_fallocate() -> object:
+    try:
+        function = ctypes.CDLL(None, use_errno=True).fallocate
+    except (OSError, AttributeError):
+        return None
+    function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    function.restype = ctypes.c_int
+    return function
+
+
+_FALLOCATE = _load_fallocate()
+
+
+def _punch(descriptor: int, file_offset: int, length: int) -> bool:
+    """Punch a hole; False where the file system or the system cannot."""
+    if not callable(_FALLOCATE):
+        return False
+    if _FALLOCATE(descriptor, _PUNCH_HOLE, file_offset, length) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _UNSUPPORTED:
+        return False
+    raise OSError(code, os.strerror(code))
+
+
+OS_FILES: FileSystem = OsFiles()

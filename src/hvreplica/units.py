@@ -1,0 +1,58 @@
+"""Sizes, alignment, and the two kinds of offset that must never be mixed."""
+
+from __future__ import annotations
+
+import re
+from typing import NewType
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+TIB = 1 << 40
+
+DiskOffset = NewType("DiskOffset", int)  # bytes from the start of the guest's disk
+FileOffset = NewType("FileOffset", int)  # bytes from the start of the file that holds it
+
+_SUFFIXES = {"": 1, "B": 1, "K": KIB, "M": MIB, "G": GIB, "T": TIB, "P": 1 << 50}
+_SIZE = re.compile(r"(\d+)(?:\.(\d+))?\s*([BKMGTP]?)(?:I?B)?", re.IGNORECASE)
+_DIGITS_MAX = 20  # more cannot be a size, and int() of a long digit string is slow
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that `text` names: "10G", "1.5M", "4096", powers of 1024; "GiB" and "GB" mean the same.
+
+    Raises: ValueError if it is not a size or not a whole number of bytes.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or len(match[1]) > _DIGITS_MAX or len(match[2] or "") > _DIGITS_MAX:
+        message = f"{text!r} is not a size; write for example 512, 64K, 2M, 10G or 1.5T"
+        raise ValueError(message)
+    whole, fraction, suffix = match[1], match[2] or "", match[3].upper()
+    numerator = int(whole + fraction) * _SUFFIXES[suffix]
+    value, rest = divmod(numerator, 10 ** len(fraction))
+    if rest:
+        message = f"{text!r} is not a whole number of bytes"
+        raise ValueError(message)
+    return value
+
+
+def format_size(size_bytes: float) -> str:
+    """Return `size_bytes` with a binary unit and at most one decimal, for people."""
+    value = float(size_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(value) < 1024:
+            break
+        value /= 1024
+    else:
+        unit = "PiB"
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def align_up(value: int, alignment: int) -> int:
+    """Return the smallest multiple of `alignment` that is not below `value`."""
+    return -(-value // alignment) * alignment
+
+
+def align_down(value: int, alignment: int) -> int:
+    """Return the largest multiple of `alignment` that is not above `value`."""
+    return value // alignment * alignment
