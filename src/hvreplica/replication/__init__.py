@@ -1,0 +1,1 @@
+"""The data plane's verbs, one call each, safe to run twice."""
