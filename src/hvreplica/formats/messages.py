@@ -1,0 +1,210 @@
+"""The control messages between primary and replica: msgpack maps, one tagged union for each direction.
+
+The primary asks, the replica answers each question once; before its answer the replica may send any number of
+Working. Data never travels here: it goes as frames (formats/wire.py) over connections that began with Attach.
+
+    primary                          replica
+    Claim                     ->     Claimed | Refused          fencing, trust, what the replica holds
+    FingerprintsRequest       ->     Fingerprints | Refused     only for a resync
+    BeginInitial | BeginLogs  ->     Ready | AlreadyHave | Refused
+      (Attach -> Attached on each data connection, then frames)
+    Checkpoint                ->     Durable | Refused          frames that survive a power cut of the replica
+    EndTransfer               ->     Committed | Refused        the primary may forget what it sent
+    Apply                     ->     Applied | Refused          the point is listed and can be exported
+
+Unknown fields are allowed, so that a newer peer may say more; lengths and ranges are bounded here, once.
+"""
+
+from __future__ import annotations
+
+import uuid
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+PROTOCOL_VERSION = 1
+VM_NAME_CHARS_MAX = 100  # Hyper-V's own limit for the name of a virtual machine
+DISKS_MAX = 64  # what one SCSI controller of a Hyper-V VM holds
+DISK_BYTES_MAX = 64 << 40  # [MS-VHDX] 2.6.2.4
+LOG_BYTES_MAX = 1 << 50
+FINGERPRINT_BLOCKS_MAX = 32_768  # 512 KiB of fingerprints, half of the largest message
+TEXT_CHARS_MAX = 2_000
+SESSION_BYTES = 16
+
+DiskIndex = Annotated[int, Meta(ge=0, lt=DISKS_MAX)]
+ByteCount = Annotated[int, Meta(ge=0, le=LOG_BYTES_MAX)]
+FrameCount = Annotated[int, Meta(ge=0, lt=1 << 63)]
+Instant = Annotated[float, Meta(ge=0, lt=1e11)]
+Text = Annotated[str, Meta(max_length=TEXT_CHARS_MAX)]
+VmName = Annotated[str, Meta(min_length=1, max_length=VM_NAME_CHARS_MAX)]
+Session = Annotated[bytes, Meta(min_length=SESSION_BYTES, max_length=SESSION_BYTES)]
+Generation = Annotated[int, Meta(ge=1, lt=1 << 31)]
+SectorBytes = Annotated[int, Meta(ge=512, le=4096)]
+
+
+class Message(msgspec.Struct, frozen=True, tag_field="is"):
+    """Any control message."""
+
+
+class DiskShape(msgspec.Struct, frozen=True):
+    """What the replica must make room for. label: the disk's file name at the primary, for people only."""
+
+    index: DiskIndex
+    virtual_bytes: Annotated[int, Meta(ge=512, le=DISK_BYTES_MAX, multiple_of=512)]
+    logical_sector_bytes: SectorBytes
+    physical_sector_bytes: SectorBytes
+    block_bytes: Annotated[int, Meta(ge=0, le=256 << 20)]
+    label: Annotated[str, Meta(max_length=255)]
+
+
+class LogShape(msgspec.Struct, frozen=True):
+    """One closed .hrl of a cycle."""
+
+    disk_index: DiskIndex
+    log_id: uuid.UUID
+    previous_log_id: uuid.UUID
+    log_bytes: ByteCount
+
+
+class Claim(Message, tag="claim"):
+    """Ask to be the writer of a VM; first message of a control connection."""
+
+    protocol: Annotated[int, Meta(ge=1, lt=1 << 16)]
+    software: Text
+    vm: VmName
+    relationship_id: uuid.UUID
+    generation: Generation
+    disks: Annotated[list[DiskShape], Meta(min_length=1, max_length=DISKS_MAX)]
+
+
+class DiskState(msgspec.Struct, frozen=True):
+    """What the replica holds of one disk. last_log_id: the log that was applied last; nil before the first."""
+
+    index: DiskIndex
+    last_log_id: uuid.UUID
+
+
+class Claimed(Message, tag="claimed"):
+    """The claim stands. session: proves that a data connection belongs to it. phase: empty, initial or ready."""
+
+    protocol: int
+    software: Text
+    session: Session
+    phase: Annotated[str, Meta(pattern="^(empty|initial|ready)$")]
+    last_point: uuid.UUID | None
+    transfer: uuid.UUID | None
+    disks: Annotated[list[DiskState], Meta(max_length=DISKS_MAX)]
+    connections_max: Annotated[int, Meta(ge=1, le=64)]
+
+
+class FingerprintsRequest(Message, tag="fingerprints?"):
+    """Ask for fingerprints of the replica's disk, for a resync that ships only what differs."""
+
+    disk_index: DiskIndex
+    first_block: Annotated[int, Meta(ge=0, lt=1 << 53)]
+    block_count: Annotated[int, Meta(ge=1, le=FINGERPRINT_BLOCKS_MAX)]
+    block_bytes: Annotated[int, Meta(ge=512, le=1 << 20, multiple_of=512)]
+
+
+class Fingerprints(Message, tag="fingerprints"):
+    """16 bytes for each block; empty where every block is zero. next_block: no data before it after this window."""
+
+    data: Annotated[bytes, Meta(max_length=16 * FINGERPRINT_BLOCKS_MAX)]
+    next_block: Annotated[int, Meta(ge=0, lt=1 << 54)]
+
+
+class BeginInitial(Message, tag="initial"):
+    """Begin or continue an initial replication. positions: for each disk, the bytes already known to be durable."""
+
+    transfer_id: uuid.UUID
+    point_id: uuid.UUID
+    instant_s: Instant
+    positions: Annotated[list[ByteCount], Meta(min_length=1, max_length=DISKS_MAX)]
+
+
+class BeginLogs(Message, tag="logs"):
+    """Begin or continue the shipping of one cycle's logs. positions: for each log, the bytes known to be durable."""
+
+    transfer_id: uuid.UUID
+    point_id: uuid.UUID
+    previous_point_id: uuid.UUID
+    instant_s: Instant
+    logs: Annotated[list[LogShape], Meta(min_length=1, max_length=DISKS_MAX)]
+    positions: Annotated[list[ByteCount], Meta(min_length=1, max_length=DISKS_MAX)]
+
+
+class Attach(Message, tag="attach"):
+    """First message of a data connection; frames follow after Attached."""
+
+    session: Session
+    transfer_id: uuid.UUID
+
+
+class Checkpoint(Message, tag="checkpoint"):
+    """Ask which frames are durable."""
+
+
+class EndTransfer(Message, tag="end"):
+    """All frames are on their way; frame_count: how many this session sent."""
+
+    frame_count: FrameCount
+
+
+class Apply(Message, tag="apply"):
+    """Ask to apply what was committed."""
+
+    point_id: uuid.UUID
+
+
+class Ready(Message, tag="ready"):
+    """Frames may come. continued: the positions of the question were taken; otherwise everything must be sent."""
+
+    continued: bool
+
+
+class AlreadyHave(Message, tag="have"):
+    """The replica has this point durably: an answer was lost, nothing needs to be sent."""
+
+    point_id: uuid.UUID
+
+
+class Attached(Message, tag="attached"):
+    """Frames may come on this connection."""
+
+
+class Durable(Message, tag="durable"):
+    """Every frame with a sequence below `watermark` survives a power cut of the replica."""
+
+    watermark: FrameCount
+
+
+class Committed(Message, tag="committed"):
+    """The point's data is durable at the replica."""
+
+    point_id: uuid.UUID
+
+
+class Applied(Message, tag="applied"):
+    """The point is listed and its disks are on it."""
+
+    point_id: uuid.UUID
+
+
+class Working(Message, tag="working"):
+    """The answer takes longer; the replica lives."""
+
+
+class Refused(Message, tag="refused"):
+    """No, and why. error: the name of the class in errors.py. generation: of the VM's owner, for a takeover."""
+
+    error: Annotated[str, Meta(max_length=64)]
+    message: Text
+    hint: Text
+    generation: int = 0
+
+
+Question = Claim | FingerprintsRequest | BeginInitial | BeginLogs | Attach | Checkpoint | EndTransfer | Apply
+Answer = (
+    Claimed | Fingerprints | Ready | AlreadyHave | Attached | Durable | Committed | Applied | Working | Refused
+)
