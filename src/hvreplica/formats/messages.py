@@ -34,7 +34,7 @@ SESSION_BYTES = 16
 
 DiskIndex = Annotated[int, Meta(ge=0, lt=DISKS_MAX)]
 ByteCount = Annotated[int, Meta(ge=0, le=LOG_BYTES_MAX)]
-FrameCount = Annotated[int, Meta(ge=0, lt=1 << 63)]
+FrameCount = Annotated[int, Meta(ge=0, lt=1 << 62)]
 Instant = Annotated[float, Meta(ge=0, lt=1e11)]
 Text = Annotated[str, Meta(max_length=TEXT_CHARS_MAX)]
 VmName = Annotated[str, Meta(min_length=1, max_length=VM_NAME_CHARS_MAX)]
