@@ -101,10 +101,19 @@ class FileLock(Protocol):
 class FileSystem(Protocol):
     """Names and folders."""
 
-    def open(self, path: Path, *, writable: bool = False, create: bool = False, exclusive: bool = False) -> BlockFile:
+    def open(
+        self,
+        path: Path,
+        *,
+        writable: bool = False,
+        create: bool = False,
+        exclusive: bool = False,
+        mode: int = 0o644,
+    ) -> BlockFile:
         """Open a regular file or block device.
 
         create: make it where absent (implies writable). exclusive: with create, fail with FileExistsError if present.
+        mode: the permissions of a file that this call makes; 0o600 for keys, so that they are never readable by others.
         """
         ...
 
@@ -289,17 +298,25 @@ class _OsLock:
 class OsFiles:
     """The FileSystem of the operating system."""
 
-    def open(self, path: Path, *, writable: bool = False, create: bool = False, exclusive: bool = False) -> OsBlockFile:
+    def open(
+        self,
+        path: Path,
+        *,
+        writable: bool = False,
+        create: bool = False,
+        exclusive: bool = False,
+        mode: int = 0o644,
+    ) -> OsBlockFile:
         writable = writable or create
         flags = os.O_CLOEXEC | (os.O_RDWR if writable else os.O_RDONLY)
         if create:
             flags |= os.O_CREAT | (os.O_EXCL if exclusive else 0)
         with _noted("open", path):
-            descriptor = os.open(path, flags, 0o644)
-            mode = os.fstat(descriptor).st_mode
-            if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            descriptor = os.open(path, flags, mode)
+            found = os.fstat(descriptor).st_mode
+            if not (stat.S_ISREG(found) or stat.S_ISBLK(found)):
                 os.close(descriptor)
-                code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+                code = errno.EISDIR if stat.S_ISDIR(found) else errno.EINVAL
                 raise OSError(code, "neither a regular file nor a block device", os.fspath(path))
         return OsBlockFile(descriptor, Path(path), writable=writable)
 
@@ -367,10 +384,13 @@ class OsFiles:
         return _OsLock(descriptor)
 
 
-def write_durably(files: FileSystem, path: Path, data: bytes, *, clock: Clock) -> None:
-    """Put `data` under the name `path` so that after any crash the old or the new content stands there, whole."""
+def write_durably(files: FileSystem, path: Path, data: bytes, *, clock: Clock, mode: int = 0o644) -> None:
+    """Put `data` under the name `path` so that after any crash the old or the new content stands there, whole.
+
+    mode: the file's permissions from its first byte on.
+    """
     temporary = path.with_name(f".{path.name}.{clock.guid().hex[:8]}.tmp")
-    file = files.open(temporary, create=True, exclusive=True)
+    file = files.open(temporary, create=True, exclusive=True, mode=mode)
     try:
         file.write(data, 0)
         file.sync()
