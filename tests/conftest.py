@@ -1,0 +1,60 @@
+"""What every test gets: hypothesis profiles, the seed in the header, and the folder of specimens."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+
+from tests.support.tools import missing, tools_are_required
+
+# dev: quick, new examples each time. ci: the same idea, wider, no deadline on a busy machine. deep: before a release.
+settings.register_profile("dev", max_examples=50, deadline=None)
+settings.register_profile("ci", max_examples=100, deadline=None, print_blob=True, database=None)
+settings.register_profile(
+    "deep",
+    max_examples=5000,
+    deadline=None,
+    print_blob=True,
+    phases=tuple(Phase),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+_PROFILE = os.environ.get("HVREPLICA_PROFILE") or ("ci" if os.environ.get("CI") else "dev")
+settings.load_profile(_PROFILE)
+
+SEED = int(os.environ.get("HVREPLICA_SEED", "42"))
+
+
+def pytest_report_header() -> str:
+    """Say what a failure needs to be replayed."""
+    tools = "required" if tools_are_required() else "skipped where absent"
+    return f"hvreplica: HVREPLICA_SEED={SEED} HVREPLICA_PROFILE={_PROFILE}, outside tools {tools}"
+
+
+@pytest.fixture
+def seed() -> int:
+    """Return the seed of this run; HVREPLICA_SEED sets it."""
+    return SEED
+
+
+@pytest.fixture
+def rng() -> random.Random:
+    """Return randomness that HVREPLICA_SEED repeats."""
+    return random.Random(SEED)
+
+
+@pytest.fixture(scope="session")
+def specimens() -> Path:
+    """Return the folder of disk images made by others; skip loudly without one, fail where one was promised."""
+    named = os.environ.get("HVREPLICA_SPECIMENS", "")
+    folder = Path(named)
+    if named and folder.is_dir():
+        return folder.resolve()
+    if named and tools_are_required():
+        pytest.fail(f"HVREPLICA_SPECIMENS={named} is not a folder", pytrace=False)
+    if named:
+        missing(f"HVREPLICA_SPECIMENS={named} is not a folder")
+    pytest.skip("NOT TESTED: images made by others; set HVREPLICA_SPECIMENS to the folder that holds them")

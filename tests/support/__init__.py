@@ -1,0 +1,1 @@
+"""What the tests share: fault models, tools, clocks and makers of data."""
