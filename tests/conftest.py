@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, Phase, settings
 
 from tests.support.tools import missing, tools_are_required
 
-# dev: quick, new examples each time. ci: the same idea, wider, no deadline on a busy machine. deep: before a release.
+# dev: quick, new examples each time. ci: the same idea, wider, no deadline on a busy machine. deep: before a
+# release.
 settings.register_profile("dev", max_examples=50, deadline=None)
 settings.register_profile("ci", max_examples=100, deadline=None, print_blob=True, database=None)
 settings.register_profile(
@@ -48,7 +49,7 @@ def rng() -> random.Random:
 
 @pytest.fixture(scope="session")
 def specimens() -> Path:
-    """Return the folder of disk images made by others; skip loudly without one, fail where one was promised."""
+    """Return the folder of disk images made by others; skip loudly without, fail where it was promised."""
     named = os.environ.get("HVREPLICA_SPECIMENS", "")
     folder = Path(named)
     if named and folder.is_dir():

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 class HvReplicaError(Exception):
     """Say what is wrong, where, and what to do next.
 
-    message: one sentence without the place. path: the file, or a peer's address. offset: bytes from its start.
-    field, expected, actual: the field that was read and both values. spec: the section that is broken.
+    message: one sentence without the place. path: the file, or a peer's address. offset: bytes from its
+    start. field, expected, actual: the field that was read and both values. spec: the section that is broken.
     hint: the next step for the person who reads it. All of them appear in str().
     """
 
@@ -60,7 +60,7 @@ class HvReplicaError(Exception):
         self.hint = hint
 
     def at(self, path: str | os.PathLike[str]) -> HvReplicaError:
-        """Name the file of an error that was raised by code which sees bytes only; keeps a name already there."""
+        """Name the file of an error from code that sees bytes only; keeps a name already there."""
         if self.path is None:
             self.path = path
         return self

@@ -1,12 +1,12 @@
 """The only module that opens, reads, writes, syncs, renames and locks files.
 
-Everything above takes a FileSystem, so that tests can fail, tear, drop and reorder what is written; OS_FILES is the
-real one. What is durable when:
+Everything above takes a FileSystem, so that tests can fail, tear, drop and reorder what is written; OS_FILES
+is the real one. What is durable when:
 
 - a write is durable after sync() of the same BlockFile returned
 - a new or renamed name is durable after sync_directory() of its folder returned
-- a failed sync() poisons the BlockFile for good: the kernel may have dropped the dirty pages, so no later sync of
-  the same file proves anything. Every later call but close() raises the first error again.
+- a failed sync() poisons the BlockFile for good: the kernel may have dropped the dirty pages, so no later
+  sync of the same file proves anything. Every later call but close() raises the first error again.
 
 An OSError passes through with the path, the operation and the offset added as a note.
 """
@@ -20,7 +20,7 @@ import fcntl
 import os
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 from hvreplica.errors import Locked, Truncated
 
@@ -37,7 +37,10 @@ _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 class BlockFile(Protocol):
-    """One open file, addressed by offset. One owner; reads and writes of disjoint ranges may come from many threads."""
+    """One open file, addressed by offset.
+
+    It has one owner; reads and writes of disjoint ranges may come from many threads.
+    """
 
     @property
     def path(self) -> Path:
@@ -78,7 +81,7 @@ class BlockFile(Protocol):
         ...
 
     def data_extents(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """Yield (file_offset, length) of what the file system holds between `start` and `end`; the rest is zeros."""
+        """Yield (file_offset, length) of what is held between `start` and `end`; the rest is zeros."""
         ...
 
     def sync(self) -> None:
@@ -112,8 +115,8 @@ class FileSystem(Protocol):
     ) -> BlockFile:
         """Open a regular file or block device.
 
-        create: make it where absent (implies writable). exclusive: with create, fail with FileExistsError if present.
-        mode: the permissions of a file that this call makes; 0o600 for keys, so that they are never readable by others.
+        create: make it where absent (implies writable). exclusive: with create, FileExistsError if present.
+        mode: the permissions of a file that this call makes; 0o600 for keys, which others never may read.
         """
         ...
 
@@ -262,7 +265,7 @@ class OsBlockFile:
         try:
             os.fdatasync(self._descriptor)
         except OSError as error:
-            error.add_note(f"sync {self._path}: nothing written to it since the last sync can be trusted; reopen it")
+            error.add_note(f"sync {self._path}: nothing written since its last sync is certain")
             self._poison = error
             raise
 
@@ -271,7 +274,7 @@ class OsBlockFile:
             descriptor, self._descriptor = self._descriptor, -1
             os.close(descriptor)
 
-    def __enter__(self) -> OsBlockFile:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -385,7 +388,7 @@ class OsFiles:
 
 
 def write_durably(files: FileSystem, path: Path, data: bytes, *, clock: Clock, mode: int = 0o644) -> None:
-    """Put `data` under the name `path` so that after any crash the old or the new content stands there, whole.
+    """Put `data` under the name `path`: after any crash the old or the new content stands there, whole.
 
     mode: the file's permissions from its first byte on.
     """

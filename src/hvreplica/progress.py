@@ -11,8 +11,10 @@ class Progress(msgspec.Struct, frozen=True):
     """One report. Byte counts only grow within a phase.
 
     phase: what is being done, for people ("initial", "compare", "ship", "apply", "convert", …).
-    done_bytes of total_bytes: the way through the phase; total_bytes may be an estimate and is never below done_bytes.
-    raw_bytes: the bytes of data met so far, before compression. wire_bytes: what they became on the wire; 0 off the wire.
+    done_bytes of total_bytes: the way through the phase; total_bytes may be an estimate and is never below
+    done_bytes.
+    raw_bytes: the bytes of data met so far, before compression. wire_bytes: what they became on the wire; 0
+    off the wire.
     """
 
     phase: str

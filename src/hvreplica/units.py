@@ -19,7 +19,9 @@ _DIGITS_MAX = 20  # more cannot be a size, and int() of a long digit string is s
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes that `text` names: "10G", "1.5M", "4096", powers of 1024; "GiB" and "GB" mean the same.
+    """Return the bytes that `text` names: "10G", "1.5M", "4096".
+
+    Powers of 1024; "G", "GB" and "GiB" mean the same.
 
     Raises: ValueError if it is not a size or not a whole number of bytes.
     """
@@ -29,7 +31,8 @@ def parse_size(text: str) -> int:
         raise ValueError(message)
     whole, fraction, suffix = match[1], match[2] or "", match[3].upper()
     numerator = int(whole + fraction) * _SUFFIXES[suffix]
-    value, rest = divmod(numerator, 10 ** len(fraction))
+    denominator: int = 10 ** len(fraction)
+    value, rest = divmod(numerator, denominator)
     if rest:
         message = f"{text!r} is not a whole number of bytes"
         raise ValueError(message)
@@ -39,13 +42,13 @@ def parse_size(text: str) -> int:
 def format_size(size_bytes: float) -> str:
     """Return `size_bytes` with a binary unit and at most one decimal, for people."""
     value = float(size_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(value) < 1024:
-            break
+    if abs(value) < 1024:
+        return f"{value:.0f} B"
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
         value /= 1024
-    else:
-        unit = "PiB"
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        if abs(value) < 1024:
+            return f"{value:.1f} {unit}"
+    return f"{value / 1024:.1f} PiB"
 
 
 def align_up(value: int, alignment: int) -> int:

@@ -70,8 +70,8 @@ def random_extents(
 ) -> NDArray[np.uint64]:
     """Return up to `count` sector-aligned (offset, length) inside the disk, shape (n, 2).
 
-    disjoint: sorted, not overlapping, and then fewer where the disk is too small. Otherwise in the order drawn, and
-    overlaps are likely on a small disk.
+    disjoint: sorted, not overlapping, and then fewer where the disk is too small. Otherwise in the order
+    drawn, and overlaps are likely on a small disk.
     """
     rng = random.Random(seed)
     sectors = disk_bytes // sector_bytes

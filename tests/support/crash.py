@@ -1,4 +1,4 @@
-"""Every world that a power cut may leave, made from one trace of FaultFiles. The fault model stands in faultfile.py."""
+"""Every world that a power cut may leave, made from one trace; the fault model stands in faultfile.py."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _DATA_KINDS = {"write", "zero", "resize"}
 _NAME_KINDS = {"create", "rename", "unlink"}
 _BARRIERS = {"sync", "sync_directory", "rename", "note", "unlink"}
 
-# (data, names) of the first subsets at every prefix; the later ones draw both. Data lost under a new name is the
-# classic mistake (rename before sync), so it stands early.
+# (data, names) of the first subsets at every prefix; the later ones draw both. Data lost under a new name is
+# the classic mistake (rename before sync), so it stands early.
 _FIXED_MODES = (("none", "none"), ("all", "all"), ("none", "all"), ("draw", "draw"), ("all", "none"))
 _DATA_MODES = ("none", "all", "few", "half", "most", "prefix", "prefix")
 _KEEP = {"few": 0.1, "half": 0.5, "most": 0.9}
@@ -32,11 +32,11 @@ _KEEP = {"few": 0.1, "half": 0.5, "most": 0.9}
 def crash_states(
     trace: Trace, *, seed: int = 0, subsets_per_prefix: int = 5, limit: int | None = 2000
 ) -> Iterator[tuple[int, FaultFiles]]:
-    """Yield (index, world): power was lost after `index` events of `trace`, 0..len(trace), and this came back.
+    """Yield (index, world): power was lost after `index` events, 0..len(trace), and this came back.
 
     The same arguments give the same worlds. Where nothing was pending one world is given instead of
-    `subsets_per_prefix`. limit: at most so many worlds; the prefixes are then a sample that prefers the places just
-    before and after a sync, a rename and a note. world.story says how it came about.
+    `subsets_per_prefix`. limit: at most so many worlds; the prefixes are then a sample that prefers the
+    places just before and after a sync, a rename and a note. world.story says how it came about.
     """
     chosen = _choose_prefixes(trace.events, seed, subsets_per_prefix, limit)
     replay = _Replay(trace.start.copy())
@@ -152,7 +152,7 @@ def _folders_of(event: Event) -> set[Path]:
 
 
 def _groups(pending: Sequence[Event]) -> list[list[Event]]:
-    """Split name steps by folder; folders that a pending rename joins stay together, since it is whole or not at all."""
+    """Split name steps by folder; folders that a pending rename joins stay together, since it is whole."""
     groups: list[tuple[set[Path], list[Event]]] = []
     for event in pending:
         folders, steps = _folders_of(event), [event]
@@ -248,7 +248,8 @@ def _touched(
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Return the sectors that matter, sorted, and by how many steps each is touched.
 
-    Zeroing what holds nothing changes nothing, so that only held and written sectors count: a hole of terabytes is free.
+    Zeroing what holds nothing changes nothing, so that only held and written sectors count: a hole of
+    terabytes is free.
     """
     per_chunk = CHUNK_BYTES // SECTOR_BYTES
     pieces = [

@@ -1,4 +1,4 @@
-"""FaultFiles and its open files. The fault model and how to use it stand in faultfile.py, which tests import."""
+"""FaultFiles and its open files. The fault model and its use stand in faultfile.py, which tests import."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ class _FaultLock:
 
 
 class FaultFiles:
-    """The FileSystem in memory. Thread-safe: one lock around every step, which is also the order of the trace.
+    """The FileSystem in memory. Thread-safe: one lock around every step, which orders the trace.
 
     folders: what exists at first besides "/". capacity_bytes: where set, writes beyond it raise ENOSPC.
     acknowledged, notes: what the code under test promised before the cut that made this world.
@@ -237,7 +237,7 @@ class FaultFiles:
             return Trace(self._start.copy(), tuple(self._events), self._start_notes)
 
     def note(self, label: str, value: Any = None) -> None:
-        """Put an event of the test's own into the trace, such as a promise made or the catalog's bytes at a commit."""
+        """Put an event of the test's own into the trace, such as the catalog's bytes at a commit."""
         with self.guard:
             self.check_alive()
             self.notes.append((label, value))

@@ -1,4 +1,4 @@
-"""Programs that are not ours, used as oracles: found, or the test is skipped loudly, or failed where they must exist."""
+"""Programs that are not ours, used as oracles; without one the test is skipped loudly, or fails in CI."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def run_tool(
     timeout_s: float = 60,
     cwd: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a required program, its output captured as text, and fail the test with that output on any other exit code."""
+    """Run a required program, output captured as text; any other exit code fails the test and shows it."""
     command = [require_tool(name), *(os.fspath(argument) for argument in arguments)]
     done = subprocess.run(
         command,

@@ -24,8 +24,8 @@ class Event:
     """One step of a trace.
 
     kind: create write resize zero sync sync_failed rename unlink mkdir sync_directory note.
-    inode: the file whatever its name. path: its name when it was opened; for rename the source. offset, length: bytes
-    (length is the new size for resize). data: what was written. label, value: of a note.
+    inode: the file whatever its name. path: its name when it was opened; for rename the source. offset,
+    length: bytes (length is the new size for resize). data: what was written. label, value: of a note.
     """
 
     kind: str
@@ -79,8 +79,8 @@ class Trace:
 class Fault:
     """An OSError to come: at the `at`-th (from 1) matching call, `count` times in a row, or for ever if None.
 
-    operation: open read write resize zero sync mkdir rename unlink sync_directory lock. path: a glob over the whole
-    path. written_bytes: how much of a failing write still arrives.
+    operation: open read write resize zero sync mkdir rename unlink sync_directory lock. path: a glob over the
+    whole path. written_bytes: how much of a failing write still arrives.
     """
 
     operation: str

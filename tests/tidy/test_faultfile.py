@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import random
@@ -41,7 +42,7 @@ def any_files(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[FileSyste
 def test_contract_files_read_back_what_was_written(any_files: tuple[FileSystem, Path]) -> None:
     files, folder = any_files
     rng = random.Random(1)
-    with files.open(folder / "f", create=True, exclusive=True) as file:
+    with contextlib.closing(files.open(folder / "f", create=True, exclusive=True)) as file:
         model = bytearray()
         for _ in range(300):
             offset, length = rng.randrange(60_000), rng.randrange(9000)
@@ -112,8 +113,8 @@ def test_contract_names_follow_steps(any_files: tuple[FileSystem, Path]) -> None
     assert file.read(0, 1) == b"1"  # an open file outlives its name
     file.close()
     assert files.free_bytes(folder) > 0
+    files.open(folder / "f", create=True).close()
     with pytest.raises(NotADirectoryError):
-        files.open(folder / "f", create=True).close()
         files.make_directory(folder / "f")
 
 
@@ -151,7 +152,7 @@ def test_crash_keeps_what_was_synced_and_nothing_is_certain_before() -> None:
 
 
 def test_crash_sector_is_one_of_its_versions() -> None:
-    """A later small write carries the earlier bytes of its sector: a mix that never stood there cannot come back."""
+    """A later write carries the earlier bytes of its sector: what never stood there cannot come back."""
     files = FaultFiles()
     files.load(A, b"0" * 512)
     file = files.open(A, writable=True)

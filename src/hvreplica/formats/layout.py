@@ -1,4 +1,4 @@
-"""Declare an on-disk or wire structure once: its size, its fields, its section; the documentation is made from it.
+"""Declare an on-disk or wire structure once: size, fields, section; the documentation is made from it.
 
 A mismatch between the declared size and the fields fails at import. `struct` is used nowhere else.
 """
@@ -16,12 +16,25 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 GUID = "guid"  # a field code: 16 bytes, mixed-endian as Windows stores them
-_TYPES = {"B": "u8", "H": "u16", "I": "u32", "Q": "u64", "b": "i8", "h": "i16", "i": "i32", "q": "i64", GUID: "GUID"}
+_TYPES = {
+    "B": "u8",
+    "H": "u16",
+    "I": "u32",
+    "Q": "u64",
+    "b": "i8",
+    "h": "i16",
+    "i": "i32",
+    "q": "i64",
+    GUID: "GUID",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """name: the specification's name in snake_case. code: a struct code ("I", "16s") or GUID. rule: what it must be."""
+    """One field of a Layout.
+
+    name: the specification's name in snake_case. code: a struct code ("I", "16s") or GUID. rule: what holds.
+    """
 
     name: str
     code: str
@@ -41,9 +54,11 @@ class Field:
 
 
 class Layout:
-    """A packed structure of fixed size; reserved bytes are fields of their own (code "12s", name "reserved…")."""
+    """A packed structure of fixed size; reserved bytes are fields (code "12s", name "reserved…")."""
 
-    def __init__(self, name: str, *, spec: str, size: int, fields: tuple[Field, ...], endian: str = "<") -> None:
+    def __init__(
+        self, name: str, *, spec: str, size: int, fields: tuple[Field, ...], endian: str = "<"
+    ) -> None:
         self.name = name
         self.spec = spec
         self.fields = fields
@@ -93,8 +108,8 @@ class Layout:
 
     def table(self) -> str:
         """Return the structure as a Markdown table for docs/formats."""
-        rows = [f"### {self.name} ({self.size} bytes, {self.spec})", "", "| offset | size | type | field | rule |"]
-        rows.append("|---|---|---|---|---|")
+        rows = [f"### {self.name} ({self.size} bytes, {self.spec})", ""]
+        rows += ["| offset | size | type | field | rule |", "|---|---|---|---|---|"]
         for field in self.fields:
             size = struct.calcsize("<" + field.struct_code)
             row = (self.offset_of(field.name), size, field.type_name, field.name, field.rule)
