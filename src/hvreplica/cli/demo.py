@@ -1,0 +1,9 @@
+import click
+
+from hvreplica.cli.options import verb
+
+
+@click.command()
+@verb
+def demo(output):
+    """X"""

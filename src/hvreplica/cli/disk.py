@@ -1,0 +1,141 @@
+"""`disk`: look into a virtual disk, make, convert and compare them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+import hvreplica
+from hvreplica.cli.exit import DIFFERENT
+from hvreplica.cli.options import DISK_FORMAT, DISK_TYPE, PATH, SIZE, overwrite_option, verb
+from hvreplica.cli.progress import progress_shown
+from hvreplica.units import format_size
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hvreplica.cli.render import Output
+
+
+@click.group()
+def disk() -> None:
+    """Look into virtual disks, make, convert and compare them."""
+
+
+@disk.command()
+@click.argument("file", type=PATH)
+@verb
+def info(output: Output, file: Path) -> None:
+    """Show what kind of disk FILE is."""
+    found = hvreplica.disk_info(file)
+    output.answer(found, lambda: output.structure(found))
+
+
+@disk.command("map", short_help="List the ranges of a disk.")
+@click.argument("file", type=PATH)
+@verb
+def map_(output: Output, file: Path) -> None:
+    """List the ranges of the disk in FILE, and where in the file they stand.
+
+    The list is written as it is found, so a huge disk needs no memory. --json writes an
+    array, one element a line.
+    """
+    entries = hvreplica.disk_map(file)
+    if output.json:
+        output.stream_json(entries)
+        return
+    output.line(f"{'offset':>18} {'length':>18} {'':>10}  {'state':<6} {'file offset':>18}")
+    for entry in entries:
+        place = "-" if entry.file_offset is None else entry.file_offset
+        size = format_size(entry.length)
+        output.line(f"{entry.offset:>18} {entry.length:>18} {size:>10}  {entry.state:<6} {place:>18}")
+
+
+@disk.command()
+@click.argument("file", type=PATH)
+@click.option("--size", "size_bytes", type=SIZE, required=True, help="Size of the disk, as in 10G.")
+@click.option(
+    "--format", "format_", type=DISK_FORMAT, default="vhdx", show_default=True, help="Format of FILE."
+)
+@click.option(
+    "--type",
+    "type_",
+    type=DISK_TYPE,
+    default="dynamic",
+    show_default=True,
+    help="dynamic grows as it is written; fixed holds every block from the start.",
+)
+@click.option("--block-size", "block_bytes", type=SIZE, help="Block of a VHDX: a power of 2 from 1M to 256M.")
+@overwrite_option
+@verb
+def create(
+    output: Output,
+    *,
+    file: Path,
+    size_bytes: int,
+    format_: str,
+    type_: str,
+    block_bytes: int | None,
+    overwrite: bool,
+) -> None:
+    """Make an empty disk."""
+    hvreplica.disk_create(
+        file, size_bytes, format=format_, type=type_, block_bytes=block_bytes, overwrite=overwrite
+    )
+    made = hvreplica.disk_info(file)
+    output.answer(made, lambda: output.structure(made))
+
+
+@disk.command(short_help="Copy a disk to another format or type.")
+@click.argument("source", type=PATH, metavar="A")
+@click.argument("target", type=PATH, metavar="B")
+@click.option(
+    "--format", "format_", type=DISK_FORMAT, help="Format of B.  [default: by its name, .vhdx or raw]"
+)
+@click.option("--type", "type_", type=DISK_TYPE, default="dynamic", show_default=True, help="Type of a VHDX.")
+@click.option("--block-size", "block_bytes", type=SIZE, help="Block of a VHDX: a power of 2 from 1M to 256M.")
+@overwrite_option
+@verb
+def convert(
+    output: Output,
+    *,
+    source: Path,
+    target: Path,
+    format_: str | None,
+    type_: str,
+    block_bytes: int | None,
+    overwrite: bool,
+) -> None:
+    """Copy the disk in A to a new file B of another format or type; what reads as zeros takes no room."""
+    with progress_shown(output) as progress:
+        report = hvreplica.disk_convert(
+            source,
+            target,
+            format=format_,
+            type=type_,
+            block_bytes=block_bytes,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    output.answer(report, lambda: output.structure(report))
+
+
+@disk.command(short_help="Compare what a guest sees in two disks.")
+@click.argument("first", type=PATH, metavar="A")
+@click.argument("second", type=PATH, metavar="B")
+@verb
+def compare(output: Output, first: Path, second: Path) -> None:
+    """Compare what a guest sees in A and B; where they differ, tell the first offset and exit with 1."""
+    with progress_shown(output) as progress:
+        report = hvreplica.disk_compare(first, second, progress=progress)
+
+    def show() -> None:
+        if report.equal:
+            output.line(f"equal: {format_size(report.bytes_compared)} compared")
+        else:
+            output.line(f"different: the first difference is at offset {report.first_difference}")
+
+    output.answer(report, show)
+    if not report.equal:
+        click.get_current_context().exit(DIFFERENT)

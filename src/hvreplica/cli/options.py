@@ -1,0 +1,145 @@
+"""What the verbs' options share: --json and --quiet, sizes, addresses, and how a verb gets its Output."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import click
+
+from hvreplica.units import parse_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hvreplica.cli.render import Output
+
+    IntParameter = click.ParamType[int]
+    TextParameter = click.ParamType[str]
+else:
+    IntParameter = TextParameter = click.ParamType  # older releases of click have no type arguments
+
+P = ParamSpec("P")
+R = TypeVar("R")
+_PORT_MAX = 65535
+
+
+class SizeType(IntParameter):
+    """A size such as 512, 64K, 2M, 10G or 1.5T, in powers of 1024; the value is in bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_size(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class AddressType(TextParameter):
+    """HOST:PORT; an IPv6 address stands in brackets. The value stays text."""
+
+    name = "host:port"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value)
+        host, colon, port = text.rpartition(":")
+        if not (
+            colon
+            and host
+            and port.isascii()
+            and port.isdecimal()
+            and len(port) <= 5
+            and int(port) <= _PORT_MAX
+        ):
+            self.fail(f"{text!r} is not HOST:PORT; write for example 127.0.0.1:8084", param, ctx)
+        if ":" in host and not (host.startswith("[") and host.endswith("]")):
+            self.fail(f"{text!r}: an IPv6 address stands in brackets, as in [::1]:8084", param, ctx)
+        return text
+
+
+SIZE = SizeType()
+ADDRESS = AddressType()
+PATH = click.Path(path_type=Path)
+DISK_FORMAT = click.Choice(["vhdx", "raw"])
+DISK_TYPE = click.Choice(["dynamic", "fixed"])
+
+
+def verb(function: Callable[..., R]) -> Callable[..., R]:
+    """Add --json and --quiet to a verb and call it with the run's Output as its first argument.
+
+    Both act as soon as they are read, so that an error in a later option is already told in the right form.
+    """
+
+    @click.option(
+        "--json",
+        is_flag=True,
+        expose_value=False,
+        is_eager=True,
+        callback=_switch("json"),
+        envvar="HVREPLICA_JSON",
+        help="Write the answer, and an error, as JSON.",
+    )
+    @click.option(
+        "-q",
+        "--quiet",
+        is_flag=True,
+        expose_value=False,
+        is_eager=True,
+        callback=_switch("quiet"),
+        envvar="HVREPLICA_QUIET",
+        help="Show no progress and no notes.",
+    )
+    @click.pass_obj
+    @functools.wraps(function)
+    def with_output(output: Output, /, *args: Any, **kwargs: Any) -> R:
+        return function(output, *args, **kwargs)
+
+    return with_output
+
+
+def store_option(function: Callable[P, R]) -> Callable[P, R]:
+    """Add --store."""
+    return click.option(
+        "--store",
+        type=PATH,
+        required=True,
+        envvar="HVREPLICA_STORE",
+        metavar="DIR",
+        help="The replica's folder.",
+    )(function)
+
+
+def tls_option(function: Callable[P, R]) -> Callable[P, R]:
+    """Add --tls."""
+    return click.option(
+        "--tls",
+        type=PATH,
+        required=True,
+        envvar="HVREPLICA_TLS",
+        metavar="DIR",
+        help="The folder with the certificates, as `tls init` makes it.",
+    )(function)
+
+
+def vm_option(function: Callable[P, R]) -> Callable[P, R]:
+    """Add --vm."""
+    return click.option("--vm", required=True, envvar="HVREPLICA_VM", metavar="NAME", help="The VM's name.")(
+        function
+    )
+
+
+def overwrite_option(function: Callable[P, R]) -> Callable[P, R]:
+    """Add --overwrite."""
+    return click.option("--overwrite", is_flag=True, help="Replace a file that is already there.")(function)
+
+
+def _switch(name: str) -> Callable[[click.Context, click.Parameter, bool], None]:
+    def switch(ctx: click.Context, param: click.Parameter, value: bool) -> None:  # noqa: ARG001
+        if value and ctx.obj is not None:  # shell completion parses without an Output
+            setattr(ctx.obj, name, True)
+
+    return switch

@@ -1,0 +1,63 @@
+"""`point`: list recovery points and export one as a disk of its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+import hvreplica
+from hvreplica.cli.options import DISK_FORMAT, PATH, overwrite_option, store_option, verb, vm_option
+from hvreplica.cli.progress import progress_shown
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hvreplica.cli.render import Output
+
+
+@click.group()
+def point() -> None:
+    """List recovery points and export one."""
+
+
+@point.command("list")
+@store_option
+@vm_option
+@verb
+def list_(output: Output, store: Path, vm: str) -> None:
+    """List a VM's recovery points, oldest first."""
+    points = hvreplica.point_list(store, vm)
+    output.answer(points, lambda: output.structures(points, empty=f"{vm} has no recovery point yet"))
+
+
+@point.command(short_help="Copy a disk at a point to a file of its own.")
+@store_option
+@vm_option
+@click.option("--point", metavar="ID", help="The recovery point.  [default: the newest]")
+@click.option(
+    "--disk", type=click.IntRange(min=0), default=0, show_default=True, help="Which disk of the VM."
+)
+@click.option("--output", "target", type=PATH, required=True, metavar="FILE", help="The new disk.")
+@click.option(
+    "--format", "format_", type=DISK_FORMAT, default="vhdx", show_default=True, help="Format of the new disk."
+)
+@overwrite_option
+@verb
+def export(
+    output: Output,
+    *,
+    store: Path,
+    vm: str,
+    point: str | None,
+    disk: int,
+    target: Path,
+    format_: str,
+    overwrite: bool,
+) -> None:
+    """Copy a disk, as it was at a recovery point, to a file of its own. Works while `serve` runs."""
+    with progress_shown(output) as progress:
+        report = hvreplica.point_export(
+            store, vm, target, point=point, disk=disk, format=format_, overwrite=overwrite, progress=progress
+        )
+    output.answer(report, lambda: output.structure(report))

@@ -1,0 +1,113 @@
+"""`replicate`: ship a VM's disks, or what changed of them, to the replica."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import hvreplica
+from hvreplica.cli.options import ADDRESS, PATH, tls_option, verb, vm_option
+from hvreplica.cli.progress import progress_shown
+from hvreplica.units import format_size
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hvreplica.cli.render import Output
+    from hvreplica.replication.results import ReplicateResult
+
+_HEADLINES = {
+    "initial": "initial replication",
+    "delta": "delta",
+    "none": "nothing changed",
+}
+
+
+@click.command(short_help="Bring the replica of a VM up to date.")
+@vm_option
+@click.option(
+    "--disk",
+    "disks",
+    type=PATH,
+    required=True,
+    multiple=True,
+    metavar="FILE",
+    help="A disk of the VM; repeat it for each one, always in the same order.",
+)
+@click.option(
+    "--to",
+    type=ADDRESS,
+    required=True,
+    envvar="HVREPLICA_TO",
+    metavar="HOST:PORT",
+    help="Where `serve` listens.",
+)
+@tls_option
+@click.option(
+    "--state",
+    type=PATH,
+    required=True,
+    envvar="HVREPLICA_STATE",
+    metavar="DIR",
+    help="What this side remembers between runs; made where it is absent, never shared by two VMs' copies.",
+)
+@click.option("--once", is_flag=True, help="Run one cycle and end.")
+@click.option(
+    "--compression",
+    type=click.Choice(["auto", "zstd", "lz4", "none"]),
+    default="auto",
+    show_default=True,
+    help="auto picks per frame what link and processor can do.",
+)
+@click.option(
+    "--connections",
+    type=click.IntRange(1, 16),
+    default=2,
+    show_default=True,
+    help="Parallel connections for data.",
+)
+@click.option(
+    "--takeover", is_flag=True, help="Become the VM's primary although another one owns it at the replica."
+)
+@verb
+def replicate(
+    output: Output,
+    *,
+    vm: str,
+    disks: tuple[Path, ...],
+    once: bool,
+    **settings: Any,
+) -> None:
+    """Bring the replica of a VM up to date.
+
+    The first run ships the disks, each later one what changed since, as an [MS-HRL] log. A run that was cut
+    off is continued by the next one.
+    """
+    if not once:
+        message = "pass --once: it runs one cycle and ends, and is the only mode there is"
+        raise click.UsageError(message, click.get_current_context())
+    with progress_shown(output) as progress:
+        result = hvreplica.replicate(vm, disks, progress=progress, **settings)
+    output.answer(result, lambda: show_result(output, result))
+
+
+def show_result(output: Output, result: ReplicateResult) -> None:
+    """Show a result to a person: one line, and a table where something was shipped."""
+    changed = sum(disk.changed_bytes for disk in result.disks)
+    if result.kind == "none":
+        output.line(f"{result.vm}: nothing changed · {result.seconds:.1f} s · point {result.point}")
+        return
+    ratio = f" ({changed / result.wire_bytes:.1f}:1)" if result.wire_bytes else ""
+    output.line(
+        f"{result.vm}: {_HEADLINES.get(result.kind, result.kind)} · {format_size(changed)} changed"
+        f" · {format_size(result.wire_bytes)} on the wire{ratio} · {result.seconds:.1f} s"
+        f" · point {result.point}"
+    )
+    output.table(
+        ("disk", ">size", ">changed"),
+        [
+            (disk.path, format_size(disk.virtual_bytes), format_size(disk.changed_bytes))
+            for disk in result.disks
+        ],
+    )
