@@ -1,0 +1,25 @@
+"""Replica logs: write, read, check, recover and apply them. Spec: [MS-HRL]."""
+
+from hvreplica.hrl.apply import apply_log
+from hvreplica.hrl.dump import dump_entries, log_info
+from hvreplica.hrl.reader import LogReader
+from hvreplica.hrl.recover import recover_log
+from hvreplica.hrl.report import ApplyReport, LogEnd, LogEntry, LogInfo, LogReport, LogSummary
+from hvreplica.hrl.verify import verify_log
+from hvreplica.hrl.writer import LogWriter
+
+__all__ = [
+    "ApplyReport",
+    "LogEnd",
+    "LogEntry",
+    "LogInfo",
+    "LogReader",
+    "LogReport",
+    "LogSummary",
+    "LogWriter",
+    "apply_log",
+    "dump_entries",
+    "log_info",
+    "recover_log",
+    "verify_log",
+]
