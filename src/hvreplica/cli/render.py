@@ -19,12 +19,13 @@ from hvreplica.units import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from rich.console import Console, RenderableType
 
 _WIDTHS = {"disk_offset": 18, "log_offset": 18}
 _PIPE_WIDTH = 1 << 16  # no line is broken where a program may read it
-_RED, _YELLOW, _DIM, _RESET = "\x1b[1;31m", "\x1b[33m", "\x1b[2m", "\x1b[0m"
+_RED, _GREEN, _YELLOW, _DIM, _RESET = "\x1b[1;31m", "\x1b[1;32m", "\x1b[33m", "\x1b[2m", "\x1b[0m"
 
 
 class Output:
@@ -108,6 +109,26 @@ class Output:
                 )
             cells = (plain(getattr(value, name)) for name in names)
             self.line("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
+
+    @contextlib.contextmanager
+    def steps(self) -> Iterator[Callable[[str, str, float], None]]:
+        """Yield what shows a step that is done, its words and seconds; a spinner turns between steps."""
+        with _spinner() if is_terminal(sys.stderr) and not self.quiet else contextlib.nullcontext():
+            yield self._step
+
+    def _step(self, name: str, words: str, seconds: float) -> None:
+        if not (self.json or self.quiet):
+            mark = self._colored("\u2713", _GREEN) if _fits("\u2713", sys.stdout) else "ok"
+            self.line(f"{mark} {name:<8} {plain(words)}  {self._colored(f'{seconds:.1f} s', _DIM)}")
+            self.flush()
+
+    def headline(self, text: str, *, good: bool) -> None:
+        """Write the one line that a person looks for to stdout."""
+        self.line(self._colored(text, _GREEN if good else _RED))
+
+    @staticmethod
+    def _colored(text: str, color: str) -> str:
+        return f"{color}{text}{_RESET}" if _wants_color(sys.stdout) else text
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """Write a table to stdout. A column whose name starts with ">" is right-aligned."""
@@ -318,6 +339,14 @@ def write_error(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(_encodable(text, sys.stderr))
         sys.stderr.flush()
+
+
+def _spinner() -> AbstractContextManager[object]:
+    return console_for(sys.stderr).status("")
+
+
+def _fits(text: str, stream: TextIO) -> bool:
+    return _encodable(text, stream) == text
 
 
 def _encodable(text: str, stream: TextIO) -> str:

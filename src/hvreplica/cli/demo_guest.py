@@ -1,0 +1,260 @@
+"""The demo's guest: a disk with real files on it, and a person at work who removes some and writes others.
+
+Where mkfs.ext4 and debugfs are present the disk holds a real ext4 file system, made and changed without
+mounting it. Elsewhere the same files stand one after the other on the bare disk, with room between them, and
+the change is a seeded scatter of 4 KiB writes: the same kind of data, without a file system's metadata.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from typing import TYPE_CHECKING, NamedTuple
+
+from hvreplica import native
+from hvreplica.clock import SYSTEM
+from hvreplica.disk import open_disk
+from hvreplica.errors import HvReplicaError
+from hvreplica.files import OS_FILES
+from hvreplica.units import KIB, MIB, align_up
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+GRAIN_BYTES = 4 * KIB
+_WINDOW_BYTES = 4 * MIB
+_CONTENT_BYTES_MAX = 256 * MIB
+_FILES_MAX = 4000
+_FILE_BYTES_MAX = 16 * MIB
+_NEW_FILES = 96
+_REMOVED_FILES = 48
+_SCATTERED_WRITES = 512
+_TOOL_TIMEOUT_S = 120
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9._/+-]+")  # what debugfs takes without quoting
+
+
+class SourceFile(NamedTuple):
+    """A file of this machine that the guest gets."""
+
+    path: str
+    length: int
+
+
+class Guest(NamedTuple):
+    """A guest's disk as a raw image. kind: "ext4" or "plain files"."""
+
+    image: Path
+    kind: str
+    size_bytes: int
+    files: list[SourceFile]
+    spare_files: list[SourceFile]
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of files on it."""
+        return sum(file.length for file in self.files)
+
+
+def make_guest(image: Path, size_bytes: int) -> Guest:
+    """Make the raw image of a guest's disk, sparse, with real files for about a quarter of it."""
+    found = list(_find_files(min(size_bytes // 4, _CONTENT_BYTES_MAX)))
+    spare_files = found[:: max(len(found) // _NEW_FILES, 2)][:_NEW_FILES]
+    files = sorted(set(found) - set(spare_files))
+    file = OS_FILES.open(image, create=True, exclusive=True)
+    file.resize(size_bytes)
+    file.close()
+    if _tool("mkfs.ext4") and _tool("debugfs"):
+        _make_ext4(image, files)
+        kind = "ext4"
+    else:
+        _lay_out(image, size_bytes, files)
+        kind = "plain files"
+    return Guest(image, kind, size_bytes, files, spare_files)
+
+
+def change_guest(guest: Guest) -> str:
+    """Let the guest work on its image; return what it did, in words."""
+    if guest.kind == "ext4":
+        removed = guest.files[:: max(len(guest.files) // _REMOVED_FILES, 1)][:_REMOVED_FILES]
+        _work_in_ext4(guest.image, removed, guest.spare_files)
+        return f"removed {len(removed)} files and wrote {len(guest.spare_files)} new ones"
+    _scatter_writes(guest)
+    return f"wrote {_SCATTERED_WRITES} scattered pieces of 4 KiB"
+
+
+def write_changes(image: Path, disk_path: Path) -> int:
+    """Bring the disk to the image's content in writes of 4 KiB, as a guest does; return the bytes written."""
+    changed_bytes = 0
+    source = OS_FILES.open(image)
+    disk = open_disk(OS_FILES, disk_path, writable=True, clock=SYSTEM)
+    try:
+        for start in range(0, disk.virtual_bytes, _WINDOW_BYTES):
+            end = min(start + _WINDOW_BYTES, disk.virtual_bytes)
+            if not len(disk.extents(start, end)) and not any(source.data_extents(start, end)):
+                continue
+            wanted, present = bytearray(end - start), bytearray(end - start)
+            source.read_into(wanted, start)
+            disk.read_into(present, start)
+            runs = native.changed_runs(present, wanted, GRAIN_BYTES)
+            if len(runs):
+                view = memoryview(wanted)
+                data = b"".join(view[offset : offset + length] for offset, length in runs.tolist())
+                runs[:, 0] += start
+                disk.write_extents(runs, data)
+                changed_bytes += len(data)
+        disk.flush()
+    finally:
+        disk.close()
+        source.close()
+    return changed_bytes
+
+
+def digest(disk_path: Path) -> str:
+    """Return the SHA-256 of what a guest reads from the first to the last byte of the disk."""
+    state = hashlib.sha256()
+    zeros = bytes(_WINDOW_BYTES)
+    buffer = bytearray(_WINDOW_BYTES)
+    disk = open_disk(OS_FILES, disk_path, clock=SYSTEM)
+    try:
+        for start in range(0, disk.virtual_bytes, _WINDOW_BYTES):
+            length = min(_WINDOW_BYTES, disk.virtual_bytes - start)
+            if len(disk.extents(start, start + length)):
+                window = memoryview(buffer)[:length]
+                disk.read_into(window, start)
+                state.update(window)
+            else:
+                state.update(memoryview(zeros)[:length])
+    finally:
+        disk.close()
+    return state.hexdigest()
+
+
+def _find_files(budget_bytes: int) -> Iterator[SourceFile]:
+    """Yield readable files of this machine, none twice, until their bytes or their number are used up."""
+    count, left_bytes = 0, budget_bytes
+    seen: set[tuple[int, int]] = set()
+    for root in dict.fromkeys((sysconfig.get_paths()["stdlib"], "/usr/share", "/usr/lib")):
+        for path in _walk(root):
+            if count >= _FILES_MAX:
+                return
+            try:
+                facts = os.stat(path)
+            except OSError:
+                continue
+            identity = (facts.st_dev, facts.st_ino)
+            fits = 0 < facts.st_size <= min(left_bytes, _FILE_BYTES_MAX)
+            if not fits or identity in seen or not os.access(path, os.R_OK):
+                continue
+            seen.add(identity)
+            count, left_bytes = count + 1, left_bytes - facts.st_size
+            yield SourceFile(path, facts.st_size)
+
+
+def _walk(root: str) -> Iterator[str]:
+    for folder, folders, names in os.walk(root):
+        folders.sort()
+        for name in sorted(names):
+            path = os.path.join(folder, name)
+            if _PLAIN_NAME.fullmatch(path) and not os.path.islink(path):
+                yield path
+
+
+def _make_ext4(image: Path, files: Sequence[SourceFile]) -> None:
+    staging = image.with_name("staging")
+    try:
+        for file in files:
+            target = staging / file.path.lstrip("/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file.path, target)
+        _run(["mkfs.ext4", "-q", "-F", "-L", "demo", "-d", os.fspath(staging), os.fspath(image)])
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _work_in_ext4(image: Path, removed: Sequence[SourceFile], written: Sequence[SourceFile]) -> None:
+    commands = [f"rm {file.path}" for file in removed]
+    commands += ["mkdir /work", "cd /work"]
+    commands += [
+        f"write {file.path} {index:03}-{os.path.basename(file.path)}" for index, file in enumerate(written)
+    ]
+    script = image.with_name("debugfs.script")
+    script.write_text("\n".join(commands) + "\n", encoding="ascii")
+    _run(["debugfs", "-w", "-f", os.fspath(script), os.fspath(image)])
+    script.unlink()
+
+
+def _lay_out(image: Path, size_bytes: int, files: Sequence[SourceFile]) -> None:
+    """Write the files one after the other, with as much room after each as the disk has to spare."""
+    total_bytes = sum(align_up(file.length, GRAIN_BYTES) for file in files)
+    gap_bytes = max(size_bytes - total_bytes, 0) // 2 // max(len(files), 1) // GRAIN_BYTES * GRAIN_BYTES
+    target = OS_FILES.open(image, writable=True)
+    position = 0
+    try:
+        for file in files:
+            with open(file.path, "rb") as source:
+                data = source.read(file.length)
+            if position + len(data) > size_bytes:
+                break
+            target.write(data, position)
+            position += align_up(file.length, GRAIN_BYTES) + gap_bytes
+    finally:
+        target.close()
+
+
+def _scatter_writes(guest: Guest) -> None:
+    """Overwrite grains at places that a seed decides; a third of each compresses."""
+    target = OS_FILES.open(guest.image, writable=True)
+    try:
+        for index in range(_SCATTERED_WRITES):
+            stream = hashlib.shake_128(b"hvreplica demo %d" % index).digest(GRAIN_BYTES)
+            grain = int.from_bytes(stream[:8], "little") % (guest.size_bytes // GRAIN_BYTES)
+            text_bytes = GRAIN_BYTES // 3
+            target.write(b" " * text_bytes + stream[text_bytes:], grain * GRAIN_BYTES)
+    finally:
+        target.close()
+
+
+def _tool(name: str) -> str | None:
+    """Return where a tool stands; Debian keeps those for file systems out of an ordinary user's path."""
+    return shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin:/usr/local/sbin")
+
+
+def _run(command: list[str]) -> None:
+    """Run a tool. Raises: HvReplicaError with its last words if it fails."""
+    tool = _tool(command[0]) or command[0]
+    done = subprocess.run(
+        [tool, *command[1:]],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=_TOOL_TIMEOUT_S,
+        errors="replace",
+    )
+    if done.returncode != 0:
+        words = done.stderr.strip().splitlines()
+        raise HvReplicaError(
+            f"{command[0]} ended with {done.returncode}: {words[-1] if words else 'no message'}",
+            path=command[-1],
+        )
+
+
+def images_identical(first: Path, second: Path) -> bool | None:
+    """Return whether qemu-img finds the two disks identical; None where there is no qemu-img."""
+    tool = _tool("qemu-img")
+    if tool is None:
+        return None
+    done = subprocess.run(
+        [tool, "compare", "-U", os.fspath(first), os.fspath(second)],
+        capture_output=True,
+        check=False,
+        timeout=_TOOL_TIMEOUT_S,
+    )
+    if done.returncode not in (0, 1):
+        words = done.stderr.decode(errors="replace").strip()
+        raise HvReplicaError(f"qemu-img compare ended with {done.returncode}: {words}", path=second)
+    return done.returncode == 0

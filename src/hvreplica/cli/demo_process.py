@@ -1,0 +1,134 @@
+"""The demo's processes: a server that stops when its block ends, and one replicate run after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hvreplica
+from hvreplica.errors import HvReplicaError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+_READY_TIMEOUT_S = 60
+_STOP_TIMEOUT_S = 10
+_KEPT_SETTINGS = frozenset({"HVREPLICA_KERNELS", "HVREPLICA_DEBUG"})
+
+
+class ProcessFailed(HvReplicaError):
+    """One of the demo's processes ended as it should not."""
+
+
+@contextlib.contextmanager
+def serving(store: Path, tls: Path, log: Path) -> Iterator[tuple[str, int]]:
+    """Run `serve` on a free port of 127.0.0.1; yield (HOST:PORT, process id), stop it by SIGTERM at the end."""
+    command = [
+        "serve",
+        "--store",
+        os.fspath(store),
+        "--tls",
+        os.fspath(tls),
+        "--listen",
+        "127.0.0.1:0",
+        "--json",
+    ]
+    with open(log, "wb") as errors, _process(command, stderr=errors) as process:
+        ready = _ready_line(process)
+        if ready is None:
+            raise ProcessFailed("the server did not start", path=log, hint=_last_words(log))
+        yield str(ready["address"]), process.pid
+        process.terminate()
+        code = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = process.wait(_STOP_TIMEOUT_S)
+        if code != 0:
+            raise ProcessFailed(
+                "the server did not stop cleanly on SIGTERM",
+                path=log,
+                expected="exit code 0",
+                actual="none yet" if code is None else f"exit code {code}",
+                hint=_last_words(log),
+            )
+
+
+def replicate(arguments: Sequence[str]) -> dict[str, Any]:
+    """Run `replicate --once --json` in a process of its own and return its answer."""
+    with _process(["replicate", *arguments, "--once", "--json"], stderr=subprocess.PIPE) as process:
+        out, errors = process.communicate()
+    if process.returncode == 0:
+        answer: dict[str, Any] = json.loads(out)
+        return answer
+    words = errors.decode(errors="replace").strip()
+    message, hint = words, None
+    with contextlib.suppress(ValueError, KeyError, TypeError, IndexError):
+        told = json.loads(words.splitlines()[-1])["error"]
+        message, hint = f"{told['class']}: {told['message']}", told["hint"]
+    raise ProcessFailed(f"replicate ended with exit code {process.returncode}: {message}", hint=hint)
+
+
+@contextlib.contextmanager
+def _process(arguments: Sequence[str], *, stderr: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """Start hvreplica with `arguments`; whatever happens, it does not run any more when the block is left."""
+    command = [sys.executable, "-m", "hvreplica", *arguments]
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, env=_environment()
+    )
+    try:
+        yield process
+    finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(_STOP_TIMEOUT_S)
+        except BaseException:  # a second Ctrl-C too: the process must not outlive us
+            process.kill()
+            process.wait()
+            raise
+    for stream in (process.stdout, process.stderr):
+        if stream is not None:
+            stream.close()
+
+
+def _ready_line(process: subprocess.Popen[bytes]) -> dict[str, Any] | None:
+    """Return the server's first line, or None if it ends or takes too long before that."""
+    lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    stream = process.stdout
+    assert stream is not None
+    threading.Thread(target=lambda: lines.put(stream.readline()), daemon=True).start()
+    try:
+        answer: dict[str, Any] = json.loads(lines.get(timeout=_READY_TIMEOUT_S))
+    except (queue.Empty, ValueError):
+        return None
+    return answer
+
+
+def _environment() -> dict[str, str]:
+    """Return an environment that finds this very hvreplica and in which no setting changes the demo."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("HVREPLICA_") or name in _KEPT_SETTINGS
+    }
+    package_root = os.fspath(Path(hvreplica.__file__ or "").resolve().parent.parent)
+    kept["PYTHONPATH"] = os.pathsep.join(filter(None, (package_root, kept.get("PYTHONPATH"))))
+    return kept
+
+
+def _last_words(log: Path) -> str | None:
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    except OSError:
+        return None
+    return f"its last words: {lines[-1]}" if lines else None
