@@ -17,6 +17,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import stat
 from pathlib import Path
@@ -404,6 +405,40 @@ def write_durably(files: FileSystem, path: Path, data: bytes, *, clock: Clock, m
         files.unlink(temporary)
         raise
     files.sync_directory(path.parent)
+
+
+def map_private(file: BlockFile, file_offset: int, length: int) -> mmap.mmap | None:
+    """Map a range of `file`, to be read and changed in memory alone; None where there is no descriptor to map.
+
+    Pages come from the file when they are first touched and stay as they are once changed here. The caller makes
+    sure that the file never becomes shorter than the range, because touching a lost page ends the process.
+    file_offset: multiple of the page size. Raises: ValueError if the file ends before.
+    """
+    descriptor = file.fileno()
+    if descriptor is None:
+        return None
+    return mmap.mmap(
+        descriptor, length, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=file_offset
+    )
+
+
+def lock_open_file(file: BlockFile) -> None:
+    """Make this the only open file of its name that holds this lock, until close; for a disk's one writer.
+
+    Nothing to do where there is no descriptor. Raises: Locked at once if another holder exists.
+    """
+    descriptor = file.fileno()
+    if descriptor is None:
+        return
+    with _noted("lock", file.path):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Locked(
+                "another process or session has this file open for writing",
+                path=file.path,
+                hint="wait for it to end, or stop it; the lock goes away with its process",
+            ) from None
 
 
 def _load_fallocate() -> object:

@@ -355,9 +355,9 @@ def choose_active_sequence(entries: Mapping[int, LogEntryHeader], *, log_length:
     """Return the entries to replay, tail first; empty if there is no valid sequence.
 
     entries: the valid entries by their offset in the log. Pure. A chain is followed as far as entries join
-    without a gap and sequence numbers grow by one; it counts if its last entry's tail is inside it; among those
-    the one with the highest last sequence number is active. Work is linear: no start inside a chain that failed
-    can succeed, because its chain would be a part of the failed one. Spec: [MS-VHDX] 2.3.3.
+    without a gap and sequence numbers grow by one; it counts if its last entry's tail is inside it; among
+    those the one with the highest last sequence number is active. Work is linear: no start inside a chain
+    that failed can succeed, because its chain would be a part of the failed one. Spec: [MS-VHDX] 2.3.3.
     """
     best: list[LogEntryHeader] = []
     failed: set[int] = set()
