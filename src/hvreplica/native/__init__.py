@@ -1,32 +1,16 @@
 """Kernels over bytes, bitmaps, log entries and extents: buffers and numpy arrays in, numpy arrays out.
 
-Every call is a batch and releases the GIL; buffers that it reads or writes must not change meanwhile. Nothing is
-kept after a call returns, but for the entries of a BlockMap.
+Every call is a batch and releases the GIL; buffers that it reads or writes must not change meanwhile. Nothing
+is kept after a call returns, but for the entries of a BlockMap. Answers are those of native/reference.py, bit
+for bit.
 """
 
 from __future__ import annotations
 
-from hvreplica.native.reference import (
-    bitmap_clear,
-    bitmap_count,
-    bitmap_merge,
-    bitmap_runs,
-    bitmap_set,
-    byte_sum,
-    byte_sums,
-    changed_runs,
-    coalesce,
-    copy_extents,
-    crc32c,
-    data_runs,
-    fingerprints,
-    first_difference,
-    is_zero,
-    pack_hrl_entries,
-    parse_hrl_entries,
-    read_extents,
-    write_extents,
-)
+from hvreplica.native.entries import pack_hrl_entries, parse_hrl_entries
+from hvreplica.native.extents import coalesce, copy_extents, read_extents, write_extents
+from hvreplica.native.kernels import KERNELS
+from hvreplica.native.library import available_variants, kernel_variant
 from hvreplica.native.tables import HRL_ENTRY, BadEntry, BlockAbsent, BlockMap
 
 __all__ = [
@@ -57,12 +41,16 @@ __all__ = [
     "write_extents",
 ]
 
-
-def kernel_variant() -> str:
-    """Return the name of the kernels in use."""
-    return "reference"
-
-
-def available_variants() -> tuple[str, ...]:
-    """Return the names of the kernels that this machine can run, slowest first."""
-    return ("reference",)
+crc32c = KERNELS.crc32c
+byte_sum = KERNELS.byte_sum
+byte_sums = KERNELS.byte_sums
+is_zero = KERNELS.is_zero
+data_runs = KERNELS.data_runs
+first_difference = KERNELS.first_difference
+changed_runs = KERNELS.changed_runs
+fingerprints = KERNELS.fingerprints
+bitmap_set = KERNELS.bitmap_set
+bitmap_clear = KERNELS.bitmap_clear
+bitmap_runs = KERNELS.bitmap_runs
+bitmap_merge = KERNELS.bitmap_merge
+bitmap_count = KERNELS.bitmap_count

@@ -1,6 +1,8 @@
-"""The same answers as the compiled kernels in plain Python and numpy: slow, short, and the oracle of their tests.
+"""The same answers as the compiled kernels in plain Python and numpy: slow, short, and the oracle of their
+tests.
 
-The facade uses this module only for files whose fileno() is None; tests compare every kernel with it bit for bit.
+The facade uses this module only for files whose fileno() is None; tests compare every kernel with it bit for
+bit.
 """
 
 from __future__ import annotations
@@ -24,14 +26,14 @@ from hvreplica.native.tables import (
     BlockMap,
     checked_column,
     checked_extents,
+    view_of,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from typing_extensions import Buffer
-
     from hvreplica.files import BlockFile
+    from hvreplica.native.tables import Octets
 
 _CRC32C_POLYNOMIAL = 0x82F63B78  # Castagnoli, reflected; RFC 3720 12.1
 _WINDOW_BYTES = 1 << 20
@@ -62,12 +64,8 @@ def _crc32c_table() -> tuple[int, ...]:
 _CRC32C_TABLE = _crc32c_table()
 
 
-def _bytes_of(buffer: Buffer) -> Array:
-    return (
-        np.frombuffer(memoryview(buffer).cast("B"), np.uint8)
-        if memoryview(buffer).nbytes
-        else np.empty(0, np.uint8)
-    )
+def _bytes_of(buffer: Octets) -> Array:
+    return np.frombuffer(view_of(buffer), np.uint8)
 
 
 def _runs_of(flags: Array) -> Array:
@@ -90,10 +88,12 @@ def _grain_flags(octets: Array, grain_bytes: int) -> Array:
         raise ValueError(message)
     whole = len(octets) // grain_bytes * grain_bytes
     flags = octets[:whole].reshape(-1, grain_bytes).any(axis=1)
-    return flags if whole == len(octets) else np.append(flags, octets[whole:].any())
+    if whole < len(octets):
+        flags = np.append(flags, octets[whole:].any())
+    return np.asarray(flags)
 
 
-def _same_length(a: Buffer, b: Buffer) -> tuple[Array, Array]:
+def _same_length(a: Octets, b: Octets) -> tuple[Array, Array]:
     first, second = _bytes_of(a), _bytes_of(b)
     if len(first) != len(second):
         message = f"buffers of equal length are needed, not {len(first)} and {len(second)} bytes"
@@ -101,20 +101,20 @@ def _same_length(a: Buffer, b: Buffer) -> tuple[Array, Array]:
     return first, second
 
 
-def crc32c(buffer: Buffer, value: int = 0) -> int:
+def crc32c(buffer: Octets, value: int = 0) -> int:
     """See hvreplica.native.crc32c."""
     crc = value ^ 0xFFFFFFFF
-    for octet in memoryview(buffer).cast("B"):
+    for octet in view_of(buffer):
         crc = _CRC32C_TABLE[(crc ^ octet) & 0xFF] ^ (crc >> 8)
     return crc ^ 0xFFFFFFFF
 
 
-def byte_sum(buffer: Buffer) -> int:
+def byte_sum(buffer: Octets) -> int:
     """See hvreplica.native.byte_sum."""
     return int(_bytes_of(buffer).sum(dtype=np.uint64)) & 0xFFFFFFFF
 
 
-def byte_sums(buffer: Buffer, lengths: Array) -> Array:
+def byte_sums(buffer: Octets, lengths: Array) -> Array:
     """See hvreplica.native.byte_sums."""
     octets = _bytes_of(buffer)
     sizes = [int(size) for size in checked_column(lengths)]
@@ -129,33 +129,33 @@ def byte_sums(buffer: Buffer, lengths: Array) -> Array:
     return sums
 
 
-def is_zero(buffer: Buffer) -> bool:
+def is_zero(buffer: Octets) -> bool:
     """See hvreplica.native.is_zero."""
     return not _bytes_of(buffer).any()
 
 
-def data_runs(buffer: Buffer, grain_bytes: int = 4096) -> Array:
+def data_runs(buffer: Octets, grain_bytes: int = 4096) -> Array:
     """See hvreplica.native.data_runs."""
     octets = _bytes_of(buffer)
     return _grain_runs(_grain_flags(octets, grain_bytes), grain_bytes, len(octets))
 
 
-def first_difference(a: Buffer, b: Buffer) -> int:
+def first_difference(a: Octets, b: Octets) -> int:
     """See hvreplica.native.first_difference."""
     first, second = _same_length(a, b)
     places = np.flatnonzero(first != second)
     return int(places[0]) if len(places) else -1
 
 
-def changed_runs(a: Buffer, b: Buffer, grain_bytes: int) -> Array:
+def changed_runs(a: Octets, b: Octets, grain_bytes: int) -> Array:
     """See hvreplica.native.changed_runs."""
     first, second = _same_length(a, b)
     return _grain_runs(_grain_flags(first != second, grain_bytes), grain_bytes, len(first))
 
 
-def fingerprints(buffer: Buffer, block_bytes: int, out: Array | None = None) -> Array:
+def fingerprints(buffer: Octets, block_bytes: int, out: Array | None = None) -> Array:
     """See hvreplica.native.fingerprints."""
-    view = memoryview(buffer).cast("B")
+    view = view_of(buffer)
     if block_bytes <= 0:
         message = f"block_bytes must be above 0, not {block_bytes}"
         raise ValueError(message)
@@ -170,30 +170,30 @@ def fingerprints(buffer: Buffer, block_bytes: int, out: Array | None = None) -> 
     return target
 
 
-def _bits(bitmap: Buffer) -> Array:
+def _bits(bitmap: Octets) -> Array:
     return np.unpackbits(_bytes_of(bitmap), bitorder="little")
 
 
-def _change_bits(bitmap: Buffer, first: int, count: int, value: int) -> None:
+def _change_bits(bitmap: Octets, first: int, count: int, value: int) -> None:
     bits = _bits(bitmap)
     if first < 0 or count < 0 or first + count > len(bits):
         message = f"bits {first}..{first + count} are outside of a bitmap of {len(bits)}"
         raise IndexError(message)
     bits[first : first + count] = value
-    memoryview(bitmap).cast("B")[:] = np.packbits(bits, bitorder="little").tobytes()
+    view_of(bitmap)[:] = np.packbits(bits, bitorder="little").tobytes()
 
 
-def bitmap_set(bitmap: Buffer, first: int, count: int) -> None:
+def bitmap_set(bitmap: Octets, first: int, count: int) -> None:
     """See hvreplica.native.bitmap_set."""
     _change_bits(bitmap, first, count, 1)
 
 
-def bitmap_clear(bitmap: Buffer, first: int, count: int) -> None:
+def bitmap_clear(bitmap: Octets, first: int, count: int) -> None:
     """See hvreplica.native.bitmap_clear."""
     _change_bits(bitmap, first, count, 0)
 
 
-def bitmap_runs(bitmap: Buffer, bit_count: int) -> Array:
+def bitmap_runs(bitmap: Octets, bit_count: int) -> Array:
     """See hvreplica.native.bitmap_runs."""
     bits = _bits(bitmap)
     if not 0 <= bit_count <= len(bits):
@@ -202,18 +202,18 @@ def bitmap_runs(bitmap: Buffer, bit_count: int) -> Array:
     return _runs_of(bits[:bit_count].astype(bool))
 
 
-def bitmap_merge(target: Buffer, other: Buffer) -> None:
+def bitmap_merge(target: Octets, other: Octets) -> None:
     """See hvreplica.native.bitmap_merge."""
     first, second = _same_length(target, other)
-    memoryview(target).cast("B")[:] = (first | second).tobytes()
+    view_of(target)[:] = (first | second).tobytes()
 
 
-def bitmap_count(bitmap: Buffer) -> int:
+def bitmap_count(bitmap: Octets) -> int:
     """See hvreplica.native.bitmap_count."""
     return int(_bits(bitmap).sum(dtype=np.uint64))
 
 
-def parse_hrl_entries(block: Buffer, count: int, log_offset: int) -> Array:
+def parse_hrl_entries(block: Octets, count: int, log_offset: int) -> Array:
     """See hvreplica.native.parse_hrl_entries."""
     octets = _bytes_of(block)
     count_max = max(len(octets) - HRL_METADATA_HEADER_BYTES, 0) // HRL_ENTRY_BYTES
@@ -288,7 +288,9 @@ def coalesce(disk_offsets: Array, lengths: Array, log_offsets: Array) -> tuple[A
 
 
 def _pieces(block_map: BlockMap | None, extents: Array) -> Iterator[tuple[int, int | None, int, int]]:
-    """Yield (buffer offset, file offset or None where absent, length, block) for each part of an extent in one block."""
+    """Yield (buffer offset, file offset or None where absent, length, block) for each part of an extent in
+    one block.
+    """
     at = 0
     for row in checked_extents(extents).tolist():
         offset, length = row
@@ -332,9 +334,9 @@ def _read_into(file: BlockFile, view: memoryview, file_offset: int) -> None:
     file.read_into(view, file_offset)
 
 
-def read_extents(file: BlockFile, block_map: BlockMap | None, extents: Array, out: Buffer) -> None:
+def read_extents(file: BlockFile, block_map: BlockMap | None, extents: Array, out: Octets) -> None:
     """See hvreplica.native.read_extents."""
-    view = memoryview(out).cast("B")
+    view = view_of(out)
     _check_length(extents, len(view))
     pieces = list(_pieces(block_map, extents))
     for at, file_offset, length, _ in pieces:
@@ -344,9 +346,9 @@ def read_extents(file: BlockFile, block_map: BlockMap | None, extents: Array, ou
             _read_into(file, view[at : at + length], file_offset)
 
 
-def write_extents(file: BlockFile, block_map: BlockMap | None, extents: Array, data: Buffer) -> None:
+def write_extents(file: BlockFile, block_map: BlockMap | None, extents: Array, data: Octets) -> None:
     """See hvreplica.native.write_extents."""
-    view = memoryview(data).cast("B")
+    view = view_of(data)
     _check_length(extents, len(view))
     _check_present(block_map, extents)
     for at, file_offset, length, _ in _pieces(block_map, extents):

@@ -1,20 +1,22 @@
 """The tables that kernels read and write, and the errors they raise: shared by the facade and its reference.
 
-Extents are C-contiguous int64 or uint64 arrays of shape (n, 2) with rows (offset, length), both in bytes. Kernels that
-find runs return int64; coalesce() returns uint64 as the log's own fields are. Never mix the two in one numpy
-expression: numpy would make floats of them, and offsets above 2**53 would lose bits.
+Extents are C-contiguous int64 or uint64 arrays of shape (n, 2) with rows (offset, length), both in bytes.
+Kernels that find runs return int64; coalesce() returns uint64 as the log's own fields are. Never mix the two
+in one numpy expression: numpy would make floats of them, and offsets above 2**53 would lose bits.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from typing_extensions import Buffer
 
 Array: TypeAlias = "NDArray[Any]"
+Octets: TypeAlias = "Buffer | NDArray[Any]"  # numpy arrays are no Buffer to mypy before Python 3.12
 
 HRL_ENTRY_BYTES = 32  # [MS-HRL] 2.4
 HRL_METADATA_HEADER_BYTES = 32  # [MS-HRL] 2.3
@@ -40,7 +42,8 @@ FILE_OFFSET_MAX = (1 << 63) - 1  # off_t
 
 
 class BadEntry(Exception):
-    """Tell which metadata entry of a block is damaged; the HRL layer turns it into a FormatError with its place.
+    """Tell which metadata entry of a block is damaged; the HRL layer turns it into a FormatError with its
+    place.
 
     index: of the entry in its block. reason: "checksum" or "meta_operation".
     """
@@ -62,18 +65,19 @@ class BlockAbsent(Exception):
 
 
 class BlockMap:
-    """Where each block of the guest's disk stands in its file: raw VHDX BAT entries, read in place by the kernels.
+    """Where each block of the guest's disk stands in its file: raw VHDX BAT entries, read in place by the
+    kernels.
 
-    entries: one-dimensional C-contiguous native uint64 array; kept and not copied, so that a change by its owner is
-    seen by the next call. Guest block b is entries[b + b // chunk_ratio], or entries[b] where chunk_ratio is 0.
-    A block is present where entry & 7 == 6, and then stands at file offset entry & ~0xFFFFF.
-    Thread rule: an entry may change while a call runs only for blocks that the call does not touch.
+    entries: one-dimensional C-contiguous native uint64 array; kept and not copied, so that a change by its
+    owner is seen by the next call. Guest block b is entries[b + b // chunk_ratio], or entries[b] where
+    chunk_ratio is 0. A block is present where entry & 7 == 6, and then stands at file offset entry &
+    ~0xFFFFF. Thread rule: an entry may change while a call runs only for blocks that the call does not touch.
     """
 
     __slots__ = ("block_bytes", "chunk_ratio", "entries")
 
     def __init__(self, entries: Array, block_bytes: int, chunk_ratio: int) -> None:
-        if not isinstance(entries, np.ndarray) or entries.dtype != np.dtype(np.uint64) or entries.ndim != 1:
+        if entries.dtype != np.dtype(np.uint64) or entries.ndim != 1:
             message = "entries must be a one-dimensional array of native uint64"
             raise TypeError(message)
         if not entries.flags.c_contiguous:
@@ -89,7 +93,9 @@ class BlockMap:
         self.chunk_ratio = chunk_ratio
 
     def file_offset(self, block: int) -> int | None:
-        """Return where `block` stands in the file, None where it is absent. Raises: IndexError outside of the map."""
+        """Return where `block` stands in the file, None where it is absent. Raises: IndexError outside of the
+        map.
+        """
         index = block + (block // self.chunk_ratio if self.chunk_ratio else 0)
         if not 0 <= block <= index < len(self.entries):
             message = f"block {block} is outside of the block map"
@@ -98,6 +104,12 @@ class BlockMap:
         if entry & BAT_STATE_MASK != PAYLOAD_BLOCK_FULLY_PRESENT:
             return None
         return entry & BAT_FILE_OFFSET_MASK
+
+
+def view_of(buffer: Octets) -> memoryview:
+    """Return the bytes of a C-contiguous buffer, writable where it is, as a one-dimensional view."""
+    view = memoryview(cast("Buffer", buffer))
+    return view.cast("B") if view.nbytes else memoryview(bytearray())
 
 
 def checked_extents(extents: Array) -> Array:
