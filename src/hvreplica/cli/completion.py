@@ -12,19 +12,20 @@ if TYPE_CHECKING:
     from hvreplica.cli.render import Output
 
 _COMPLETE_VARIABLE = "_HVREPLICA_COMPLETE"
+_HELP = """Print the completion script for a shell; put it where that shell looks:
+
+\b
+hvreplica completion bash > ~/.local/share/bash-completion/completions/hvreplica
+hvreplica completion zsh > ~/.zfunc/_hvreplica
+hvreplica completion fish > ~/.config/fish/completions/hvreplica.fish
+"""
 
 
-@click.command(short_help="Print the completion script for a shell.")
+@click.command(short_help="Print the completion script for a shell.", help=_HELP)
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @verb
 def completion(output: Output, shell: str) -> None:
-    r"""Print the completion script for SHELL.
-
-    \b
-    bash:  hvreplica completion bash > ~/.local/share/bash-completion/completions/hvreplica
-    zsh:   hvreplica completion zsh > ~/.zfunc/_hvreplica
-    fish:  hvreplica completion fish > ~/.config/fish/completions/hvreplica.fish
-    """
+    """Print what the named shell reads."""
     from click.shell_completion import get_completion_class  # noqa: PLC0415
 
     complete = get_completion_class(shell)

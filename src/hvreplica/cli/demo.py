@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,8 +10,9 @@ from typing import TYPE_CHECKING
 import click
 
 from hvreplica.cli.exit import DIFFERENT
-from hvreplica.cli.options import PATH, SIZE, verb
+from hvreplica.cli.options import PATH, SIZE, option, verb
 from hvreplica.errors import StateError
+from hvreplica.files import OS_FILES
 from hvreplica.units import MIB, align_up, format_size
 
 if TYPE_CHECKING:
@@ -25,12 +25,8 @@ SIZE_BYTES_MIN = 32 * MIB
 
 
 @click.command(short_help="Replicate a real disk on this machine and prove both sides equal.")
-@click.option(
-    "--size", "size_bytes", type=SIZE, default="1G", show_default=True, help="Size of the guest's disk."
-)
-@click.option(
-    "--keep", "folder", type=PATH, metavar="DIR", help="Work in DIR, which must be empty, and keep it."
-)
+@option("--size", "size_bytes", type=SIZE, default="1G", show_default=True, help="Size of the guest's disk.")
+@option("--keep", "folder", type=PATH, metavar="DIR", help="Work in DIR, which must be empty, and keep it.")
 @verb
 def demo(output: Output, size_bytes: int, folder: Path | None) -> None:
     """Replicate a real disk on this machine and prove both sides equal.
@@ -60,7 +56,7 @@ def _folder(kept: Path | None) -> Iterator[Path]:
             yield Path(temporary)
         return
     kept.mkdir(parents=True, exist_ok=True)
-    if os.listdir(kept):
+    if OS_FILES.names(kept):
         raise StateError("the folder for the demo is not empty", path=kept, hint="name a new one")
     yield kept
 

@@ -11,8 +11,10 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sysconfig
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from hvreplica import native
@@ -24,7 +26,6 @@ from hvreplica.units import KIB, MIB, align_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
 GRAIN_BYTES = 4 * KIB
 _WINDOW_BYTES = 4 * MIB
@@ -41,7 +42,7 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9._/+-]+")  # what debugfs takes without quo
 class SourceFile(NamedTuple):
     """A file of this machine that the guest gets."""
 
-    path: str
+    path: Path
     length: int
 
 
@@ -139,36 +140,54 @@ def _find_files(budget_bytes: int) -> Iterator[SourceFile]:
     count, left_bytes = 0, budget_bytes
     seen: set[tuple[int, int]] = set()
     for root in dict.fromkeys((sysconfig.get_paths()["stdlib"], "/usr/share", "/usr/lib")):
-        for path in _walk(root):
-            if count >= _FILES_MAX:
+        for path, facts in _regular_files(Path(root)):
+            if count >= _FILES_MAX or left_bytes < GRAIN_BYTES:
                 return
-            try:
-                facts = os.stat(path)
-            except OSError:
-                continue
             identity = (facts.st_dev, facts.st_ino)
             fits = 0 < facts.st_size <= min(left_bytes, _FILE_BYTES_MAX)
-            if not fits or identity in seen or not os.access(path, os.R_OK):
+            if (
+                not fits
+                or identity in seen
+                or not _PLAIN_NAME.fullmatch(os.fspath(path))
+                or not _readable(path)
+            ):
                 continue
             seen.add(identity)
             count, left_bytes = count + 1, left_bytes - facts.st_size
             yield SourceFile(path, facts.st_size)
 
 
-def _walk(root: str) -> Iterator[str]:
-    for folder, folders, names in os.walk(root):
-        folders.sort()
-        for name in sorted(names):
-            path = os.path.join(folder, name)
-            if _PLAIN_NAME.fullmatch(path) and not os.path.islink(path):
-                yield path
+def _regular_files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Yield the files under `folder` in the order of names; follow no links, pass by what cannot be read."""
+    try:
+        names = OS_FILES.names(folder)
+    except OSError:
+        return
+    for name in names:
+        path = folder / name
+        try:
+            facts = path.lstat()
+        except OSError:
+            continue
+        if stat.S_ISDIR(facts.st_mode):
+            yield from _regular_files(path)
+        elif stat.S_ISREG(facts.st_mode):
+            yield path, facts
+
+
+def _readable(path: Path) -> bool:
+    try:
+        OS_FILES.open(path).close()
+    except OSError:
+        return False
+    return True
 
 
 def _make_ext4(image: Path, files: Sequence[SourceFile]) -> None:
     staging = image.with_name("staging")
     try:
         for file in files:
-            target = staging / file.path.lstrip("/")
+            target = staging / file.path.relative_to("/")
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file.path, target)
         _run(["mkfs.ext4", "-q", "-F", "-L", "demo", "-d", os.fspath(staging), os.fspath(image)])
@@ -179,13 +198,8 @@ def _make_ext4(image: Path, files: Sequence[SourceFile]) -> None:
 def _work_in_ext4(image: Path, removed: Sequence[SourceFile], written: Sequence[SourceFile]) -> None:
     commands = [f"rm {file.path}" for file in removed]
     commands += ["mkdir /work", "cd /work"]
-    commands += [
-        f"write {file.path} {index:03}-{os.path.basename(file.path)}" for index, file in enumerate(written)
-    ]
-    script = image.with_name("debugfs.script")
-    script.write_text("\n".join(commands) + "\n", encoding="ascii")
-    _run(["debugfs", "-w", "-f", os.fspath(script), os.fspath(image)])
-    script.unlink()
+    commands += [f"write {file.path} {index:03}-{file.path.name}" for index, file in enumerate(written)]
+    _run(["debugfs", "-w", os.fspath(image)], text="\n".join(commands) + "\n")
 
 
 def _lay_out(image: Path, size_bytes: int, files: Sequence[SourceFile]) -> None:
@@ -196,14 +210,21 @@ def _lay_out(image: Path, size_bytes: int, files: Sequence[SourceFile]) -> None:
     position = 0
     try:
         for file in files:
-            with open(file.path, "rb") as source:
-                data = source.read(file.length)
+            data = _read(file)
             if position + len(data) > size_bytes:
                 break
             target.write(data, position)
             position += align_up(file.length, GRAIN_BYTES) + gap_bytes
     finally:
         target.close()
+
+
+def _read(file: SourceFile) -> bytes:
+    source = OS_FILES.open(file.path)
+    try:
+        return source.read(0, min(file.length, source.size()))
+    finally:
+        source.close()
 
 
 def _scatter_writes(guest: Guest) -> None:
@@ -224,11 +245,12 @@ def _tool(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin:/usr/local/sbin")
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str], *, text: str = "") -> None:
     """Run a tool. Raises: HvReplicaError with its last words if it fails."""
     tool = _tool(command[0]) or command[0]
     done = subprocess.run(
         [tool, *command[1:]],
+        input=text,
         capture_output=True,
         text=True,
         check=False,

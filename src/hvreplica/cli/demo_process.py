@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import hvreplica
 from hvreplica.errors import HvReplicaError
+from hvreplica.files import OS_FILES
+from hvreplica.units import KIB
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 _READY_TIMEOUT_S = 60
 _STOP_TIMEOUT_S = 10
+_LAST_WORDS_BYTES = 4 * KIB
 _KEPT_SETTINGS = frozenset({"HVREPLICA_KERNELS", "HVREPLICA_DEBUG"})
 
 
@@ -29,7 +32,7 @@ class ProcessFailed(HvReplicaError):
 
 @contextlib.contextmanager
 def serving(store: Path, tls: Path, log: Path) -> Iterator[tuple[str, int]]:
-    """Run `serve` on a free port of 127.0.0.1; yield (HOST:PORT, process id), stop it by SIGTERM at the end."""
+    """Run `serve` on a free port of 127.0.0.1; yield (HOST:PORT, process id), SIGTERM it at the end."""
     command = [
         "serve",
         "--store",
@@ -40,7 +43,7 @@ def serving(store: Path, tls: Path, log: Path) -> Iterator[tuple[str, int]]:
         "127.0.0.1:0",
         "--json",
     ]
-    with open(log, "wb") as errors, _process(command, stderr=errors) as process:
+    with _log_file(log) as errors, _process(command, stderr=errors) as process:
         ready = _ready_line(process)
         if ready is None:
             raise ProcessFailed("the server did not start", path=log, hint=_last_words(log))
@@ -127,8 +130,23 @@ def _environment() -> dict[str, str]:
 
 
 def _last_words(log: Path) -> str | None:
+    file = OS_FILES.open(log)
     try:
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    except OSError:
-        return None
+        size_bytes = file.size()
+        start = max(size_bytes - _LAST_WORDS_BYTES, 0)
+        lines = file.read(start, size_bytes - start).decode(errors="replace").strip().splitlines()
+    finally:
+        file.close()
     return f"its last words: {lines[-1]}" if lines else None
+
+
+@contextlib.contextmanager
+def _log_file(path: Path) -> Iterator[int]:
+    """Make the file that a process writes its log to; yield its descriptor."""
+    file = OS_FILES.open(path, create=True)
+    try:
+        descriptor = file.fileno()
+        assert descriptor is not None
+        yield descriptor
+    finally:
+        file.close()

@@ -172,7 +172,7 @@ class Story:
 
 def allocated_bytes(path: Path) -> int:
     """Return the room that a file takes on its file system; holes take none."""
-    return os.stat(path).st_blocks * 512
+    return path.stat().st_blocks * 512
 
 
 def _step_words(step: Step, logs: list[dict[str, str]]) -> str:

@@ -8,7 +8,7 @@ import click
 
 import hvreplica
 from hvreplica.cli.exit import DIFFERENT
-from hvreplica.cli.options import DISK_FORMAT, DISK_TYPE, PATH, SIZE, overwrite_option, verb
+from hvreplica.cli.options import DISK_FORMAT, DISK_TYPE, PATH, SIZE, option, overwrite_option, verb
 from hvreplica.cli.progress import progress_shown
 from hvreplica.units import format_size
 
@@ -54,11 +54,9 @@ def map_(output: Output, file: Path) -> None:
 
 @disk.command()
 @click.argument("file", type=PATH)
-@click.option("--size", "size_bytes", type=SIZE, required=True, help="Size of the disk, as in 10G.")
-@click.option(
-    "--format", "format_", type=DISK_FORMAT, default="vhdx", show_default=True, help="Format of FILE."
-)
-@click.option(
+@option("--size", "size_bytes", type=SIZE, required=True, help="Size of the disk, as in 10G.")
+@option("--format", "format_", type=DISK_FORMAT, default="vhdx", show_default=True, help="Format of FILE.")
+@option(
     "--type",
     "type_",
     type=DISK_TYPE,
@@ -66,7 +64,7 @@ def map_(output: Output, file: Path) -> None:
     show_default=True,
     help="dynamic grows as it is written; fixed holds every block from the start.",
 )
-@click.option("--block-size", "block_bytes", type=SIZE, help="Block of a VHDX: a power of 2 from 1M to 256M.")
+@option("--block-size", "block_bytes", type=SIZE, help="Block of a VHDX: a power of 2 from 1M to 256M.")
 @overwrite_option
 @verb
 def create(
@@ -90,11 +88,9 @@ def create(
 @disk.command(short_help="Copy a disk to another format or type.")
 @click.argument("source", type=PATH, metavar="A")
 @click.argument("target", type=PATH, metavar="B")
-@click.option(
-    "--format", "format_", type=DISK_FORMAT, help="Format of B.  [default: by its name, .vhdx or raw]"
-)
-@click.option("--type", "type_", type=DISK_TYPE, default="dynamic", show_default=True, help="Type of a VHDX.")
-@click.option("--block-size", "block_bytes", type=SIZE, help="Block of a VHDX: a power of 2 from 1M to 256M.")
+@option("--format", "format_", type=DISK_FORMAT, help="Format of B.  [default: by its name, .vhdx or raw]")
+@option("--type", "type_", type=DISK_TYPE, default="dynamic", show_default=True, help="Type of a VHDX.")
+@option("--block-size", "block_bytes", type=SIZE, help="Block of a VHDX: a power of 2 from 1M to 256M.")
 @overwrite_option
 @verb
 def convert(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -61,6 +62,25 @@ class AddressType(TextParameter):
         return text
 
 
+class VerbOption(click.Option):
+    """An option whose environment variable is named as the option is, not as the function's parameter."""
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        """Return the value of the named variable, else of HVREPLICA_<VERB>_<OPTION>; empty counts as none."""
+        named = click.Parameter.resolve_envvar_value(self, ctx)
+        if named is not None or ctx.auto_envvar_prefix is None:
+            return named
+        return os.environ.get(variable_name(self, ctx.auto_envvar_prefix)) or None
+
+
+def variable_name(option: click.Option, prefix: str) -> str:
+    """Return the environment variable of an option of the verb whose variables start with `prefix`."""
+    spelling = max(option.opts, key=len).lstrip("-")
+    return f"{prefix}_{spelling}".upper().replace("-", "_")
+
+
+option = functools.partial(click.option, cls=VerbOption)
+
 SIZE = SizeType()
 ADDRESS = AddressType()
 PATH = click.Path(path_type=Path)
@@ -74,7 +94,7 @@ def verb(function: Callable[..., R]) -> Callable[..., R]:
     Both act as soon as they are read, so that an error in a later option is already told in the right form.
     """
 
-    @click.option(
+    @option(
         "--json",
         is_flag=True,
         expose_value=False,
@@ -83,7 +103,7 @@ def verb(function: Callable[..., R]) -> Callable[..., R]:
         envvar="HVREPLICA_JSON",
         help="Write the answer, and an error, as JSON.",
     )
-    @click.option(
+    @option(
         "-q",
         "--quiet",
         is_flag=True,
@@ -103,7 +123,7 @@ def verb(function: Callable[..., R]) -> Callable[..., R]:
 
 def store_option(function: Callable[P, R]) -> Callable[P, R]:
     """Add --store."""
-    return click.option(
+    return option(
         "--store",
         type=PATH,
         required=True,
@@ -115,7 +135,7 @@ def store_option(function: Callable[P, R]) -> Callable[P, R]:
 
 def tls_option(function: Callable[P, R]) -> Callable[P, R]:
     """Add --tls."""
-    return click.option(
+    return option(
         "--tls",
         type=PATH,
         required=True,
@@ -127,14 +147,14 @@ def tls_option(function: Callable[P, R]) -> Callable[P, R]:
 
 def vm_option(function: Callable[P, R]) -> Callable[P, R]:
     """Add --vm."""
-    return click.option("--vm", required=True, envvar="HVREPLICA_VM", metavar="NAME", help="The VM's name.")(
+    return option("--vm", required=True, envvar="HVREPLICA_VM", metavar="NAME", help="The VM's name.")(
         function
     )
 
 
 def overwrite_option(function: Callable[P, R]) -> Callable[P, R]:
     """Add --overwrite."""
-    return click.option("--overwrite", is_flag=True, help="Replace a file that is already there.")(function)
+    return option("--overwrite", is_flag=True, help="Replace a file that is already there.")(function)
 
 
 def _switch(name: str) -> Callable[[click.Context, click.Parameter, bool], None]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 import hvreplica
-from hvreplica.cli.options import DISK_FORMAT, PATH, overwrite_option, store_option, verb, vm_option
+from hvreplica.cli.options import DISK_FORMAT, PATH, option, overwrite_option, store_option, verb, vm_option
 from hvreplica.cli.progress import progress_shown
 
 if TYPE_CHECKING:
@@ -34,12 +34,10 @@ def list_(output: Output, store: Path, vm: str) -> None:
 @point.command(short_help="Copy a disk at a point to a file of its own.")
 @store_option
 @vm_option
-@click.option("--point", metavar="ID", help="The recovery point.  [default: the newest]")
-@click.option(
-    "--disk", type=click.IntRange(min=0), default=0, show_default=True, help="Which disk of the VM."
-)
-@click.option("--output", "target", type=PATH, required=True, metavar="FILE", help="The new disk.")
-@click.option(
+@option("--point", metavar="ID", help="The recovery point.  [default: the newest]")
+@option("--disk", type=click.IntRange(min=0), default=0, show_default=True, help="Which disk of the VM.")
+@option("--output", "target", type=PATH, required=True, metavar="FILE", help="The new disk.")
+@option(
     "--format", "format_", type=DISK_FORMAT, default="vhdx", show_default=True, help="Format of the new disk."
 )
 @overwrite_option

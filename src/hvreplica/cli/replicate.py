@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import hvreplica
-from hvreplica.cli.options import ADDRESS, PATH, tls_option, verb, vm_option
+from hvreplica.cli.options import ADDRESS, PATH, option, tls_option, verb, vm_option
 from hvreplica.cli.progress import progress_shown
 from hvreplica.units import format_size
 
@@ -26,7 +26,7 @@ _HEADLINES = {
 
 @click.command(short_help="Bring the replica of a VM up to date.")
 @vm_option
-@click.option(
+@option(
     "--disk",
     "disks",
     type=PATH,
@@ -35,7 +35,7 @@ _HEADLINES = {
     metavar="FILE",
     help="A disk of the VM; repeat it for each one, always in the same order.",
 )
-@click.option(
+@option(
     "--to",
     type=ADDRESS,
     required=True,
@@ -44,7 +44,7 @@ _HEADLINES = {
     help="Where `serve` listens.",
 )
 @tls_option
-@click.option(
+@option(
     "--state",
     type=PATH,
     required=True,
@@ -52,22 +52,22 @@ _HEADLINES = {
     metavar="DIR",
     help="What this side remembers between runs; made where it is absent, never shared by two VMs' copies.",
 )
-@click.option("--once", is_flag=True, help="Run one cycle and end.")
-@click.option(
+@option("--once", is_flag=True, help="Run one cycle and end.")
+@option(
     "--compression",
     type=click.Choice(["auto", "zstd", "lz4", "none"]),
     default="auto",
     show_default=True,
     help="auto picks per frame what link and processor can do.",
 )
-@click.option(
+@option(
     "--connections",
     type=click.IntRange(1, 16),
     default=2,
     show_default=True,
     help="Parallel connections for data.",
 )
-@click.option(
+@option(
     "--takeover", is_flag=True, help="Become the VM's primary although another one owns it at the replica."
 )
 @verb

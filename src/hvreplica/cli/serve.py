@@ -12,7 +12,7 @@ import click
 
 import hvreplica
 from hvreplica.cli.exit import INTERRUPTED, Signalled
-from hvreplica.cli.options import ADDRESS, store_option, tls_option, verb
+from hvreplica.cli.options import ADDRESS, option, store_option, tls_option, verb
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,7 +38,7 @@ class StoppableServer(Protocol):
 
 @click.command(short_help="Receive VMs into a store.")
 @store_option
-@click.option(
+@option(
     "--listen",
     type=ADDRESS,
     default="127.0.0.1:8084",
@@ -47,14 +47,14 @@ class StoppableServer(Protocol):
     help="Where primaries connect; port 0 picks a free one.",
 )
 @tls_option
-@click.option(
+@option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
     default="info",
     show_default=True,
     help="What is logged to stderr.",
 )
-@click.option("--log-json", is_flag=True, help="Log one JSON object a line.")
+@option("--log-json", is_flag=True, help="Log one JSON object a line.")
 @verb
 def serve(output: Output, *, store: Path, listen: str, tls: Path, log_level: str, log_json: bool) -> None:
     """Receive VMs into the store at DIR.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 import hvreplica
-from hvreplica.cli.options import PATH, verb
+from hvreplica.cli.options import PATH, option, verb
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,7 +22,7 @@ def tls() -> None:
 
 @tls.command(short_help="Make certificates for a first try.")
 @click.argument("folder", type=PATH, metavar="DIR")
-@click.option(
+@option(
     "--name",
     "names",
     multiple=True,
@@ -41,10 +41,8 @@ def init(output: Output, folder: Path, names: tuple[str, ...]) -> None:
 
 @tls.command(short_help="Let a certificate write VMs.")
 @click.argument("folder", type=PATH, metavar="DIR")
-@click.option(
-    "--certificate", required=True, metavar="ID", help='"sha256:…" of a certificate, or its common name.'
-)
-@click.option(
+@option("--certificate", required=True, metavar="ID", help='"sha256:…" of a certificate, or its common name.')
+@option(
     "--vm",
     "patterns",
     required=True,
