@@ -2,7 +2,8 @@
 """Write the generated parts of docs/ from the code, or with --check say which are stale.
 
 - docs/errors.md: whole, from hvreplica.errors
-- docs/formats/*.md: the table under each "### name (n bytes, spec)" heading, from the LAYOUTS of hvreplica.formats
+- docs/formats/*.md: the table under each "### name (n bytes, spec)" heading, from LAYOUTS in
+  hvreplica.formats
 - docs/cli/*.md: whole, from the commands' own help
 """
 
@@ -18,10 +19,11 @@ from typing import TYPE_CHECKING
 import hvreplica.formats
 from hvreplica import errors
 from hvreplica.cli.exit import CODES
-from hvreplica.formats.layout import Layout
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from hvreplica.formats.layout import Layout
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -32,10 +34,10 @@ _ERRORS_TOP = """# Errors and exit codes
 
 <!-- Made by scripts/make_docs.py from src/hvreplica/errors.py: edit that. -->
 
-Every error of ours says what is wrong, in which file or with which peer, at which offset and field, what was expected
-and what was found, and what to do next. The command line prints it as one line and a hint on stderr (with `--json` as
-an object on stdout) and ends with the code of its class. In Python, catch `HvReplicaError` for all, a family for one
-kind, or a class for one reason. *Retryable* means that the same call may succeed later without any change by you.
+Every error of ours says what is wrong, in which file or with which peer, at which offset and field, what was
+expected and what was found, and what to do next. The command line tells it on stderr and ends with the code
+of its class. In Python, catch `HvReplicaError` for all, a family for one kind, or a class for one reason.
+*Retryable* means that the same call may succeed later without any change by you.
 """
 _ERRORS_OTHERS = """
 ## Other codes
@@ -51,7 +53,9 @@ A code keeps its meaning for ever; a new reason gets a new code inside its famil
 def error_classes() -> Iterator[tuple[int, type[errors.HvReplicaError]]]:
     """Yield (depth, class) of the whole tree, parents first, by exit code."""
 
-    def below(parent: type[errors.HvReplicaError], depth: int) -> Iterator[tuple[int, type[errors.HvReplicaError]]]:
+    def below(
+        parent: type[errors.HvReplicaError], depth: int
+    ) -> Iterator[tuple[int, type[errors.HvReplicaError]]]:
         yield depth, parent
         for child in sorted(parent.__subclasses__(), key=lambda each: each.exit_code):
             if child.__module__ == errors.__name__:
@@ -69,7 +73,9 @@ def errors_page() -> str:
             parts.append("\n| code | class | retryable | meaning |\n|---:|---|---|---|\n")
             sentence = "any error of ours without a code of its own"
         elif depth == 1:
-            parts.append(f"\n## {each.__name__}\n\n| code | class | retryable | meaning |\n|---:|---|---|---|\n")
+            parts.append(
+                f"\n## {each.__name__}\n\n| code | class | retryable | meaning |\n|---:|---|---|---|\n"
+            )
         retryable = "yes" if each.retryable else ""
         parts.append(f"| {each.exit_code} | `{each.__name__}` | {retryable} | {sentence} |\n")
     parts.append(_ERRORS_OTHERS)

@@ -33,10 +33,8 @@ class Source:
 
     def comments(self) -> list[tuple[int, str]]:
         """Return (line, text) of every comment and docstring."""
-        found = []
-        for token in tokenize.generate_tokens(io.StringIO(self.text).readline):
-            if token.type == tokenize.COMMENT:
-                found.append((token.start[0], token.string))
+        tokens = tokenize.generate_tokens(io.StringIO(self.text).readline)
+        found = [(token.start[0], token.string) for token in tokens if token.type == tokenize.COMMENT]
         for node in ast.walk(self.tree):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
                 text = ast.get_docstring(node, clean=False)

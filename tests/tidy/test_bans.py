@@ -50,13 +50,64 @@ CALLS = {
     "io.open": [],
 }
 OS_FILE_CALLS = frozenset(
-    "open read write pread pwrite preadv pwritev sendfile copy_file_range lseek fsync fdatasync truncate ftruncate "
-    "rename renames replace remove unlink mkdir makedirs rmdir removedirs listdir scandir walk stat lstat fstat "
-    "statvfs chmod chown utime link symlink readlink access posix_fallocate urandom getrandom".split()
+    [
+        "open",
+        "read",
+        "write",
+        "pread",
+        "pwrite",
+        "preadv",
+        "pwritev",
+        "sendfile",
+        "copy_file_range",
+        "lseek",
+        "fsync",
+        "fdatasync",
+        "truncate",
+        "ftruncate",
+        "rename",
+        "renames",
+        "replace",
+        "remove",
+        "unlink",
+        "mkdir",
+        "makedirs",
+        "rmdir",
+        "removedirs",
+        "listdir",
+        "scandir",
+        "walk",
+        "stat",
+        "lstat",
+        "fstat",
+        "statvfs",
+        "chmod",
+        "chown",
+        "utime",
+        "link",
+        "symlink",
+        "readlink",
+        "access",
+        "posix_fallocate",
+        "urandom",
+        "getrandom",
+    ]
 )
 PATH_FILE_CALLS = frozenset(
-    "read_text read_bytes write_text write_bytes touch iterdir rglob is_file is_dir rmdir hardlink_to "
-    "symlink_to".split()
+    [
+        "read_text",
+        "read_bytes",
+        "write_text",
+        "write_bytes",
+        "touch",
+        "iterdir",
+        "rglob",
+        "is_file",
+        "is_dir",
+        "rmdir",
+        "hardlink_to",
+        "symlink_to",
+    ]
 )
 NOT_FILES = {  # os calls on descriptors that are not files
     ("cli/render.py", "open"),  # /dev/null in the place of a stdout that nobody reads
@@ -65,7 +116,22 @@ NOT_FILES = {  # os calls on descriptors that are not files
 }
 FORMATS_BANNED = {"os", "time", "logging", "pathlib", "threading", "hvreplica.files", "hvreplica.clock"}
 MUTATORS = frozenset(
-    "append extend insert remove pop popitem clear update setdefault add discard sort reverse appendleft".split()
+    [
+        "append",
+        "extend",
+        "insert",
+        "remove",
+        "pop",
+        "popitem",
+        "clear",
+        "update",
+        "setdefault",
+        "add",
+        "discard",
+        "sort",
+        "reverse",
+        "appendleft",
+    ]
 )
 
 

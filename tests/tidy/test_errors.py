@@ -11,7 +11,9 @@ from scripts.make_docs import error_classes
 
 def test_exit_codes_are_unique() -> None:
     codes = [each.exit_code for _, each in error_classes()]
-    codes += [code for code, _, _ in CODES if code not in {errors.IO_ERROR_EXIT_CODE, errors.NO_SPACE_EXIT_CODE}]
+    codes += [
+        code for code, _, _ in CODES if code not in {errors.IO_ERROR_EXIT_CODE, errors.NO_SPACE_EXIT_CODE}
+    ]
     codes += [errors.IO_ERROR_EXIT_CODE, errors.NO_SPACE_EXIT_CODE]
     assert sorted(codes) == sorted(set(codes))
 
@@ -34,7 +36,13 @@ def test_every_error_says_what_it_means() -> None:
 
 def test_message_carries_place_values_and_section() -> None:
     error = errors.BadSignature(
-        "not a VHDX", offset=65536, field="signature", expected="head", actual="haed", spec="[MS-VHDX] 2.2.2", hint="x"
+        "not a VHDX",
+        offset=65536,
+        field="signature",
+        expected="head",
+        actual="haed",
+        spec="[MS-VHDX] 2.2.2",
+        hint="x",
     ).at("a.vhdx")
     text = str(error.at("b.vhdx"))
     assert text == (

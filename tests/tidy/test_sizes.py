@@ -13,14 +13,18 @@ POSITIONAL_MAX = 5
 MODULE_NAMES_BANNED = {"util", "utils", "helper", "helpers", "common", "manager", "misc"}
 NAMES_BANNED = {"tmp", "data2", "pos", "off", "buf2"}  # a number says of what and in which unit
 OPEN_ENDS = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
-HISTORY = re.compile(r"\b(previously|formerly|used to be|was changed|in the past|legacy code)\b", re.IGNORECASE)
+HISTORY = re.compile(
+    r"\b(previously|formerly|used to be|was changed|in the past|legacy code)\b", re.IGNORECASE
+)
 PRIVATE_PATHS = re.compile(r"(?<![\w.])/(?:work|home|root|Users)/\w")
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".c", ".h", ".sh", ".yml", ".yaml", ".txt", ".cfg", ""}
 TEXT_FOLDERS = ("src", "native", "docs", "scripts", "bench", "tests", "changelog.d", ".ci")
 
 
 def functions(source: Source) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
-    return [node for node in ast.walk(source.tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    return [
+        node for node in ast.walk(source.tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
 
 
 def function_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
@@ -32,14 +36,16 @@ def function_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def is_click_command(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """click passes options by name, so that their order means nothing."""
+    """Click passes options by name, so that their order means nothing."""
     text = " ".join(ast.unparse(decorator) for decorator in node.decorator_list)
     return "option" in text or "argument" in text or "command" in text
 
 
 def test_modules_are_short() -> None:
     everything = sources("src/hvreplica", "tests", "scripts", "bench", "native")
-    long = [f"{source.path}: {source.lines} lines" for source in everything if source.lines > MODULE_LINES_MAX]
+    long = [
+        f"{source.path}: {source.lines} lines" for source in everything if source.lines > MODULE_LINES_MAX
+    ]
     assert not long, "\n".join(long)
 
 

@@ -1,0 +1,7 @@
+"""Every fuzzer of the project."""
+
+from __future__ import annotations
+
+from tests.fuzz import targets_hrl, targets_text, targets_vhdx, targets_wire
+
+FUZZERS = (*targets_vhdx.FUZZERS, *targets_hrl.FUZZERS, *targets_wire.FUZZERS, *targets_text.FUZZERS)
