@@ -18,7 +18,7 @@ from hvreplica.cli.demo import demo
 from hvreplica.cli.disk import disk
 from hvreplica.cli.log import log
 from hvreplica.cli.point import point
-from hvreplica.cli.render import Output, silence_output, write_error
+from hvreplica.cli.render import Output, nobody_reads, silence_output, write_error
 from hvreplica.cli.replicate import replicate
 from hvreplica.cli.serve import serve
 from hvreplica.cli.store import store
@@ -67,6 +67,11 @@ class Program(click.Group):
             return exits.INTERRUPTED
         except click.ClickException as error:
             return _tell_usage(error, output)
+        except BrokenPipeError as error:
+            if not nobody_reads():
+                return _tell(error, output)
+            silence_output()
+            return exits.OUTPUT_CLOSED
         except Exception as error:
             return _tell(error, output)
         return code
@@ -87,10 +92,7 @@ class Program(click.Group):
 def _tell(error: Exception, output: Output) -> int:
     try:
         output.flush()
-    except exits.OutputClosed:  # click's own writing of a help text ends here too
-        silence_output()
-        return exits.OUTPUT_CLOSED
-    except OSError:
+    except (OSError, exits.OutputClosed):
         silence_output()
     failure = exits.describe(error)
     trace = None
