@@ -1,0 +1,1 @@
+"""VHDX without a parent: open, replay, read, allocate, log, write and create."""

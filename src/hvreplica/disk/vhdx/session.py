@@ -1,0 +1,204 @@
+"""One writing session of a VHDX: header identity, allocation, and the flush that makes both last.
+
+    open for writing   nothing is changed, but a log that is not empty is replayed and cleared
+    first change       headers get new GUIDs and are durable; what lies behind the last block is cut off
+    ...                blocks are allocated in memory; the file grows by zeros
+    flush              payload synced, changed BAT sectors through the log, places of freed blocks punched
+    clear              log emptied: any other program opens the file
+
+Crash safety rests on two facts. A place is handed out only if it reads as zeros (grown, or zeroed after the
+flush that freed it), so a BAT entry may become durable before its payload. And flush() copies the changed
+entries before it syncs payload, so an entry never becomes durable before the zeros it points to.
+
+Thread rule: allocate(), discard() and begin() from any thread; flush() from one at a time (it locks itself).
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hvreplica.disk.vhdx.ring import FileSizes, LogRing
+from hvreplica.disk.vhdx.space import Space
+from hvreplica.formats.vhdx_bat import PayloadState, is_present, offsets_of, states_of
+from hvreplica.units import MIB
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from hvreplica.clock import Clock
+    from hvreplica.disk.vhdx.bat import Bat
+    from hvreplica.disk.vhdx.headers import Headers
+    from hvreplica.disk.vhdx.image import Image
+    from hvreplica.files import BlockFile
+
+_NEW_LOG_BYTES = MIB
+# Absent states whose content is only *allowed* to be zeros: explicit zeros turn them into PAYLOAD_BLOCK_ZERO.
+_LOOSE_STATES = (
+    PayloadState.PAYLOAD_BLOCK_UNDEFINED,
+    PayloadState.PAYLOAD_BLOCK_UNMAPPED,
+    PayloadState.PAYLOAD_BLOCK_UNMAPPED_V095,
+)
+
+
+class WriteSession:
+    """What is needed to change one VHDX.
+
+    File_write_guid: that of this session, if the headers have it already.
+    """
+
+    def __init__(self, file: BlockFile, headers: Headers, image: Image, bat: Bat, clock: Clock) -> None:
+        self._file = file
+        self._headers = headers
+        self._image = image
+        self._bat = bat
+        self._clock = clock
+        self._lock = threading.Lock()  # allocation: bat, space, the flags below
+        self._flush_lock = threading.Lock()
+        self._space: Space | None = None
+        self._ring: LogRing | None = None
+        self._unsynced = False
+        self._failure: BaseException | None = None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything may have been changed."""
+        return self._space is not None
+
+    def begin(self) -> None:
+        """Make the file ready for its first change.
+
+        Does nothing later. Raises: the error that ended the session.
+        """
+        if self._failure is not None:
+            raise self._failure
+        if self._space is None:
+            with self._lock:
+                self._begin_once()
+
+    def _begin_once(self) -> None:
+        if self._space is not None:
+            return  # another thread was first
+        try:
+            self._space = self._begin()
+        except BaseException as error:
+            self._failure = error
+            raise
+
+    def _begin(self) -> Space:
+        """Change identity before content. Spec: [MS-VHDX] 2.2.2.1, and 2.2.2 for DataWriteGuid."""
+        self._bat.check_all()
+        self._headers.update(file_write_guid=self._clock.guid(), data_write_guid=self._clock.guid())
+        keep_tail = self._image.parameters.leave_blocks_allocated
+        space = Space(
+            block_bytes=self._image.parameters.block_bytes,
+            used=self._used(),
+            file_bytes=self._file.size(),
+            keep_tail=keep_tail,
+        )
+        if self._headers.current.log_length == 0:
+            # Legal while LogGuid is zero, but then there is no way to change the BAT: give the file a log.
+            log_offset, space.end = space.end, space.end + _NEW_LOG_BYTES
+            self._file.resize(space.end)
+            self._file.sync()
+            self._headers.update(log_offset=log_offset, log_length=_NEW_LOG_BYTES)
+        if self._file.size() != space.end:
+            # A shorter file is not possible here; what is cut off is in no use, and growth then reads as
+            # zeros.
+            self._file.resize(space.end)
+        return space
+
+    def _used(self) -> NDArray[np.int64]:
+        rows = [(file_offset, length) for file_offset, length, _ in self._image.structures]
+        block_bytes = self._image.parameters.block_bytes
+        size = self._file.size()
+        anchors = self._bat.anchors()
+        anchors = anchors[(anchors > 0) & (anchors <= size - block_bytes)]
+        blocks = np.concatenate((self._bat.places(is_present), anchors))
+        lengths = np.full(len(blocks), block_bytes, np.int64)
+        return np.concatenate((np.array(rows, np.int64), np.column_stack((blocks, lengths))))
+
+    def changed(self) -> None:
+        """Say that payload was written; called after the write and before it returns to its caller."""
+        self._unsynced = True
+
+    def allocate(self, blocks: NDArray[np.int64]) -> None:
+        """Give each of `blocks`, unique, a place that reads as zeros, unless it has one. After begin()."""
+        space = self._begun()
+        with self._lock:
+            blocks = blocks[~self._bat.present(blocks)]
+            if not len(blocks):
+                return
+            taken = space.take(len(blocks))
+            for file_offset in taken.stale:
+                self._file.zero(file_offset, self._image.parameters.block_bytes)
+            if space.end > self._file.size():
+                self._file.resize(space.end)
+            self._bat.place(blocks, taken.offsets)
+
+    def discard(self, blocks: NDArray[np.int64]) -> None:
+        """Make `blocks`, unique, read as zeros without a place of their own. After begin()."""
+        space = self._begun()
+        with self._lock:
+            entries = self._bat.entries_of(blocks)
+            # PAYLOAD_BLOCK_ZERO is the only absent state that every reader must show as zeros.
+            self._bat.set_state(blocks, PayloadState.PAYLOAD_BLOCK_ZERO)
+            space.release(offsets_of(entries[is_present(entries)]))
+
+    def settle(self, blocks: NDArray[np.int64]) -> None:
+        """Make those of `blocks` read as zeros everywhere that are absent in a state which only allows zeros.
+
+        A block that another thread has just allocated is left alone. After begin().
+        """
+        with self._lock:
+            loose = np.unique(blocks[np.isin(states_of(self._bat.entries_of(blocks)), _LOOSE_STATES)])
+            if len(loose):
+                self._bat.set_state(loose, PayloadState.PAYLOAD_BLOCK_ZERO)
+
+    def flush(self) -> None:
+        """Make all that was written before durable.
+
+        A failure ends the session: every later call raises it.
+        """
+        with self._flush_lock:
+            if self._failure is not None:
+                raise self._failure
+            if self._space is None or not (self._unsynced or self._bat.is_dirty):
+                return
+            try:
+                self._flush(self._space)
+            except BaseException as error:
+                self._failure = error
+                raise
+
+    def _flush(self, space: Space) -> None:
+        with self._lock:
+            # Whoever writes from here on sets it again; whoever wrote before is covered by the sync below.
+            self._unsynced = False
+            file_offsets, data = self._bat.take_dirty()
+            released = space.begin_flush()
+            sizes = FileSizes(flushed_bytes=self._file.size(), last_bytes=space.end)
+        self._file.sync()
+        if len(file_offsets):
+            if self._ring is None:
+                self._ring = LogRing(self._file, self._headers, self._clock.guid())
+            self._ring.commit(file_offsets, data, sizes)
+        if len(released):
+            for file_offset, length in space.ranges(released).tolist():
+                self._file.zero(file_offset, length)
+            with self._lock:
+                space.end_flush(released)
+
+    def clear(self) -> None:
+        """Flush, and empty the log."""
+        self.flush()
+        with self._flush_lock:
+            if self._ring is not None:
+                self._ring.clear()
+
+    def _begun(self) -> Space:
+        if self._space is None:
+            raise AssertionError("begin() comes first")
+        return self._space
