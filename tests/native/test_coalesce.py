@@ -11,7 +11,9 @@ from hvreplica import native
 from hvreplica.native import reference
 
 DISK_BYTES = 200
-writes = st.lists(st.tuples(st.integers(0, DISK_BYTES - 40), st.integers(0, 40), st.integers(0, 500)), max_size=40)
+writes = st.lists(
+    st.tuples(st.integers(0, DISK_BYTES - 40), st.integers(0, 40), st.integers(0, 500)), max_size=40
+)
 huge = st.tuples(st.integers(0, 1 << 62), st.integers(0, 1 << 61), st.integers(0, 1 << 62))
 
 
@@ -91,7 +93,9 @@ def test_a_million_random_writes_equal_a_disk_of_sectors() -> None:
         np.maximum.at(newest, starts[reach] + step, np.flatnonzero(reach))
     written = newest >= 0
     expected = np.where(written, logs[newest] + np.arange(sectors) - starts[newest], -1)
-    disk, sizes, log = (column.astype(np.int64) // 512 for column in native.coalesce(starts * 512, lengths * 512, logs * 512))
+    disk, sizes, log = (
+        column.astype(np.int64) // 512 for column in native.coalesce(starts * 512, lengths * 512, logs * 512)
+    )
     found = np.full(sectors, -1, np.int64)
     places = np.repeat(disk - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum())
     found[places] = np.repeat(log - disk, sizes) + places

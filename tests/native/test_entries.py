@@ -14,7 +14,9 @@ from hvreplica import native
 from hvreplica.native import reference
 
 # [MS-HRL] v6.0 section 3, a log that Hyper-V wrote, as numbers: (id, length, byte offset, time stamp, checksum).
-EXAMPLE = json.loads((Path(__file__).parent / "vectors" / "ms-hrl-example.json").read_text(encoding="utf-8"))["entries"]
+EXAMPLE = json.loads((Path(__file__).parent / "vectors" / "ms-hrl-example.json").read_text(encoding="utf-8"))[
+    "entries"
+]
 
 u32 = st.integers(0, 0xFFFFFFFF)
 rows_of_entries = st.lists(st.tuples(st.integers(0, (1 << 64) - 1), u32, u32), max_size=140)
@@ -48,7 +50,9 @@ def test_the_specification_example_parses_to_its_numbers() -> None:
 
 
 def test_packed_fields_stand_where_the_specification_puts_them() -> None:
-    packed = native.pack_hrl_entries(np.array([[0x0807060504030201, 0x14131211]]), 0x24232221, np.array([0x34333231]))
+    packed = native.pack_hrl_entries(
+        np.array([[0x0807060504030201, 0x14131211]]), 0x24232221, np.array([0x34333231])
+    )
     assert packed[:8] == bytes([1, 2, 3, 4, 5, 6, 7, 8])
     assert packed[12:16] == bytes([0x11, 0x12, 0x13, 0x14])
     assert packed[16:20] == bytes([0x21, 0x22, 0x23, 0x24])
@@ -67,7 +71,9 @@ def test_what_is_packed_parses_back_and_equals_the_reference(
     assert packed == reference.pack_hrl_entries(extents, time_stamp, checksums)
     entries = native.parse_hrl_entries(bytes(32) + packed, len(rows), log_offset)
     assert entries.dtype == native.HRL_ENTRY
-    assert entries.tobytes() == reference.parse_hrl_entries(bytes(32) + packed, len(rows), log_offset).tobytes()
+    assert (
+        entries.tobytes() == reference.parse_hrl_entries(bytes(32) + packed, len(rows), log_offset).tobytes()
+    )
     assert entries["byte_offset"].tolist() == [row[0] for row in rows]
     assert entries["data_checksum"].tolist() == [row[2] for row in rows]
 
@@ -108,7 +114,9 @@ def test_an_operation_that_is_no_write_is_refused() -> None:
         assert (caught.value.reason, caught.value.expected, caught.value.actual) == ("meta_operation", 1, 2)
 
 
-@pytest.mark.parametrize(("length", "count"), [(0, 1), (31, 1), (63, 1), (64, 2), (4096, 128), (64, -1), (64, 1 << 64)])
+@pytest.mark.parametrize(
+    ("length", "count"), [(0, 1), (31, 1), (63, 1), (64, 2), (4096, 128), (64, -1), (64, 1 << 64)]
+)
 def test_a_block_too_short_for_its_entries_is_refused(length: int, count: int) -> None:
     for side in (native, reference):
         with pytest.raises(ValueError, match="room for"):

@@ -53,7 +53,9 @@ def noise(rng: random.Random, length: int) -> bytes:
         (bytes(range(32)), 0x46DD794E),
         (bytes(range(31, -1, -1)), 0x113FDB5C),
         (
-            bytes.fromhex("01c00000" + "00" * 12 + "14000000" + "00000400" + "00000014" + "00000018" + "28" + "00" * 7)
+            bytes.fromhex(
+                "01c00000" + "00" * 12 + "14000000" + "00000400" + "00000014" + "00000018" + "28" + "00" * 7
+            )
             + bytes.fromhex("02" + "00" * 7),
             0xD9963A56,
         ),
@@ -67,7 +69,9 @@ def test_crc32c_of_rfc_3720_vectors_is_theirs(kernels: Kernels, data: bytes, exp
     assert reference.crc32c(data) == expected
 
 
-def test_crc32c_at_every_edge_and_alignment_equals_the_reference(kernels: Kernels, rng: random.Random) -> None:
+def test_crc32c_at_every_edge_and_alignment_equals_the_reference(
+    kernels: Kernels, rng: random.Random
+) -> None:
     data = noise(rng, max(EDGES) + 64)
     for length in EDGES:
         for start in (0, 1, 7, 33):
@@ -116,7 +120,9 @@ def test_byte_sums_refuse_lengths_that_do_not_add_up(kernels: Kernels, lengths: 
         kernels.byte_sums(bytes(7), array)
 
 
-def test_fingerprints_of_all_lengths_to_5000_are_those_of_xxhash(kernels: Kernels, rng: random.Random) -> None:
+def test_fingerprints_of_all_lengths_to_5000_are_those_of_xxhash(
+    kernels: Kernels, rng: random.Random
+) -> None:
     data = noise(rng, 5001)
     for length in range(1, 5001):
         start = length % 2
@@ -206,7 +212,9 @@ def test_first_difference_finds_every_place(kernels: Kernels, rng: random.Random
 
 @per_variant
 @given(data=sparse_bytes, flips=st.lists(st.integers(0, 1 << 20), max_size=8), grain_bytes=grains)
-def test_changed_runs_equal_the_reference(kernels: Kernels, data: bytes, flips: list[int], grain_bytes: int) -> None:
+def test_changed_runs_equal_the_reference(
+    kernels: Kernels, data: bytes, flips: list[int], grain_bytes: int
+) -> None:
     other = bytearray(data)
     for flip in flips:
         if other:
@@ -287,8 +295,12 @@ def test_bitmap_set_and_clear_equal_the_reference(
         assert mine == theirs
 
 
-@pytest.mark.parametrize(("first", "count"), [(-1, 1), (0, -1), (0, 65), (64, 1), (65, 0), (1 << 64, 1), (1, 1 << 64)])
-def test_bitmap_change_outside_is_an_error_and_changes_nothing(kernels: Kernels, first: int, count: int) -> None:
+@pytest.mark.parametrize(
+    ("first", "count"), [(-1, 1), (0, -1), (0, 65), (64, 1), (65, 0), (1 << 64, 1), (1, 1 << 64)]
+)
+def test_bitmap_change_outside_is_an_error_and_changes_nothing(
+    kernels: Kernels, first: int, count: int
+) -> None:
     bitmap = bytearray(b"\x0f" * 8)
     for side in (kernels, reference):
         for name in ("bitmap_set", "bitmap_clear"):
@@ -304,7 +316,9 @@ def test_bitmap_runs_outside_are_an_error(kernels: Kernels, bit_count: int) -> N
             side.bitmap_runs(bytes(8), bit_count)
 
 
-def test_bitmap_merge_and_count_at_every_edge_equal_the_reference(kernels: Kernels, rng: random.Random) -> None:
+def test_bitmap_merge_and_count_at_every_edge_equal_the_reference(
+    kernels: Kernels, rng: random.Random
+) -> None:
     for length in EDGES[:-2]:
         target, other = bytearray(noise(rng, length)), noise(rng, length)
         expected = bytearray(target)
