@@ -2,7 +2,7 @@
 """Write the generated parts of docs/ from the code, or with --check say which are stale.
 
 - docs/errors.md: whole, from hvreplica.errors
-- docs/formats/*.md: the table under each "### name (n bytes, spec)" heading, from LAYOUTS in
+- docs/formats/*.md: the table under each "### name (n bytes, spec)" heading, from the Layout in
   hvreplica.formats
 - docs/cli/*.md: whole, from the commands' own help
 """
@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING
 import hvreplica.formats
 from hvreplica import errors
 from hvreplica.cli.exit import CODES
+from hvreplica.formats.layout import Layout
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from hvreplica.formats.layout import Layout
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -93,9 +92,9 @@ def layouts() -> dict[str, Layout]:
     found: dict[str, Layout] = {}
     for info in pkgutil.walk_packages(hvreplica.formats.__path__, "hvreplica.formats."):
         module = importlib.import_module(info.name)
-        declared = getattr(module, "LAYOUTS", ())
-        for layout in declared.values() if isinstance(declared, dict) else declared:
-            found[layout.table().split("\n", 1)[0]] = layout
+        for value in vars(module).values():
+            if isinstance(value, Layout):
+                found[value.table().split("\n", 1)[0]] = value
     return found
 
 

@@ -31,7 +31,7 @@ _ENCODER = msgspec.msgpack.Encoder()
 
 
 def _frame_seeds() -> list[bytes]:
-    seeds = []
+    seeds: list[bytes] = []
     for name in ("none", "lz4", "zstd"):
         encoder = FrameEncoder(CodecPolicy(name), clock=FakeClock(tick_s=0.001))
         runs = np.array([[0, 4096], [8192, 12_288], [30_720, 512]], dtype=np.int64)

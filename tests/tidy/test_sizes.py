@@ -107,7 +107,7 @@ def test_texts_name_no_private_path() -> None:
 
 
 def test_every_module_is_used() -> None:
-    names = set()
+    names: set[str] = set()
     for source in sources("src/hvreplica", "tests", "bench", "scripts", "native"):
         for _, name in imported(source.tree):
             names.update((name, name.rpartition(".")[0]))
