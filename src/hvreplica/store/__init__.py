@@ -1,0 +1,34 @@
+"""The replica store: what was received, what it means, and who may change it. Start at store.Store."""
+
+from hvreplica.store.points import ExportReport
+from hvreplica.store.records import AlreadyHave, DiskRow, DiskSpec, LogSpec
+from hvreplica.store.replica import VmReplica
+from hvreplica.store.sinks import InitialSink, LogSink
+from hvreplica.store.status import (
+    DiskStatus,
+    OwnerStatus,
+    PointStatus,
+    StoreStatus,
+    TransferStatus,
+    VmStatus,
+)
+from hvreplica.store.store import RecoveredVm, Store
+
+__all__ = [
+    "AlreadyHave",
+    "DiskRow",
+    "DiskSpec",
+    "DiskStatus",
+    "ExportReport",
+    "InitialSink",
+    "LogSink",
+    "LogSpec",
+    "OwnerStatus",
+    "PointStatus",
+    "RecoveredVm",
+    "Store",
+    "StoreStatus",
+    "TransferStatus",
+    "VmReplica",
+    "VmStatus",
+]

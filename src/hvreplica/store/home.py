@@ -1,0 +1,97 @@
+"""One VM of the store in this process: where its files stand, and who may touch its disks at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hvreplica.errors import Fenced, StoreError
+from hvreplica.store.fencing import fenced, validate_owner
+from hvreplica.store.layout import VmPaths
+from hvreplica.store.room import room
+
+if TYPE_CHECKING:
+    import uuid
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from hvreplica.clock import Clock
+    from hvreplica.files import FileSystem
+    from hvreplica.store.catalog import Catalog
+    from hvreplica.store.records import Owner, VmRow
+
+
+@dataclass(frozen=True, slots=True)
+class StoreParts:
+    """What every part of an open store works with."""
+
+    files: FileSystem
+    root: Path
+    catalog: Catalog
+    clock: Clock
+
+
+class VmHome:
+    """Thread-safe. One for each VM and process, so that all sessions of the process share its locks."""
+
+    def __init__(self, parts: StoreParts, row: VmRow) -> None:
+        self.parts = parts
+        self.files = parts.files
+        self.catalog = parts.catalog
+        self.clock = parts.clock
+        self.vm_id = row.id
+        self.name = row.name
+        self.paths = VmPaths.of(parts.root, row.folder)
+        self.verified_logs: set[uuid.UUID] = set()  # checked from end to end by this process
+        self._work = threading.RLock()
+        self._depth = 0
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the VM's disks to change them; may be nested.
+
+        Waits for other threads of this process, not for other processes. Raises: Locked.
+        """
+        with self._work:
+            if self._depth:
+                yield
+                return
+            with room(self.files, self.paths.lock):
+                self.files.make_directory(self.paths.folder)
+                lock = self.files.lock(self.paths.lock)
+            self._depth = 1
+            try:
+                yield
+            finally:
+                self._depth = 0
+                lock.release()
+
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        """Hold the VM's disks to read them, beside other readers. Raises: Locked while they are changed."""
+        with self._work, room(self.files, self.paths.lock):
+            self.files.make_directory(self.paths.folder)
+            lock = self.files.lock(self.paths.lock, shared=True)
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def require_owner(self, owner: Owner) -> None:
+        """Refuse a change by a session that was fenced; inside a transaction. Raises: Fenced."""
+        row = self.catalog.vm(self.name)
+        if row is None:
+            raise Fenced(f"VM {self.name!r} is not in the store any more")
+        validate_owner(row, owner)
+
+    def require_transfer(self, transfer_id: uuid.UUID) -> None:
+        """Refuse a change by a transfer that was replaced; inside a transaction. Raises: Fenced."""
+        transfer = self.catalog.transfer(self.vm_id)
+        if transfer is None or transfer.id != transfer_id:
+            raise fenced(self.name)
+
+    def damage(self, *names: str, hint: str) -> StoreError:
+        """Return the error that says which files of the VM are not as the catalog knows them."""
+        return StoreError(f"VM {self.name!r}: {'; '.join(names)}", path=self.paths.folder, hint=hint)

@@ -1,0 +1,151 @@
+"""Give a recovery point out as a disk of its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from hvreplica.errors import Locked, NoSuchPoint, StoreError
+from hvreplica.store.apply import finish, is_cut
+from hvreplica.store.check import require_sound
+from hvreplica.store.room import room
+
+if TYPE_CHECKING:
+    import uuid
+    from pathlib import Path
+
+    from hvreplica.files import FileSystem
+    from hvreplica.progress import ProgressCallback
+    from hvreplica.store.home import VmHome
+    from hvreplica.store.records import PointRow
+
+FORMATS = ("vhdx", "raw")
+
+
+class ExportReport(msgspec.Struct, frozen=True):
+    """A point that was exported. file_bytes: length of the file at `output`."""
+
+    vm: str
+    point: str
+    disk: int
+    output: str
+    format: str
+    virtual_bytes: int
+    file_bytes: int
+
+
+def export_point(
+    home: VmHome,
+    output: Path,
+    *,
+    point_id: uuid.UUID | None,
+    disk_index: int,
+    format: str,  # noqa: A002  # the word that every disk tool uses
+    progress: ProgressCallback | None,
+    overwrite: bool,
+) -> ExportReport:
+    """Write one disk of a point to `output`; whole under that name on return, or nothing of it.
+
+    point_id: None takes the newest complete one. Applying is finished first if it was cut. Raises:
+    NoSuchPoint, Locked while the disks are being changed, StoreFull, StoreError if `output` is there or
+    inside the store.
+    """
+    _validate_output(home, output, format, overwrite=overwrite)
+    for _ in range(2):
+        with home.shared():
+            if not is_cut(home):
+                point = _choose_point(home, point_id, disk_index)
+                return _export(home, point, disk_index, output, format, progress, overwrite=overwrite)
+        finish(home)
+    raise Locked(f"the disks of VM {home.name!r} are being changed", path=home.paths.lock, hint="try again")
+
+
+def _validate_output(home: VmHome, output: Path, format_name: str, *, overwrite: bool) -> None:
+    if format_name not in FORMATS:
+        raise StoreError(f"no export as {format_name!r}", hint=f"choose one of {', '.join(FORMATS)}")
+    root = home.parts.root.resolve()
+    if output.resolve().is_relative_to(root):
+        raise StoreError(
+            "an export must not go into the store itself", path=output, hint="choose another folder"
+        )
+    if not overwrite and home.files.exists(output):
+        raise StoreError("the output exists", path=output, hint="choose another name, or allow overwriting")
+
+
+def _choose_point(home: VmHome, point_id: uuid.UUID | None, disk_index: int) -> PointRow:
+    if not any(row.spec.index == disk_index for row in home.catalog.disks(home.vm_id)):
+        raise NoSuchPoint(f"VM {home.name!r} has no disk {disk_index}", field="disk", actual=disk_index)
+    complete = [point for point in home.catalog.points(home.vm_id) if point.state == "complete"]
+    if not complete:
+        raise NoSuchPoint(
+            f"VM {home.name!r} has no complete point yet",
+            path=home.paths.folder,
+            hint="its initial replication must finish first",
+        )
+    if point_id is not None and point_id != complete[-1].id:
+        raise NoSuchPoint(
+            f"VM {home.name!r} has no point {point_id} to export",
+            path=home.paths.folder,
+            expected=complete[-1].id,
+            actual=point_id,
+            hint="only the newest complete point is kept; leave the point out to take it",
+        )
+    require_sound(home)
+    return complete[-1]
+
+
+def _export(
+    home: VmHome,
+    point: PointRow,
+    disk_index: int,
+    output: Path,
+    format_name: str,
+    progress: ProgressCallback | None,
+    *,
+    overwrite: bool,
+) -> ExportReport:
+    from hvreplica.disk import convert_disk  # noqa: PLC0415
+
+    files = home.files
+    temporary = output.with_name(f".{output.name}.{home.clock.guid().hex[:8]}.tmp")
+    spec = next(row.spec for row in home.catalog.disks(home.vm_id) if row.spec.index == disk_index)
+    try:
+        with room(files, output):
+            convert_disk(
+                files,
+                home.paths.disk(disk_index),
+                temporary,
+                format=format_name,
+                type="dynamic",
+                block_bytes=spec.block_bytes or None,
+                clock=home.clock,
+                progress=progress,
+            )
+            file_bytes = _sync(files, temporary)
+            if not overwrite and files.exists(output):
+                raise StoreError("the output exists", path=output, hint="choose another name")
+            files.replace(temporary, output)
+    except BaseException:
+        files.unlink(temporary)
+        raise
+    files.sync_directory(output.parent)
+    return ExportReport(
+        vm=home.name,
+        point=str(point.id),
+        disk=disk_index,
+        output=str(output),
+        format=format_name,
+        virtual_bytes=spec.virtual_bytes,
+        file_bytes=file_bytes,
+    )
+
+
+def _sync(files: FileSystem, path: Path) -> int:
+    """Make the file durable and return its length."""
+    file = files.open(path, writable=True)
+    try:
+        file.sync()
+        return file.size()
+    finally:
+        file.close()

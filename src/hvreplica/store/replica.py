@@ -1,0 +1,200 @@
+"""One session's hold on a VM of the store: what the replica has, and the transfers that change it."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from typing import TYPE_CHECKING
+
+from hvreplica.errors import InvalidTransition
+from hvreplica.store.apply import finish
+from hvreplica.store.blocks import BlockReader
+from hvreplica.store.check import find_damage
+from hvreplica.store.fencing import fenced
+from hvreplica.store.gate import Gate
+from hvreplica.store.sinks import InitialSink, LogSink
+from hvreplica.store.transfers import begin_initial, begin_logs, last_logs, last_point
+
+if TYPE_CHECKING:
+    import uuid
+    from collections.abc import Callable, Sequence
+
+    from hvreplica.progress import ProgressCallback
+    from hvreplica.store.home import VmHome
+    from hvreplica.store.records import AlreadyHave, DiskRow, LogSpec, Owner
+
+
+class VmReplica:
+    """What Store.claim() returns. Any thread may call it; after a newer claim every call raises Fenced.
+
+    One transfer at a time: beginning one ends the sink of the one before. close() when the session ends.
+    """
+
+    def __init__(self, home: VmHome, owner: Owner) -> None:
+        self._home = home
+        self._owner = owner
+        self._gate = Gate()
+        self._lock = threading.RLock()
+        self._sink: InitialSink | LogSink | None = None
+        self._reader: BlockReader | None = None
+
+    @property
+    def vm(self) -> str:
+        """The VM's name."""
+        return self._home.name
+
+    @property
+    def phase(self) -> str:
+        """What comes next: "empty" needs an initial replication, "initial" the rest of it, "ready" logs."""
+        with self._home.catalog.snapshot():
+            transfer = self._home.catalog.transfer(self._home.vm_id)
+            if transfer is not None and transfer.kind == "initial" and transfer.state == "receiving":
+                return "initial"
+            return "empty" if self.last_point is None else "ready"
+
+    @property
+    def last_point(self) -> uuid.UUID | None:
+        """The newest point that was received whole, applied or not; the next logs must follow it."""
+        with self._home.catalog.snapshot():
+            transfer = self._home.catalog.transfer(self._home.vm_id)
+            if transfer is not None and transfer.state == "renaming":
+                return transfer.point_id
+            point = last_point(self._home)
+        return None if point is None else point.id
+
+    @property
+    def transfer(self) -> uuid.UUID | None:
+        """The transfer that is unfinished; beginning it again continues it."""
+        transfer = self._home.catalog.transfer(self._home.vm_id)
+        return None if transfer is None or transfer.state == "renaming" else transfer.id
+
+    @property
+    def disks(self) -> tuple[DiskRow, ...]:
+        """The VM's disks by index; last_log_id is that of the log received last, applied or not."""
+        with self._home.catalog.snapshot():
+            last = last_logs(self._home)
+            rows = self._home.catalog.disks(self._home.vm_id)
+        return tuple(dataclasses.replace(row, last_log_id=last[row.spec.index]) for row in rows)
+
+    @property
+    def damage(self) -> list[str]:
+        """A sentence for each file that is missing or has the wrong length; begin_initial() mends it."""
+        return find_damage(self._home)
+
+    def begin_initial(
+        self, transfer_id: uuid.UUID, *, point_id: uuid.UUID, instant_s: float, expected_bytes: int = 0
+    ) -> InitialSink | AlreadyHave:
+        """Begin to build the VM's disks, or continue if `transfer_id` is unfinished (see sink.continued).
+
+        Another unfinished transfer is dropped. The disks that are there stay as they are until commit().
+        instant_s: the point in time that the disks show, Unix seconds. expected_bytes: what the primary knows
+        to send; 0 if unknown. Raises: Fenced, StoreFull, StoreError, FieldOutOfRange.
+        """
+        with self._gate, self._lock:
+            self._release()
+            sink = begin_initial(
+                self._home,
+                self._owner,
+                transfer_id,
+                point_id=point_id,
+                instant_s=instant_s,
+                expected_bytes=expected_bytes,
+            )
+            self._sink = sink if isinstance(sink, InitialSink) else None
+            return sink
+
+    def begin_logs(
+        self,
+        transfer_id: uuid.UUID,
+        *,
+        point_id: uuid.UUID,
+        previous_point_id: uuid.UUID,
+        instant_s: float,
+        logs: Sequence[LogSpec],
+        expected_bytes: int = 0,
+    ) -> LogSink | AlreadyHave:
+        """Begin to receive one cycle's closed logs, or continue if `transfer_id` is unfinished.
+
+        logs: in the order of applying; a target of the sink is a place in it. AlreadyHave: the point was
+        received. Raises: ChainBroken if previous_point_id is not the newest point or a log does not follow
+        the last one of its disk; InvalidTransition before the initial replication; Fenced, StoreFull,
+        StoreError, FieldOutOfRange.
+        """
+        with self._gate, self._lock:
+            self._release()
+            sink = begin_logs(
+                self._home,
+                self._owner,
+                transfer_id,
+                point_id=point_id,
+                previous_point_id=previous_point_id,
+                instant_s=instant_s,
+                logs=logs,
+                expected_bytes=expected_bytes,
+            )
+            self._sink = sink if isinstance(sink, LogSink) else None
+            return sink
+
+    def apply(self, *, progress: ProgressCallback | None = None) -> uuid.UUID:
+        """Bring the disks to the newest point received and return it. Durable on return, repeatable.
+
+        Goes on although a newer session claims the VM: what was acknowledged belongs to the replica.
+        Raises: Locked while another process reads the disks (what waits stays durable; apply again later).
+        """
+        with self._gate, self._lock:
+            self._drop_reader()
+        finish(self._home, progress=progress)
+        point_id = self.last_point
+        if point_id is None:
+            raise InvalidTransition(
+                f"VM {self.vm!r} has no complete replica yet", hint="its initial replication comes first"
+            )
+        return point_id
+
+    def fingerprints(self, target: int, first_block: int, block_count: int, block_bytes: int) -> bytes:
+        """Return the XXH3-128 of blocks of a disk on its newest point, 16 bytes each, zeros for zero blocks.
+
+        The last block is short where the disk ends in it. Unallocated blocks are not read. Until the next
+        begin, apply or close the disk is held against changes. Raises: FieldOutOfRange, NoSuchPoint, Locked,
+        Fenced.
+        """
+        with self._gate, self._lock:
+            return self._open_reader(target).fingerprints(first_block, block_count, block_bytes)
+
+    def next_data(self, target: int, disk_offset: int) -> int:
+        """Return the first offset not below `disk_offset` that may hold data; the disk's length if none."""
+        with self._gate, self._lock:
+            return self._open_reader(target).next_data(disk_offset)
+
+    def close(self) -> None:
+        """End the session; what it did not commit stays unfinished. Waits for calls that are inside."""
+        self._end(lambda: InvalidTransition(f"this session of VM {self.vm!r} has ended"))
+
+    def fence(self) -> None:
+        """End the session because a newer one has claimed the VM; every later call raises Fenced."""
+        self._end(lambda: fenced(self.vm))
+
+    def _end(self, reason: Callable[[], Exception]) -> None:
+        sink = self._sink
+        if sink is not None:
+            sink.close(reason)  # first, so that a long call inside of it notices
+        self._gate.shut(reason)
+        with self._lock:
+            self._release(reason)
+
+    def _release(self, reason: Callable[[], Exception] | None = None) -> None:
+        self._drop_reader()
+        if self._sink is not None:
+            self._sink.close(reason)
+            self._sink = None
+
+    def _drop_reader(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def _open_reader(self, target: int) -> BlockReader:
+        if self._reader is None or self._reader.target != target:
+            self._drop_reader()
+            self._reader = BlockReader(self._home, target)
+        return self._reader

@@ -1,0 +1,168 @@
+"""What the store tells about itself; the JSON of the command line is these structures, field by field."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from hvreplica.store.apply import is_cut
+from hvreplica.store.check import find_damage
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hvreplica.store.home import VmHome
+    from hvreplica.store.records import PointRow
+
+
+class PointStatus(msgspec.Struct, frozen=True):
+    """A recovery point. instant_s: the time that its disks show; received_s, applied_s: when; Unix seconds.
+
+    state: "complete" (can be exported), "spooled" (received, the disks are still on the point before) or
+    "applying". kind: "initial" or "delta". consistency: "crash". bytes: what was received for it.
+    """
+
+    id: str
+    instant_s: float
+    kind: str
+    consistency: str
+    state: str
+    bytes: int
+    received_s: float
+    applied_s: float | None
+
+
+class DiskStatus(msgspec.Struct, frozen=True):
+    """A replica's disk. label: the primary's name for it. path: its file, which may not exist yet.
+
+    file_bytes: length of that file when the last point was applied.
+    """
+
+    index: int
+    label: str
+    path: str
+    virtual_bytes: int
+    file_bytes: int | None
+
+
+class TransferStatus(msgspec.Struct, frozen=True):
+    """What is on its way. durable_bytes of total_bytes: received from the start of each disk or log."""
+
+    id: str
+    kind: str
+    started_s: float
+    durable_bytes: int
+    total_bytes: int
+
+
+class OwnerStatus(msgspec.Struct, frozen=True):
+    """A primary that writes or wrote the VM. certificate: how it proved who it is. last_s: its last claim."""
+
+    relationship_id: str
+    generation: int
+    certificate: str
+    last_s: float
+
+
+class VmStatus(msgspec.Struct, frozen=True):
+    """A VM. phase: "empty", "initial" or "ready". damage: a sentence for each file that is not right.
+
+    points: oldest first. spool_bytes: of logs that wait to be applied. owners: the present one last.
+    """
+
+    name: str
+    folder: str
+    phase: str
+    disks: list[DiskStatus]
+    points: list[PointStatus]
+    transfer: TransferStatus | None
+    spool_bytes: int
+    owners: list[OwnerStatus]
+    damage: list[str]
+
+
+class StoreStatus(msgspec.Struct, frozen=True):
+    """The whole store. free_bytes: of its file system."""
+
+    root: str
+    free_bytes: int
+    vms: list[VmStatus]
+
+
+def vm_status(home: VmHome) -> VmStatus:
+    """Return what is known about one VM."""
+    catalog, vm_id = home.catalog, home.vm_id
+    with catalog.snapshot():
+        rows = catalog.disks(vm_id)
+        points = points_of(home)
+        transfer = _transfer_status(home)
+        waiting = [point for point in catalog.points(vm_id) if point.state in {"spooled", "applying"}]
+        owners = catalog.owners(vm_id)
+        receives_initial = transfer is not None and transfer.kind == "initial"
+    phase = "initial" if receives_initial else "ready" if points else "empty"
+    return VmStatus(
+        name=home.name,
+        folder=str(home.paths.folder),
+        phase=phase,
+        disks=[
+            DiskStatus(
+                row.spec.index,
+                row.spec.label,
+                str(home.paths.disk(row.spec.index)),
+                row.spec.virtual_bytes,
+                row.file_bytes,
+            )
+            for row in rows
+        ],
+        points=points,
+        transfer=transfer,
+        spool_bytes=sum(point.bytes for point in waiting),
+        owners=[
+            OwnerStatus(str(owner.relationship_id), owner.generation, owner.certificate, last_s)
+            for owner, last_s in owners
+        ],
+        damage=find_damage(home),
+    )
+
+
+def points_of(home: VmHome) -> list[PointStatus]:
+    """Return the points that the VM's disks are on or will be on, oldest first.
+
+    While the disks are being moved from one point to the next, the one before is not listed: it cannot be
+    had.
+    """
+    with home.catalog.snapshot():
+        moving = is_cut(home)
+        rows = home.catalog.points(home.vm_id)
+    return [_point_status(row) for row in rows if not (moving and row.state == "complete")]
+
+
+def store_status(root: Path, free_bytes: int, homes: list[VmHome]) -> StoreStatus:
+    """Return what is known about the store."""
+    return StoreStatus(str(root), free_bytes, [vm_status(home) for home in homes])
+
+
+def _point_status(row: PointRow) -> PointStatus:
+    return PointStatus(
+        id=str(row.id),
+        instant_s=row.instant_s,
+        kind=row.kind,
+        consistency=row.consistency,
+        state=row.state,
+        bytes=row.bytes,
+        received_s=row.received_s,
+        applied_s=row.applied_s,
+    )
+
+
+def _transfer_status(home: VmHome) -> TransferStatus | None:
+    transfer = home.catalog.transfer(home.vm_id)
+    if transfer is None:
+        return None
+    if transfer.kind == "initial":
+        total_bytes = sum(row.spec.virtual_bytes for row in home.catalog.disks(home.vm_id))
+    else:
+        total_bytes = sum(log.log_bytes for log in transfer.logs)
+    done_bytes = sum(transfer.positions.values())
+    return TransferStatus(str(transfer.id), transfer.kind, transfer.started_s, done_bytes, total_bytes)

@@ -1,0 +1,276 @@
+"""The store: all VMs that are replicated to this place, and who may write them.
+
+One process serves a store (Store.create_or_open); others may look and export meanwhile (Store.open_reading).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import TYPE_CHECKING, Self
+
+import msgspec
+
+from hvreplica.errors import HvReplicaError, InvalidTransition, NoSuchPoint, StoreError
+from hvreplica.store.apply import finish
+from hvreplica.store.catalog import Catalog
+from hvreplica.store.fencing import validate_claim, validate_same_disks
+from hvreplica.store.home import StoreParts, VmHome
+from hvreplica.store.layout import (
+    CATALOG_NAME,
+    STORE_LOCK_NAME,
+    VmPaths,
+    collision_key,
+    folder_name,
+    validate_vm_name,
+)
+from hvreplica.store.points import ExportReport, export_point
+from hvreplica.store.records import DiskSpec, Owner, printable, validate_disks
+from hvreplica.store.replica import VmReplica
+from hvreplica.store.room import room
+from hvreplica.store.status import PointStatus, StoreStatus, points_of, store_status
+from hvreplica.store.transfers import sweep
+
+if TYPE_CHECKING:
+    import uuid
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from hvreplica.clock import Clock
+    from hvreplica.files import FileLock, FileSystem
+    from hvreplica.progress import ProgressCallback
+    from hvreplica.store.records import VmRow
+
+
+class RecoveredVm(msgspec.Struct, frozen=True):
+    """What recover() found for one VM. points: those that became complete. error: why it is not finished."""
+
+    name: str
+    points: list[str]
+    error: str | None
+
+
+class Store:
+    """An open store; close() when done. Thread-safe."""
+
+    def __init__(self, parts: StoreParts, lock: FileLock | None) -> None:
+        """Use create_or_open() or open_reading()."""
+        self._parts = parts
+        self._lock = lock
+        self._guard = threading.Lock()
+        self._homes: dict[int, VmHome] = {}
+        self._claims: dict[str, threading.Lock] = {}
+        self._replicas: dict[int, VmReplica] = {}
+
+    @classmethod
+    def create_or_open(
+        cls, files: FileSystem, root: Path, *, clock: Clock, on_commit: Callable[[bytes], None] | None = None
+    ) -> Store:
+        """Open the store at `root` to serve it, making an empty one where there is none.
+
+        on_commit: called with the catalog's bytes after each of its commits. Call recover() before serving.
+        Raises: Locked while another process serves it, UnsupportedVersion, StoreError, StoreFull.
+        """
+        with room(files, root):
+            files.make_directory(root)
+            lock = files.lock(root / STORE_LOCK_NAME)
+        try:
+            catalog = Catalog(files, root / CATALOG_NAME, create=True, on_commit=on_commit)
+            try:
+                if not catalog.vms():
+                    _require_no_orphans(files, root)
+                files.sync_directory(root)
+            except BaseException:
+                catalog.close()
+                raise
+        except BaseException:
+            lock.release()
+            raise
+        return cls(StoreParts(files, root, catalog, clock), lock)
+
+    @classmethod
+    def open_reading(cls, files: FileSystem, root: Path, *, clock: Clock) -> Store:
+        """Open an existing store for status, points and exports, beside the process that serves it.
+
+        Raises: StoreError if there is none.
+        """
+        catalog = Catalog(files, root / CATALOG_NAME, create=False)
+        return cls(StoreParts(files, root, catalog, clock), None)
+
+    def close(self) -> None:
+        """End all sessions and close; may be called twice."""
+        with self._guard:
+            replicas = list(self._replicas.values())
+            self._replicas.clear()
+        for replica in replicas:
+            replica.close()
+        self._parts.catalog.close()
+        if self._lock is not None:
+            self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def claim(
+        self,
+        vm: str,
+        *,
+        relationship_id: uuid.UUID,
+        generation: int,
+        certificate: str,
+        disks: Sequence[DiskSpec],
+    ) -> VmReplica:
+        """Become the writer of a VM by the rule of store/fencing.py, and end the session that was.
+
+        Durable on return. certificate: the identity that the trust list accepted; recorded. disks: must be
+        those that the replica holds, once it holds a point. Raises: Fenced, ReplicaDiverged, FieldOutOfRange,
+        StoreFull.
+        """
+        self._require_serving()
+        validate_vm_name(vm)
+        owner = Owner(relationship_id, generation, printable(certificate))
+        owner.validate()
+        validate_disks(disks)
+        with self._claim_lock(vm):
+            row = self._register(vm, owner, disks)
+            home = self._home(row)
+            with self._guard:
+                older = self._replicas.get(row.id)
+            if older is not None:
+                older.fence()
+            replica = VmReplica(home, owner)
+            with self._guard:
+                self._replicas[row.id] = replica
+        return replica
+
+    def recover(self, *, progress: ProgressCallback | None = None) -> list[RecoveredVm]:
+        """Finish what a cut left: apply what was acknowledged, remove what nothing knows; before any claim.
+
+        A VM that cannot be finished is reported and keeps its files; the others go on.
+        """
+        self._require_serving()
+        return [self._recover(self._home(row), progress) for row in self._parts.catalog.vms()]
+
+    def status(self) -> StoreStatus:
+        """Return what the store holds; a consistent view of each VM, without reading any disk."""
+        homes = [self._home(row) for row in self._parts.catalog.vms()]
+        return store_status(self._parts.root, self._parts.files.free_bytes(self._parts.root), homes)
+
+    def points(self, vm: str) -> list[PointStatus]:
+        """Return a VM's points, oldest first; "complete" ones can be exported. Raises: NoSuchPoint."""
+        return points_of(self._known(vm))
+
+    def export_point(
+        self,
+        vm: str,
+        point_id: uuid.UUID | None,
+        disk_index: int,
+        output: Path,
+        format: str = "vhdx",  # noqa: A002  # the word that every disk tool uses
+        progress: ProgressCallback | None = None,
+        *,
+        overwrite: bool = False,
+    ) -> ExportReport:
+        """Write one disk of a point to `output`, a file of its own. See points.export_point()."""
+        return export_point(
+            self._known(vm),
+            output,
+            point_id=point_id,
+            disk_index=disk_index,
+            format=format,
+            progress=progress,
+            overwrite=overwrite,
+        )
+
+    def _require_serving(self) -> None:
+        if self._lock is None:
+            raise InvalidTransition("the store was opened for reading", path=self._parts.root)
+
+    def _claim_lock(self, vm: str) -> threading.Lock:
+        with self._guard:
+            return self._claims.setdefault(vm, threading.Lock())
+
+    def _home(self, row: VmRow) -> VmHome:
+        with self._guard:
+            return self._homes.setdefault(row.id, VmHome(self._parts, row))
+
+    def _known(self, vm: str) -> VmHome:
+        row = self._parts.catalog.vm(vm)
+        if row is None:
+            names = ", ".join(known.name for known in self._parts.catalog.vms()[:10])
+            raise NoSuchPoint(
+                f"the store has no VM {vm!r}", path=self._parts.root, hint=f"it has: {names or 'none yet'}"
+            )
+        return self._home(row)
+
+    def _recover(self, home: VmHome, progress: ProgressCallback | None) -> RecoveredVm:
+        points: list[uuid.UUID] = []
+        error = None
+        try:
+            points = finish(home, progress=progress)
+            sweep(home)
+        except (HvReplicaError, OSError) as failure:
+            error = str(failure)
+        return RecoveredVm(home.name, [str(point) for point in points], error)
+
+    def _register(self, vm: str, owner: Owner, disks: Sequence[DiskSpec]) -> VmRow:
+        """Decide the claim and record it, in one transaction."""
+        catalog, now_s = self._parts.catalog, self._parts.clock.now_s()
+        with catalog.transaction():
+            row = catalog.vm(vm)
+            if row is None:
+                folder = self._free_folder(vm)
+                vm_id = catalog.insert_vm(vm, folder, collision_key(folder), owner, now_s)
+                catalog.set_disks(vm_id, disks)
+            else:
+                vm_id = row.id
+                validate_claim(row, owner)
+                self._keep_disks(row, disks)
+            catalog.set_owner(vm_id, owner, now_s)
+            for disk in disks:
+                catalog.set_label(vm_id, disk.index, printable(disk.label))
+        row = catalog.vm(vm)
+        if row is None:
+            raise StoreError(f"VM {vm!r} vanished from the catalog", path=self._parts.root)
+        return row
+
+    def _keep_disks(self, row: VmRow, disks: Sequence[DiskSpec]) -> None:
+        """Hold the claim to the disks that the replica has; while it has no point, other disks begin anew."""
+        catalog = self._parts.catalog
+        stored = catalog.disks(row.id)
+        transfer = catalog.transfer(row.id)
+        holds_data = catalog.points(row.id) or (transfer is not None and transfer.state == "renaming")
+        if holds_data:
+            validate_same_disks(row.name, stored, disks)
+        elif {disk.spec.shape for disk in stored} != {disk.shape for disk in disks}:
+            catalog.delete_transfer(row.id)
+            catalog.set_disks(row.id, disks)
+
+    def _free_folder(self, vm: str) -> str:
+        """Choose the folder of a new VM. Raises: StoreError if something of unknown origin stands there."""
+        folder = folder_name(vm)
+        if self._parts.catalog.has_folder_key(collision_key(folder)):
+            folder = folder_name(vm, strict=True)
+        paths = VmPaths.of(self._parts.root, folder)
+        if self._parts.files.names(paths.disks) or self._parts.files.names(paths.spool):
+            raise StoreError(
+                f"the folder for VM {vm!r} holds files that the catalog does not know",
+                path=paths.folder,
+                hint="move the folder away, or restore the catalog that belongs to it",
+            )
+        return folder
+
+
+def _require_no_orphans(files: FileSystem, root: Path) -> None:
+    """Refuse to begin a new catalog where the replicas of a lost one stand."""
+    for name in files.names(root):
+        with contextlib.suppress(NotADirectoryError):
+            if any(disk.endswith(".vhdx") for disk in files.names(root / name / "disks")):
+                raise StoreError(
+                    "the store has replicas but its catalog is empty or lost",
+                    path=root / name,
+                    hint="restore catalog.db, or choose another folder; the replicas are plain VHDX files",
+                )

@@ -1,0 +1,331 @@
+"""Begin a transfer, or continue the one that an earlier session left: decide what it may be, open its sink.
+
+What is durable before what: files of an earlier transfer lose their catalog row before they are removed; new
+files and their names are durable before the row that speaks of them. So a row in the catalog means that its
+files are there, and a file without a row is worth nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hvreplica.disk import create_disk, open_disk
+from hvreplica.errors import ChainBroken, FormatError, InvalidTransition, StoreError
+from hvreplica.store.apply import finish_initial
+from hvreplica.store.check import require_sound
+from hvreplica.store.layout import PARTIAL_SUFFIX
+from hvreplica.store.records import NIL, AlreadyHave, TransferRow, validate_instant, validate_logs
+from hvreplica.store.room import require_room, room
+from hvreplica.store.sinks import InitialSink, LogSink, Target
+
+if TYPE_CHECKING:
+    import uuid
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from hvreplica.disk import Disk
+    from hvreplica.files import BlockFile, FileSystem
+    from hvreplica.store.home import VmHome
+    from hvreplica.store.records import DiskSpec, LogSpec, Owner, PointRow
+
+
+def begin_initial(
+    home: VmHome,
+    owner: Owner,
+    transfer_id: uuid.UUID,
+    *,
+    point_id: uuid.UUID,
+    instant_s: float,
+    expected_bytes: int,
+) -> InitialSink | AlreadyHave:
+    """Do what VmReplica.begin_initial() says."""
+    validate_instant(instant_s)
+    finish_initial(home)
+    known = _known_point(home, point_id)
+    if known is not None:
+        return known
+    wanted = _row(
+        home, transfer_id, "initial", point_id=point_id, previous_point_id=None, instant_s=instant_s
+    )
+    found = _unfinished(home, wanted)
+    if found is not None:
+        targets = _open_disks(home)
+        if targets is not None:
+            return InitialSink(home, owner, found, targets, continued=True)
+    _discard(home, owner)
+    with room(home.files, home.paths.disks, expected_bytes):
+        _create_disks(home, expected_bytes)
+        _insert(home, owner, wanted)
+        targets = _open_disks(home)
+    if targets is None:
+        raise StoreError("the disks that were just made cannot be opened", path=home.paths.disks)
+    return InitialSink(home, owner, wanted, targets, continued=False)
+
+
+def begin_logs(
+    home: VmHome,
+    owner: Owner,
+    transfer_id: uuid.UUID,
+    *,
+    point_id: uuid.UUID,
+    previous_point_id: uuid.UUID,
+    instant_s: float,
+    logs: Sequence[LogSpec],
+    expected_bytes: int,
+) -> LogSink | AlreadyHave:
+    """Do what VmReplica.begin_logs() says."""
+    validate_instant(instant_s)
+    validate_logs(logs, {row.spec.index for row in home.catalog.disks(home.vm_id)})
+    finish_initial(home)
+    known = _known_point(home, point_id)
+    if known is not None:
+        return known
+    _require_chain(home, previous_point_id, logs)
+    require_sound(home)
+    wanted = _row(
+        home,
+        transfer_id,
+        "logs",
+        point_id=point_id,
+        previous_point_id=previous_point_id,
+        instant_s=instant_s,
+        logs=tuple(logs),
+    )
+    found = _unfinished(home, wanted)
+    if found is not None:
+        targets = _open_logs(home, found.logs)
+        if targets is not None:
+            return LogSink(home, owner, found, targets, continued=True)
+    _discard(home, owner)
+    with room(home.files, home.paths.spool, expected_bytes):
+        _create_logs(home, wanted.logs, expected_bytes)
+        _insert(home, owner, wanted)
+        targets = _open_logs(home, wanted.logs)
+    if targets is None:
+        raise StoreError("the logs that were just made cannot be opened", path=home.paths.spool)
+    return LogSink(home, owner, wanted, targets, continued=False)
+
+
+def sweep(home: VmHome) -> None:
+    """Remove files of transfers that the catalog does not know; nothing of a listed or waiting point."""
+    with home.catalog.snapshot():
+        transfer = home.catalog.transfer(home.vm_id)
+        log_ids = home.catalog.log_ids(home.vm_id)
+    keep = {
+        path.name for log_id in log_ids for path in (home.paths.log(log_id), home.paths.partial_log(log_id))
+    }
+    _remove(home.files, home.paths.spool, (".hrl", ".hrl" + PARTIAL_SUFFIX), keep)
+    if transfer is None or transfer.kind != "initial":
+        _remove(home.files, home.paths.disks, (".vhdx" + PARTIAL_SUFFIX,), set())
+    _remove(home.files, home.paths.disks, (".tmp",), set())  # of disks whose making was cut
+
+
+def last_point(home: VmHome) -> PointRow | None:
+    """Return the newest point that was received whole, applied or not."""
+    points = home.catalog.points(home.vm_id)
+    return points[-1] if points else None
+
+
+def last_logs(home: VmHome) -> dict[int, uuid.UUID]:
+    """Return the id of the log that was received last for each disk; nil where none was since the initial."""
+    last = {row.spec.index: row.last_log_id for row in home.catalog.disks(home.vm_id)}
+    for point in home.catalog.points(home.vm_id):
+        last.update((log.disk_index, log.log_id) for log in home.catalog.logs(home.vm_id, point.id))
+    return last
+
+
+def _row(
+    home: VmHome,
+    transfer_id: uuid.UUID,
+    kind: str,
+    *,
+    point_id: uuid.UUID,
+    previous_point_id: uuid.UUID | None,
+    instant_s: float,
+    logs: tuple[LogSpec, ...] = (),
+) -> TransferRow:
+    return TransferRow(
+        id=transfer_id,
+        kind=kind,
+        state="receiving",
+        point_id=point_id,
+        previous_point_id=previous_point_id,
+        instant_s=instant_s,
+        started_s=home.clock.now_s(),
+        positions={},
+        logs=logs,
+    )
+
+
+def _known_point(home: VmHome, point_id: uuid.UUID) -> AlreadyHave | None:
+    point = home.catalog.point(home.vm_id, point_id)
+    if point is None:
+        return None
+    if point.state == "superseded":
+        raise ChainBroken(
+            f"point {point_id} of VM {home.name!r} was applied long ago",
+            path=home.paths.folder,
+            hint="the primary's state folder is an old copy; compare the disks to find what changed since",
+        )
+    return AlreadyHave(point_id, point.state)
+
+
+def _require_chain(home: VmHome, previous_point_id: uuid.UUID, logs: Sequence[LogSpec]) -> None:
+    newest = last_point(home)
+    if newest is None:
+        raise InvalidTransition(
+            f"VM {home.name!r} has no complete replica yet", hint="its initial replication comes first"
+        )
+    if newest.id != previous_point_id:
+        raise ChainBroken(
+            f"the logs do not follow the newest point of VM {home.name!r}",
+            path=home.paths.folder,
+            field="previous_point_id",
+            expected=newest.id,
+            actual=previous_point_id,
+            hint="compare the disks to find what changed since the replica's point",
+        )
+    last = last_logs(home)
+    waiting = {
+        log.log_id
+        for point in home.catalog.points(home.vm_id)
+        for log in home.catalog.logs(home.vm_id, point.id)
+    }
+    for log in logs:
+        if log.log_id in waiting:
+            raise ChainBroken("a log of this id waits to be applied", field="log_id", actual=log.log_id)
+        if (
+            NIL not in {log.previous_log_id, last[log.disk_index]}
+            and log.previous_log_id != last[log.disk_index]
+        ):
+            raise ChainBroken(
+                f"a log does not follow the last one of disk {log.disk_index} of VM {home.name!r}",
+                path=home.paths.folder,
+                field="previous_log_id",
+                expected=last[log.disk_index],
+                actual=log.previous_log_id,
+                hint="compare the disks to find what changed since the replica's point",
+            )
+        last[log.disk_index] = log.log_id
+
+
+def _unfinished(home: VmHome, wanted: TransferRow) -> TransferRow | None:
+    """Return the transfer to continue, None where a new one begins. Raises: StoreError if the id was used."""
+    found = home.catalog.transfer(home.vm_id)
+    if found is None or found.id != wanted.id:
+        return None
+    same = ("kind", "point_id", "previous_point_id", "logs")
+    if any(getattr(found, name) != getattr(wanted, name) for name in same):
+        raise StoreError(
+            "this transfer was announced with other contents before",
+            path=home.paths.folder,
+            hint="begin a new transfer under an id of its own",
+        )
+    return found
+
+
+def _discard(home: VmHome, owner: Owner) -> None:
+    """Forget an unfinished transfer and remove its files."""
+    with home.catalog.transaction():
+        home.require_owner(owner)
+        home.catalog.delete_transfer(home.vm_id)
+    sweep(home)
+
+
+def _insert(home: VmHome, owner: Owner, row: TransferRow) -> None:
+    with home.catalog.transaction():
+        home.require_owner(owner)
+        home.catalog.insert_transfer(home.vm_id, row)
+
+
+def _remove(files: FileSystem, folder: Path, suffixes: tuple[str, ...], keep: set[str]) -> None:
+    stale = [name for name in files.names(folder) if name.endswith(suffixes) and name not in keep]
+    for name in stale:
+        files.unlink(folder / name)
+    if stale:
+        files.sync_directory(folder)
+
+
+def _create_disks(home: VmHome, expected_bytes: int) -> None:
+    home.files.make_directory(home.paths.disks)
+    require_room(home.files, home.paths.partial_disk(0), expected_bytes)
+    for row in home.catalog.disks(home.vm_id):
+        create_disk(
+            home.files,
+            home.paths.partial_disk(row.spec.index),
+            virtual_bytes=row.spec.virtual_bytes,
+            format="vhdx",
+            type="dynamic",
+            block_bytes=row.spec.block_bytes or None,
+            logical_sector_bytes=row.spec.logical_sector_bytes,
+            physical_sector_bytes=row.spec.physical_sector_bytes,
+            clock=home.clock,
+        )
+    home.files.sync_directory(home.paths.disks)
+
+
+def _open_disks(home: VmHome) -> dict[int, Target[Disk]] | None:
+    """Open the .partial disks; None where they are not what an unfinished transfer needs."""
+    targets: dict[int, Target[Disk]] = {}
+    for row in home.catalog.disks(home.vm_id):
+        disk = _open_disk(home, row.spec)
+        if disk is None:
+            for target in targets.values():
+                target.medium.abandon()
+            return None
+        targets[row.spec.index] = Target(
+            disk,
+            home.paths.partial_disk(row.spec.index),
+            row.spec.virtual_bytes,
+            row.spec.logical_sector_bytes,
+        )
+    return targets
+
+
+def _open_disk(home: VmHome, spec: DiskSpec) -> Disk | None:
+    path = home.paths.partial_disk(spec.index)
+    if not home.files.exists(path):
+        return None
+    try:
+        disk = open_disk(home.files, path, writable=True, format="vhdx", clock=home.clock)
+    except FormatError:
+        return None
+    if (disk.virtual_bytes, disk.logical_sector_bytes) == (spec.virtual_bytes, spec.logical_sector_bytes):
+        return disk
+    disk.abandon()
+    return None
+
+
+def _create_logs(home: VmHome, logs: tuple[LogSpec, ...], expected_bytes: int) -> None:
+    home.files.make_directory(home.paths.spool)
+    require_room(home.files, home.paths.spool / "log", expected_bytes)
+    for log in logs:
+        file = home.files.open(home.paths.partial_log(log.log_id), create=True, exclusive=True)
+        try:
+            file.resize(log.log_bytes)
+            file.sync()
+        finally:
+            file.close()
+    home.files.sync_directory(home.paths.spool)
+
+
+def _open_logs(home: VmHome, logs: tuple[LogSpec, ...]) -> dict[int, Target[BlockFile]] | None:
+    """Open the logs on their way, also those that a cut commit renamed; None where they are not whole."""
+    paths = [(home.paths.partial_log(log.log_id), home.paths.log(log.log_id)) for log in logs]
+    renamed = [pair for pair in paths if home.files.exists(pair[1])]
+    for partial, whole in renamed:
+        home.files.replace(whole, partial)
+    if renamed:
+        home.files.sync_directory(home.paths.spool)
+    targets: dict[int, Target[BlockFile]] = {}
+    for number, log in enumerate(logs):
+        partial = home.paths.partial_log(log.log_id)
+        file = home.files.open(partial, writable=True) if home.files.exists(partial) else None
+        if file is not None and file.size() == log.log_bytes:
+            targets[number] = Target(file, partial, log.log_bytes, 1)
+            continue
+        for opened in (file, *(target.medium for target in targets.values())):
+            if opened is not None:
+                opened.close()
+        return None
+    return targets
