@@ -28,7 +28,7 @@ def test_own_error_keeps_its_class_code_and_fields(kind: type[errors.HvReplicaEr
         hint="do",
     )
     assert exits.describe(error) == exits.Failure(
-        kind.__name__, "wrong", kind.exit_code, "a.vhdx", 65536, "Checksum", 1, "b'x'", "[MS-VHDX] 2", "do"
+        kind.__name__, "wrong", kind.exit_code, "a.vhdx", 65536, "Checksum", 1, "'x'", "[MS-VHDX] 2", "do"
     )
 
 
@@ -42,8 +42,16 @@ def test_system_error_tells_path_and_what_was_tried(number: int, code: int) -> N
     failure = exits.describe(error)
     assert failure.exit_code == code
     assert failure.path == "/store/0.vhdx"
-    assert failure.message == "the Reason, while: write /store/0.vhdx at offset 4096"
+    assert failure.message == "the Reason (write at offset 4096)"
     assert (failure.hint is not None) == (code == 71)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(b"vhdxfile", "'vhdxfile'"), (b"msctlog\0", "'msctlog'"), (b"\0\0", "0x0000"), (7, 7), (1.5, "1.5")],
+)
+def test_values_of_fields_are_readable(value: object, text: object) -> None:
+    assert exits.describe(errors.BadSignature("x", actual=value)).actual == text
 
 
 def test_system_error_without_errno_keeps_its_words() -> None:

@@ -99,7 +99,7 @@ def test_structure_shows_sizes_answers_and_lists(capsys: pytest.CaptureFixture[s
     Output().structure(Sample("web", 10 << 30, False, children=[Sample("\x1b]0;x", 512, True)]))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["name", "web"]
-    assert lines[1].split() == ["virtual", "10.0", "GiB"]
+    assert lines[1].split() == ["virtual", "size", "10.0", "GiB"]
     assert lines[2].split() == ["writable", "no"]
     assert "children" in lines
     assert lines[-1].split()[:3] == ["\\x1b]0;x", "512", "B"]

@@ -78,10 +78,9 @@ def create(
     overwrite: bool,
 ) -> None:
     """Make an empty disk."""
-    hvreplica.disk_create(
+    made = hvreplica.disk_create(
         file, size_bytes, format=format_, type=type_, block_bytes=block_bytes, overwrite=overwrite
     )
-    made = hvreplica.disk_info(file)
     output.answer(made, lambda: output.structure(made))
 
 

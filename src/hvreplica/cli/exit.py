@@ -106,7 +106,7 @@ def _describe_system(error: OSError) -> Failure:
     if isinstance(error.filename, (str, bytes, os.PathLike)):
         path = os.fsdecode(error.filename)
     message = error.strerror or _first_line(error)
-    tried = [_first_line(note) for note in getattr(error, "__notes__", ())]
+    tried = [_without(_first_line(note), path) for note in getattr(error, "__notes__", ())]
     hint = (
         "free some space and run the same command again; it goes on from there"
         if error.errno in _NO_SPACE
@@ -114,14 +114,22 @@ def _describe_system(error: OSError) -> Failure:
     )
     return Failure(
         type(error).__name__,
-        f"{message[:1].lower()}{message[1:]}" + (f", while: {'; '.join(tried)}" if tried else ""),
+        f"{message[:1].lower()}{message[1:]}" + (f" ({'; '.join(tried)})" if tried else ""),
         code,
         path=path,
         hint=hint,
     )
 
 
+def _without(note: str, path: str | None) -> str:
+    """Return a note such as "write PATH at offset 0" without the path, which is told anyway."""
+    return " ".join(note.replace(path or "\n", "").split())
+
+
 def _plain_value(value: object) -> str | int | None:
+    if isinstance(value, (bytes, bytearray)):
+        text = value.rstrip(b"\0").decode("latin-1")
+        return f"'{text}'" if text.isascii() and text.isprintable() and text else f"0x{value.hex()}"
     return value if value is None or isinstance(value, int) else str(value)
 
 

@@ -37,7 +37,8 @@ def info(output: Output, file: Path) -> None:
 @verb
 def verify(output: Output, file: Path) -> None:
     """Check a closed log whole: structure, checksums, bounds and the checksum of every write's data."""
-    report = hvreplica.log_verify(file)
+    with progress_shown(output) as progress:
+        report = hvreplica.log_verify(file, progress=progress)
     output.answer(report, lambda: output.structure(report))
 
 

@@ -9,11 +9,14 @@ import click
 import hvreplica
 from hvreplica.cli.options import DISK_FORMAT, PATH, option, overwrite_option, store_option, verb, vm_option
 from hvreplica.cli.progress import progress_shown
+from hvreplica.cli.render import moment, plain
+from hvreplica.units import format_size
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from hvreplica.cli.render import Output
+    from hvreplica.store import PointStatus
 
 
 @click.group()
@@ -28,7 +31,20 @@ def point() -> None:
 def list_(output: Output, store: Path, vm: str) -> None:
     """List a VM's recovery points, oldest first."""
     points = hvreplica.point_list(store, vm)
-    output.answer(points, lambda: output.structures(points, empty=f"{vm} has no recovery point yet"))
+    output.answer(points, lambda: _show(output, vm, points))
+
+
+def _show(output: Output, vm: str, points: list[PointStatus]) -> None:
+    if not points:
+        output.line(f"{plain(vm)} has no recovery point yet")
+        return
+    output.table(
+        ("point", "shows the time", "kind", "state", ">received"),
+        [
+            (each.id, moment(each.instant_s), each.kind, each.state, format_size(each.bytes))
+            for each in points
+        ],
+    )
 
 
 @point.command(short_help="Copy a disk at a point to a file of its own.")

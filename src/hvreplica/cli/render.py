@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console, RenderableType
 
-_WIDTHS = {"disk_offset": 18, "log_offset": 18}
+_WIDTHS = {"disk_offset": 18, "log_offset": 18, "time_s": 20}
 _PIPE_WIDTH = 1 << 16  # no line is broken where a program may read it
 _RED, _GREEN, _YELLOW, _DIM, _RESET = "\x1b[1;31m", "\x1b[1;32m", "\x1b[33m", "\x1b[2m", "\x1b[0m"
 
@@ -108,7 +108,7 @@ class Output:
                 self.line(
                     "  ".join(_label(name).rjust(width) for name, width in zip(names, widths, strict=True))
                 )
-            cells = (plain(getattr(value, name)) for name in names)
+            cells = (plain(_shown(name, getattr(value, name))) for name in names)
             self.line("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
 
     @contextlib.contextmanager
@@ -213,11 +213,13 @@ def _lists_of_structures(value: Any) -> Iterator[tuple[str, Sequence[Any]]]:
 
 
 def _label(name: str) -> str:
+    if name in {"virtual_bytes", "file_bytes", "block_bytes"}:
+        return f"{name.removesuffix('_bytes')} size"
     return name.removesuffix("_bytes").removesuffix("_s").replace("_", " ")
 
 
 def _column(name: str, value: object) -> str:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and not name.endswith("_s")
     return f">{_label(name)}" if is_number else _label(name)
 
 
@@ -227,11 +229,21 @@ def _shown(name: str, value: object) -> object:
         return "yes" if value else "no"
     if name.endswith("_bytes") and isinstance(value, int):
         return format_size(value)
-    if name.endswith("instant_s") and isinstance(value, (int, float)):
-        return iso_time(value)
+    if name.endswith("_s") and isinstance(value, (int, float)):
+        return moment(value)
+    if name.endswith("checksum") and isinstance(value, int):
+        return f"{value:#010x}"
     if name.endswith("seconds") and isinstance(value, (int, float)):
         return f"{value:.1f} s"
     return value
+
+
+def moment(unix_s: float) -> str:
+    """Return a point in time to the second, in UTC."""
+    try:
+        return f"{iso_time(unix_s)[:19]}Z"
+    except (OverflowError, ValueError, OSError):  # a damaged clock's year is no reason to fail
+        return str(unix_s)
 
 
 def plain(value: object) -> str:

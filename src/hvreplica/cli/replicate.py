@@ -67,6 +67,7 @@ _HEADLINES = {
     show_default=True,
     help="Parallel connections for data.",
 )
+@option("--resync", is_flag=True, help="Trust no record: compare every block with the replica's.")
 @option(
     "--takeover", is_flag=True, help="Become the VM's primary although another one owns it at the replica."
 )
@@ -87,9 +88,25 @@ def replicate(
     if not once:
         message = "pass --once: it runs one cycle and ends, and is the only mode there is"
         raise click.UsageError(message, click.get_current_context())
-    with progress_shown(output) as progress:
+    from hvreplica.cli.diagnostics import logging_shown  # noqa: PLC0415 - the start-up time of --help
+
+    _check(vm, disks)
+    level = "error" if output.quiet else "warning"
+    with logging_shown(level, as_json=output.json), progress_shown(output) as progress:
         result = hvreplica.replicate(vm, disks, progress=progress, **settings)
     output.answer(result, lambda: show_result(output, result))
+
+
+def _check(vm: str, disks: tuple[Path, ...]) -> None:
+    from hvreplica.formats.messages import VM_NAME_CHARS_MAX  # noqa: PLC0415 - as above
+
+    context = click.get_current_context()
+    if not 1 <= len(vm) <= VM_NAME_CHARS_MAX:
+        message = f"a VM's name has 1 to {VM_NAME_CHARS_MAX} characters"
+        raise click.UsageError(message, context)
+    if len({disk.absolute() for disk in disks}) != len(disks):
+        message = "a disk is named twice"
+        raise click.UsageError(message, context)
 
 
 def show_result(output: Output, result: ReplicateResult) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
 import click
 
 import hvreplica
 from hvreplica.cli.options import PATH, option, verb
+from hvreplica.cli.render import plain
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,7 +38,13 @@ def init(output: Output, folder: Path, names: tuple[str, ...]) -> None:
     Whoever holds ca-key.pem can make certificates that both sides trust: later, keep it away from both.
     """
     made = hvreplica.tls_init(folder, names=names)
-    output.answer(made, lambda: output.structure(made))
+    output.answer({"folder": folder, "files": made}, lambda: _show_made(output, folder, made))
+
+
+def _show_made(output: Output, folder: Path, made: list[str]) -> None:
+    for path in made:
+        output.line(plain(path))
+    output.note(f"next: hvreplica serve --store DIR --tls {shlex.quote(plain(folder))}")
 
 
 @tls.command(short_help="Let a certificate write VMs.")
