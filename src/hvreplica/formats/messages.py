@@ -17,7 +17,7 @@ Unknown fields are allowed, so that a newer peer may say more; lengths and range
 
 from __future__ import annotations
 
-import uuid
+import uuid  # noqa: TC003 - msgspec resolves the annotations at run time
 from typing import Annotated
 
 import msgspec
@@ -67,7 +67,7 @@ class LogShape(msgspec.Struct, frozen=True):
     log_bytes: ByteCount
 
 
-class Claim(Message, tag="claim"):
+class Claim(Message, frozen=True, tag="claim"):
     """Ask to be the writer of a VM; first message of a control connection."""
 
     protocol: Annotated[int, Meta(ge=1, lt=1 << 16)]
@@ -79,14 +79,20 @@ class Claim(Message, tag="claim"):
 
 
 class DiskState(msgspec.Struct, frozen=True):
-    """What the replica holds of one disk. last_log_id: the log that was applied last; nil before the first."""
+    """What the replica holds of one disk.
+
+    last_log_id: the log that was applied last; nil before the first.
+    """
 
     index: DiskIndex
     last_log_id: uuid.UUID
 
 
-class Claimed(Message, tag="claimed"):
-    """The claim stands. session: proves that a data connection belongs to it. phase: empty, initial or ready."""
+class Claimed(Message, frozen=True, tag="claimed"):
+    """The claim stands.
+
+    session: proves that a data connection belongs to it. phase: empty, initial or ready.
+    """
 
     protocol: int
     software: Text
@@ -98,7 +104,7 @@ class Claimed(Message, tag="claimed"):
     connections_max: Annotated[int, Meta(ge=1, le=64)]
 
 
-class FingerprintsRequest(Message, tag="fingerprints?"):
+class FingerprintsRequest(Message, frozen=True, tag="fingerprints?"):
     """Ask for fingerprints of the replica's disk, for a resync that ships only what differs."""
 
     disk_index: DiskIndex
@@ -107,15 +113,17 @@ class FingerprintsRequest(Message, tag="fingerprints?"):
     block_bytes: Annotated[int, Meta(ge=512, le=1 << 20, multiple_of=512)]
 
 
-class Fingerprints(Message, tag="fingerprints"):
-    """16 bytes for each block; empty where every block is zero. next_block: no data before it after this window."""
+class Fingerprints(Message, frozen=True, tag="fingerprints"):
+    """16 bytes for each block asked for; empty where every one of them is zero."""
 
     data: Annotated[bytes, Meta(max_length=16 * FINGERPRINT_BLOCKS_MAX)]
-    next_block: Annotated[int, Meta(ge=0, lt=1 << 54)]
 
 
-class BeginInitial(Message, tag="initial"):
-    """Begin or continue an initial replication. positions: for each disk, the bytes already known to be durable."""
+class BeginInitial(Message, frozen=True, tag="initial"):
+    """Begin or continue an initial replication.
+
+    positions: for each disk, the bytes already known to be durable.
+    """
 
     transfer_id: uuid.UUID
     point_id: uuid.UUID
@@ -123,8 +131,11 @@ class BeginInitial(Message, tag="initial"):
     positions: Annotated[list[ByteCount], Meta(min_length=1, max_length=DISKS_MAX)]
 
 
-class BeginLogs(Message, tag="logs"):
-    """Begin or continue the shipping of one cycle's logs. positions: for each log, the bytes known to be durable."""
+class BeginLogs(Message, frozen=True, tag="logs"):
+    """Begin or continue the shipping of one cycle's logs.
+
+    positions: for each log, the bytes known to be durable.
+    """
 
     transfer_id: uuid.UUID
     point_id: uuid.UUID
@@ -134,69 +145,75 @@ class BeginLogs(Message, tag="logs"):
     positions: Annotated[list[ByteCount], Meta(min_length=1, max_length=DISKS_MAX)]
 
 
-class Attach(Message, tag="attach"):
+class Attach(Message, frozen=True, tag="attach"):
     """First message of a data connection; frames follow after Attached."""
 
     session: Session
     transfer_id: uuid.UUID
 
 
-class Checkpoint(Message, tag="checkpoint"):
+class Checkpoint(Message, frozen=True, tag="checkpoint"):
     """Ask which frames are durable."""
 
 
-class EndTransfer(Message, tag="end"):
+class EndTransfer(Message, frozen=True, tag="end"):
     """All frames are on their way; frame_count: how many this session sent."""
 
     frame_count: FrameCount
 
 
-class Apply(Message, tag="apply"):
+class Apply(Message, frozen=True, tag="apply"):
     """Ask to apply what was committed."""
 
     point_id: uuid.UUID
 
 
-class Ready(Message, tag="ready"):
-    """Frames may come. continued: the positions of the question were taken; otherwise everything must be sent."""
+class Ready(Message, frozen=True, tag="ready"):
+    """Frames may come.
 
-    continued: bool
+    positions: for each target, the bytes that need not be sent; never above the question's.
+    """
+
+    positions: Annotated[list[ByteCount], Meta(max_length=DISKS_MAX)]
 
 
-class AlreadyHave(Message, tag="have"):
+class AlreadyHave(Message, frozen=True, tag="have"):
     """The replica has this point durably: an answer was lost, nothing needs to be sent."""
 
     point_id: uuid.UUID
 
 
-class Attached(Message, tag="attached"):
+class Attached(Message, frozen=True, tag="attached"):
     """Frames may come on this connection."""
 
 
-class Durable(Message, tag="durable"):
+class Durable(Message, frozen=True, tag="durable"):
     """Every frame with a sequence below `watermark` survives a power cut of the replica."""
 
     watermark: FrameCount
 
 
-class Committed(Message, tag="committed"):
+class Committed(Message, frozen=True, tag="committed"):
     """The point's data is durable at the replica."""
 
     point_id: uuid.UUID
 
 
-class Applied(Message, tag="applied"):
+class Applied(Message, frozen=True, tag="applied"):
     """The point is listed and its disks are on it."""
 
     point_id: uuid.UUID
 
 
-class Working(Message, tag="working"):
+class Working(Message, frozen=True, tag="working"):
     """The answer takes longer; the replica lives."""
 
 
-class Refused(Message, tag="refused"):
-    """No, and why. error: the name of the class in errors.py. generation: of the VM's owner, for a takeover."""
+class Refused(Message, frozen=True, tag="refused"):
+    """No, and why.
+
+    error: the name of the class in errors.py. generation: of the VM's owner, for a takeover.
+    """
 
     error: Annotated[str, Meta(max_length=64)]
     message: Text
@@ -206,5 +223,14 @@ class Refused(Message, tag="refused"):
 
 Question = Claim | FingerprintsRequest | BeginInitial | BeginLogs | Attach | Checkpoint | EndTransfer | Apply
 Answer = (
-    Claimed | Fingerprints | Ready | AlreadyHave | Attached | Durable | Committed | Applied | Working | Refused
+    Claimed
+    | Fingerprints
+    | Ready
+    | AlreadyHave
+    | Attached
+    | Durable
+    | Committed
+    | Applied
+    | Working
+    | Refused
 )

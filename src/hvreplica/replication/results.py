@@ -6,7 +6,10 @@ import msgspec
 
 
 class DiskChange(msgspec.Struct, frozen=True):
-    """One disk of a replicate call. changed_bytes: guest bytes shipped as new or different, zeros included."""
+    """One disk of a replicate call.
+
+    changed_bytes: guest bytes shipped as new or different, zeros included.
+    """
 
     path: str
     virtual_bytes: int
@@ -14,7 +17,10 @@ class DiskChange(msgspec.Struct, frozen=True):
 
 
 class ShippedLog(msgspec.Struct, frozen=True):
-    """One .hrl of a cycle. id: its UniqueId. path: where it stood in the state folder until it was acknowledged."""
+    """One .hrl of a cycle.
+
+    id: its UniqueId. path: where it stood in the state folder until it was acknowledged.
+    """
 
     id: str
     path: str

@@ -1,0 +1,83 @@
+"""hvreplica: a second, bootable copy of a virtual machine's disks at another site.
+
+The public functions are loaded at first use, so that importing the package costs nothing; docs/embedding.md
+shows them at work.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hvreplica.progress import Progress
+    from hvreplica.replication.offline import (
+        disk_compare,
+        disk_convert,
+        disk_create,
+        disk_info,
+        disk_map,
+        log_apply,
+        log_dump,
+        log_info,
+        log_recover,
+        log_verify,
+        point_export,
+        point_list,
+        store_status,
+        tls_init,
+        tls_trust,
+    )
+    from hvreplica.replication.results import DiskChange, ReplicateResult, ShippedLog
+    from hvreplica.replication.serve import Server
+    from hvreplica.replication.verbs import replicate
+    from hvreplica.replication.version import VERSION as __version__  # noqa: N811 - the name that Python tools look for
+
+__all__ = [
+    "DiskChange",
+    "Progress",
+    "ReplicateResult",
+    "Server",
+    "ShippedLog",
+    "__version__",
+    "disk_compare",
+    "disk_convert",
+    "disk_create",
+    "disk_info",
+    "disk_map",
+    "log_apply",
+    "log_dump",
+    "log_info",
+    "log_recover",
+    "log_verify",
+    "point_export",
+    "point_list",
+    "replicate",
+    "store_status",
+    "tls_init",
+    "tls_trust",
+]
+
+_HOMES = {
+    "DiskChange": "replication.results",
+    "Progress": "progress",
+    "ReplicateResult": "replication.results",
+    "Server": "replication.serve",
+    "ShippedLog": "replication.results",
+    "__version__": "replication.version",
+    "replicate": "replication.verbs",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        message = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(message)
+    module = import_module(f"{__name__}.{_HOMES.get(name, 'replication.offline')}")
+    value: object = getattr(module, "VERSION" if name == "__version__" else name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

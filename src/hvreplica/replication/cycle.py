@@ -1,0 +1,129 @@
+"""One cycle: find what changed, close it as logs, ship them, and let the fingerprints follow.
+
+The stages of the transfer in state.json say where a call that was cut off left: "cutting" logs are thrown
+away, "cut" logs are shipped, "acknowledged" logs only have to be taken into the fingerprints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import TYPE_CHECKING
+
+from hvreplica.formats import messages
+from hvreplica.hrl import LogWriter
+from hvreplica.progress import Progress
+from hvreplica.replication.follow import follow_log
+from hvreplica.replication.results import ShippedLog
+from hvreplica.replication.sources import LogSource
+from hvreplica.replication.state import NIL, CutLog, Transfer
+from hvreplica.tracking.compare import ComparedDisk
+
+if TYPE_CHECKING:
+    from hvreplica.replication.session import ReplicaSession
+    from hvreplica.replication.work import Work
+
+_COMPARE_WORKERS = 2
+
+
+def cut(work: Work) -> bool:
+    """Compare every disk with its fingerprints; return whether logs were cut and wait to be shipped."""
+    state = work.state
+    transfer = Transfer(
+        kind="logs",
+        stage="cutting",
+        transfer_id=work.clock.guid(),
+        point_id=work.clock.guid(),
+        instant_s=work.clock.now_s(),
+        positions=[],
+    )
+    state.transfer = transfer
+    work.save()
+    progress = _CompareProgress(work)
+    transfer.logs = [_cut_disk(work, index, progress) for index in range(len(work.disks))]
+    if not any(log.changed_bytes for log in transfer.logs):
+        state.transfer = None
+        work.save()
+        work.folder.discard_logs()
+        return False
+    work.files.sync_directory(work.folder.logs)
+    transfer.positions = [0] * len(transfer.logs)
+    transfer.stage = "cut"
+    work.save()
+    return True
+
+
+def ship(work: Work, session: ReplicaSession, transfer: Transfer) -> None:
+    """Bring the cut logs to the replica; on return it has them durably, and so it is recorded."""
+    question = messages.BeginLogs(
+        transfer_id=transfer.transfer_id,
+        point_id=transfer.point_id,
+        previous_point_id=work.state.last_point or NIL,
+        instant_s=transfer.instant_s,
+        logs=[
+            messages.LogShape(log.disk_index, log.log_id, log.previous_log_id, log.log_bytes)
+            for log in transfer.logs
+        ],
+        positions=transfer.positions,
+    )
+    answer = session.ask_either(question, messages.Ready, messages.AlreadyHave)
+    if isinstance(answer, messages.Ready):
+        work.resume(transfer, answer.positions)
+        with contextlib.ExitStack() as stack:
+            opened = [work.files.open(work.folder.log_path(log.log_id)) for log in transfer.logs]
+            for file in opened:
+                stack.callback(file.close)
+            work.ship(session, LogSource(opened, transfer.positions), transfer, phase="ship")
+    transfer.stage = "acknowledged"
+    work.save()
+
+
+def settle(work: Work, transfer: Transfer) -> None:
+    """Let the fingerprints follow the acknowledged logs, then forget the logs. Repeatable."""
+    state = work.state
+    for log in transfer.logs:
+        follow_log(work.files, work.folder.log_path(log.log_id), work.tables[log.disk_index])
+        work.tables[log.disk_index].mark(transfer.point_id)
+        state.disks[log.disk_index].last_log_id = log.log_id
+        work.tally.changed_bytes[log.disk_index] += log.changed_bytes
+        work.tally.shipped.append(ShippedLog(str(log.log_id), str(work.folder.log_path(log.log_id))))
+    work.tally.kind = "delta"
+    state.last_point, state.transfer = transfer.point_id, None
+    work.save()
+    work.folder.discard_logs()
+
+
+def _cut_disk(work: Work, index: int, progress: _CompareProgress) -> CutLog:
+    disk = work.disks[index]
+    previous_log_id = work.state.disks[index].last_log_id
+    log_id = work.clock.guid()
+    writer = LogWriter.create(
+        work.files,
+        work.folder.log_path(log_id),
+        log_id=log_id,
+        previous_log_id=previous_log_id,
+        data_write_guid=disk.data_write_guid,
+        clock=work.clock,
+    )
+    with writer:
+        source = ComparedDisk(disk, work.tables[index], workers=_COMPARE_WORKERS)
+        changed_bytes = source.changes_into(writer, on_read=progress.add)
+        summary = writer.close()
+    return CutLog(index, log_id, previous_log_id, summary.log_bytes, changed_bytes)
+
+
+class _CompareProgress:
+    """Adds up what all disks' comparisons have looked at; told from their threads, one at a time."""
+
+    def __init__(self, work: Work) -> None:
+        self._on_progress = work.on_progress
+        self._total_bytes = sum(disk.virtual_bytes for disk in work.disks)
+        self._done_bytes = 0
+        self._lock = threading.Lock()
+
+    def add(self, length: int) -> None:
+        with self._lock:
+            self._done_bytes += length
+            self._on_progress(
+                Progress("compare", self._done_bytes, self._total_bytes, raw_bytes=self._done_bytes)
+            )

@@ -1,0 +1,82 @@
+"""Take an acknowledged log into the fingerprint table of its disk.
+
+The log is the only record of what was sent, and its entries are whole fingerprint blocks (the comparison cut
+them so): hashing its data again gives the fingerprints. Done again after a cut, it gives the same table.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hvreplica import native
+from hvreplica.formats.fingerprint import FINGERPRINT_BYTES
+from hvreplica.hrl import LogReader
+from hvreplica.units import MIB
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy.typing as npt
+
+    from hvreplica.files import BlockFile, FileSystem
+    from hvreplica.tracking.fingerprints import FingerprintTable
+
+_WINDOW_BYTES = 4 * MIB
+_TABLE_WINDOW_BLOCKS = 1 << 16  # rows of the table that are read, changed and written as one: 1 MiB
+
+
+def follow_log(files: FileSystem, path: Path, table: FingerprintTable) -> None:
+    """Make `table` say what a disk holds once the log at `path` is applied. Not durable until table.sync().
+
+    Raises: FormatError for a damaged log; the table may then hold a part of it.
+    """
+    with LogReader(files, path) as log:
+        for entries in log.blocks():
+            for group in _contiguous(entries):
+                _follow_group(log.file, group, table)
+
+
+def _contiguous(entries: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+    """Cut a metadata block's entries into groups of at most _WINDOW_BYTES; their data stands in one piece."""
+    ends = np.cumsum(entries["data_length"].astype(np.int64))
+    cuts = np.flatnonzero(np.diff(ends // _WINDOW_BYTES)) + 1
+    return [group for group in np.split(entries, cuts) if len(group)]
+
+
+def _follow_group(file: BlockFile, group: npt.NDArray[Any], table: FingerprintTable) -> None:
+    lengths = group["data_length"].astype(np.int64)
+    counts = -(-lengths // table.block_bytes)
+    firsts = group["byte_offset"].astype(np.int64) // table.block_bytes
+    start, total_bytes = int(group["log_offset"][0]), int(lengths.sum())
+    if next(file.data_extents(start, start + total_bytes), None) is None:
+        for first, count in zip(firsts.tolist(), counts.tolist(), strict=True):
+            table.clear(first, count)
+        return
+    data = np.empty(total_bytes, np.uint8)
+    file.read_into(data, start)
+    # Only a disk's last block is short, so within a group a short one can only stand at the end of an entry:
+    # entries are hashed together as long as they are whole blocks.
+    if (lengths % table.block_bytes == 0).all():
+        rows = native.fingerprints(data, table.block_bytes)
+    else:
+        pieces = np.split(data, np.cumsum(lengths)[:-1])
+        rows = np.concatenate([native.fingerprints(piece, table.block_bytes) for piece in pieces])
+    blocks = np.repeat(firsts - np.concatenate(([0], np.cumsum(counts)[:-1])), counts) + np.arange(
+        counts.sum()
+    )
+    _scatter(table, blocks, rows)
+
+
+def _scatter(table: FingerprintTable, blocks: npt.NDArray[np.int64], rows: npt.NDArray[np.uint8]) -> None:
+    """Store rows at their block numbers; of a block that comes twice the later row stands."""
+    order = np.argsort(blocks, kind="stable")
+    blocks, rows = blocks[order], rows[order]
+    for chosen in np.split(
+        np.arange(len(blocks)), np.flatnonzero(np.diff(blocks // _TABLE_WINDOW_BLOCKS)) + 1
+    ):
+        first, last = int(blocks[chosen[0]]), int(blocks[chosen[-1]])
+        window = table.read(first, last - first + 1)
+        window[blocks[chosen] - first] = rows[chosen]
+        table.write(first, window.reshape(-1, FINGERPRINT_BYTES))

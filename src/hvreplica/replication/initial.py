@@ -1,0 +1,84 @@
+"""Initial replication: the whole of each disk, filling the fingerprint tables on the way.
+
+A broken transfer goes on from the positions that the replica confirmed, but no further than the disks still
+are what was sent: the point that results is one state of the disks, not a mixture.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hvreplica.formats import messages
+from hvreplica.replication.sources import DiskSource, unchanged_until
+from hvreplica.replication.state import NIL, Transfer
+
+if TYPE_CHECKING:
+    from hvreplica.replication.session import ReplicaSession
+    from hvreplica.replication.work import Work
+
+
+def replicate_initially(work: Work, session: ReplicaSession) -> None:
+    """Send a whole copy, or the rest of one, and record that the replica has it."""
+    transfer = work.state.transfer
+    transfer = _begin(work) if transfer is None else _continue(work, transfer)
+    question = messages.BeginInitial(
+        transfer_id=transfer.transfer_id,
+        point_id=transfer.point_id,
+        instant_s=transfer.instant_s,
+        positions=transfer.positions,
+    )
+    answer = session.ask_either(question, messages.Ready, messages.AlreadyHave)
+    if isinstance(answer, messages.Ready):
+        _send(work, session, transfer, answer.positions)
+    work.tally.kind = "initial"
+    settle_initial(work, transfer)
+
+
+def _send(work: Work, session: ReplicaSession, transfer: Transfer, positions: list[int]) -> None:
+    work.resume(transfer, positions)
+    source = DiskSource(work.disks, work.tables, transfer.positions)
+    work.ship(session, source, transfer, phase="initial")
+    for index, data_bytes in enumerate(source.data_bytes):
+        work.tally.changed_bytes[index] += data_bytes
+
+
+def settle_initial(work: Work, transfer: Transfer) -> None:
+    """Take note that the replica has committed the whole copy. Repeatable."""
+    if not work.tables:
+        work.open_tables()
+    for table in work.tables:
+        table.mark(transfer.point_id)
+    state = work.state
+    state.phase, state.last_point, state.transfer = "ready", transfer.point_id, None
+    for disk in state.disks:
+        disk.last_log_id = NIL
+    work.save()
+
+
+def _begin(work: Work) -> Transfer:
+    work.folder.discard_logs()
+    work.create_tables()
+    work.state.phase = "initial"
+    transfer = Transfer(
+        kind="initial",
+        stage="cut",
+        transfer_id=work.clock.guid(),
+        point_id=work.clock.guid(),
+        instant_s=work.clock.now_s(),
+        positions=[0] * len(work.disks),
+    )
+    work.state.transfer = transfer
+    work.save()
+    return transfer
+
+
+def _continue(work: Work, transfer: Transfer) -> Transfer:
+    if not work.tables:
+        work.open_tables()
+    transfer.positions = [
+        unchanged_until(disk, table, position)
+        for disk, table, position in zip(work.disks, work.tables, transfer.positions, strict=True)
+    ]
+    transfer.instant_s = work.clock.now_s()
+    work.save()
+    return transfer

@@ -1,0 +1,148 @@
+"""One replicate call at the primary: what to do next, by what both sides hold.
+
+    new ──> initial ──(every window durable, committed)──> ready
+    ready: compare ──> logs closed ("cut") ──> shipped ("acknowledged") ──> fingerprints follow ──> logs
+    removed
+
+Each step is written to the state folder before it is taken. A call that finds an unfinished step finishes it
+first; killed anywhere, the next call goes on from there. A connection that breaks is made again a few times.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from hvreplica.errors import Fenced, HvReplicaError, ReplicaDiverged
+from hvreplica.formats import messages
+from hvreplica.progress import Progress
+from hvreplica.replication import cycle
+from hvreplica.replication.initial import replicate_initially, settle_initial
+from hvreplica.replication.resync import resync
+from hvreplica.replication.state import NIL, shapes
+from hvreplica.replication.version import SOFTWARE
+
+if TYPE_CHECKING:
+    from hvreplica.replication.session import ReplicaSession
+    from hvreplica.replication.work import Work
+
+_RETRY_AFTER_S = (1.0, 2.0, 4.0)  # a line that is gone for longer is for the next call
+_RESYNC_HINT = "--resync compares both sides by fingerprints and sends only what differs"
+
+
+class Primary:
+    """Drives one call.
+
+    with_resync: do not believe the tables; takeover: become the writer of another's VM.
+    """
+
+    def __init__(self, work: Work, *, with_resync: bool, takeover: bool) -> None:
+        self._work = work
+        self._with_resync = with_resync or takeover
+        self._takeover = takeover
+        self._met = False
+
+    def run(self) -> None:
+        """Bring the replica to what the disks hold now.
+
+        Raises: what stands in the way, once retries are used up.
+        """
+        waits = iter(_RETRY_AFTER_S)
+        compared = False
+        while True:
+            try:
+                self._catch_up()
+                if compared or self._work.tally.kind == "initial":
+                    return
+                # The comparison may take hours: no connection is kept open meanwhile.
+                compared = True
+                if not cycle.cut(self._work):
+                    return
+            except HvReplicaError as error:
+                wait_s = next(waits, None) if error.retryable and self._met else None
+                if wait_s is None:
+                    raise
+                threading.Event().wait(wait_s)
+
+    def _catch_up(self) -> None:
+        """Finish in one session whatever is unfinished on either side."""
+        with self._work.session() as session:
+            try:
+                claimed = self._claim(session)
+                self._met = True
+                self._agree(claimed)
+                if self._with_resync:
+                    self._resync(session, claimed)
+                if self._work.state.phase == "ready":
+                    self._finish_cycle(session)
+                else:
+                    replicate_initially(self._work, session)
+            finally:
+                self._work.tally.wire_bytes += session.wire_bytes
+
+    def _claim(self, session: ReplicaSession) -> messages.Claimed:
+        state = self._work.state
+        try:
+            return session.claim(state, shapes(state), software=SOFTWARE)
+        except Fenced as error:
+            if not self._takeover or error.generation < state.generation:
+                raise
+            state.generation = error.generation + 1
+        self._work.save()
+        return session.claim(state, shapes(state), software=SOFTWARE)
+
+    def _agree(self, claimed: messages.Claimed) -> None:
+        """Bring our record in line with what the replica says that it holds, or refuse to go on."""
+        state = self._work.state
+        transfer = state.transfer
+        if transfer is not None and transfer.stage != "cutting" and claimed.last_point == transfer.point_id:
+            # It was committed there, and the answer was lost on its way to us.
+            if transfer.kind == "initial":
+                settle_initial(self._work, transfer)
+            else:
+                transfer.stage = "acknowledged"
+                self._work.save()
+        elif self._with_resync or claimed.last_point == state.last_point:
+            return
+        elif claimed.last_point is None:
+            raise ReplicaDiverged(
+                "the replica no longer has its copy of this VM",
+                path=self._work.link.address,
+                expected=f"point {state.last_point}",
+                actual=f"phase {claimed.phase}",
+                hint="is this the right replica? if so, --resync sends a whole copy again",
+            )
+        else:
+            raise ReplicaDiverged(
+                "the replica is on another point than the one that this state folder sent last",
+                path=self._work.link.address,
+                expected=state.last_point or "no point",
+                actual=claimed.last_point,
+                hint=_RESYNC_HINT,
+            )
+
+    def _resync(self, session: ReplicaSession, claimed: messages.Claimed) -> None:
+        if claimed.last_point is not None:
+            resync(self._work, session, claimed)
+        elif self._work.state.phase == "ready":
+            state = self._work.state
+            state.phase, state.last_point, state.transfer = "new", None, None
+            self._work.save()
+        self._with_resync = False
+
+    def _finish_cycle(self, session: ReplicaSession) -> None:
+        work = self._work
+        work.open_tables()
+        transfer = work.state.transfer
+        if transfer is not None and transfer.stage == "cutting":
+            work.state.transfer = None
+            work.save()
+            work.folder.discard_logs()
+        elif transfer is not None:
+            if transfer.stage == "cut":
+                cycle.ship(work, session, transfer)
+            cycle.settle(work, transfer)
+        work.check_tables()
+        work.on_progress(Progress("apply", 0, 1))
+        session.ask(messages.Apply(work.state.last_point or NIL), messages.Applied)
+        work.on_progress(Progress("apply", 1, 1))

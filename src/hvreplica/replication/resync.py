@@ -1,0 +1,57 @@
+"""Resync: learn from the replica itself what it holds, so that only what differs is sent.
+
+16 bytes travel for each 4 KiB block that holds data, and the difference travels as one more log: no recovery
+point is touched. For a primary whose state folder was lost, and for a replica that is not on the point we
+believe.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hvreplica.errors import ProtocolViolation, ReplicaDiverged
+from hvreplica.formats import messages
+from hvreplica.formats.fingerprint import FINGERPRINT_BYTES
+from hvreplica.progress import Progress
+
+if TYPE_CHECKING:
+    from hvreplica.replication.session import ReplicaSession
+    from hvreplica.replication.work import Work
+
+
+def resync(work: Work, session: ReplicaSession, claimed: messages.Claimed) -> None:
+    """Make tables and state say what the replica really holds, whatever was believed before. Repeatable."""
+    if claimed.last_point is None:
+        raise ReplicaDiverged("the replica has no point to compare with", path=work.link.address)
+    work.create_tables()
+    state = work.state
+    state.phase, state.transfer, state.last_point = "ready", None, claimed.last_point
+    for disk, held in zip(state.disks, claimed.disks, strict=True):
+        disk.last_log_id = held.last_log_id
+    work.save()
+    work.folder.discard_logs()
+    for index in range(len(work.disks)):
+        _fetch(work, session, index)
+        work.tables[index].mark(claimed.last_point)
+
+
+def _fetch(work: Work, session: ReplicaSession, index: int) -> None:
+    table = work.tables[index]
+    block_count = table.header.block_count
+    for first in range(0, block_count, messages.FINGERPRINT_BLOCKS_MAX):
+        count = min(messages.FINGERPRINT_BLOCKS_MAX, block_count - first)
+        question = messages.FingerprintsRequest(index, first, count, table.block_bytes)
+        data = session.ask(question, messages.Fingerprints).data
+        if data:
+            if len(data) != count * FINGERPRINT_BYTES:
+                raise ProtocolViolation(
+                    "the replica sent another number of fingerprints than it was asked for",
+                    path=work.link.address,
+                    expected=count,
+                    actual=len(data) / FINGERPRINT_BYTES,
+                )
+            table.write(first, np.frombuffer(data, np.uint8).reshape(-1, FINGERPRINT_BYTES))
+        done = min((first + count) * table.block_bytes, table.header.virtual_bytes)
+        work.on_progress(Progress("resync", done, table.header.virtual_bytes, wire_bytes=session.wire_bytes))

@@ -1,0 +1,241 @@
+"""The primary's state folder: what is replicated, what the replica acknowledged, and what is on its way.
+
+    state.json          PrimaryState, replaced as a whole
+    lock                held while a verb works on the folder
+    fingerprints/0.fp   what the replica holds of disk 0 (tracking/fingerprints.py)
+    logs/<id>.hrl       cut, not yet acknowledged
+
+Every verb writes its intention here before it acts, so that it can be killed anywhere and called again.
+"""
+
+from __future__ import annotations
+
+import uuid
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+from msgspec import Meta
+
+from hvreplica.errors import FormatError, StateError, TrackingLost, UnsupportedVersion
+from hvreplica.files import write_durably
+from hvreplica.formats import messages
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from hvreplica.clock import Clock
+    from hvreplica.disk import Disk
+    from hvreplica.files import FileSystem
+
+VERSION = 1
+NIL = uuid.UUID(int=0)
+_STATE_BYTES_MAX = 1 << 20  # 64 disks and their logs need a tenth of it
+
+
+class TrackedDisk(msgspec.Struct, forbid_unknown_fields=True):
+    """One protected disk. last_log_id: the newest acknowledged log, which the next one must follow."""
+
+    path: str
+    virtual_bytes: Annotated[int, Meta(ge=512, le=messages.DISK_BYTES_MAX)]
+    logical_sector_bytes: int
+    physical_sector_bytes: int
+    block_bytes: int
+    last_log_id: uuid.UUID = NIL
+
+
+class CutLog(msgspec.Struct, forbid_unknown_fields=True):
+    """One log of a cycle, in logs/<log_id>.hrl."""
+
+    disk_index: messages.DiskIndex
+    log_id: uuid.UUID
+    previous_log_id: uuid.UUID
+    log_bytes: messages.ByteCount
+    changed_bytes: messages.ByteCount
+
+
+class Transfer(msgspec.Struct, forbid_unknown_fields=True):
+    """What is on its way. positions: for each disk or log, the bytes that the replica said are durable there.
+
+    kind: "initial" or "logs". stage of logs: "cutting" until they are closed and durable, then "cut", then
+    "acknowledged" once the replica has them durably; the fingerprints follow from there.
+    """
+
+    kind: Annotated[str, Meta(pattern="^(initial|logs)$")]
+    stage: Annotated[str, Meta(pattern="^(cutting|cut|acknowledged)$")]
+    transfer_id: uuid.UUID
+    point_id: uuid.UUID
+    instant_s: messages.Instant
+    positions: list[messages.ByteCount]
+    logs: list[CutLog] = []
+
+
+class PrimaryState(msgspec.Struct, forbid_unknown_fields=True):
+    """state.json.
+
+    phase: "new" before the first byte, "initial" until the replica has a whole copy, then "ready".
+    """
+
+    version: int
+    vm: messages.VmName
+    relationship_id: uuid.UUID
+    generation: messages.Generation
+    phase: Annotated[str, Meta(pattern="^(new|initial|ready)$")]
+    disks: Annotated[list[TrackedDisk], Meta(min_length=1, max_length=messages.DISKS_MAX)]
+    last_point: uuid.UUID | None = None
+    transfer: Transfer | None = None
+
+
+class StateFolder:
+    """The folder, locked. One owner; release() when done."""
+
+    def __init__(self, files: FileSystem, folder: Path, *, clock: Clock) -> None:
+        self._files = files
+        self.folder = folder
+        self._clock = clock
+        for path in (folder, self.fingerprints, self.logs):
+            files.make_directory(path)
+        self._lock = files.lock(folder / "lock")
+
+    @property
+    def fingerprints(self) -> Path:
+        """The folder of the fingerprint tables."""
+        return self.folder / "fingerprints"
+
+    @property
+    def logs(self) -> Path:
+        """The folder of the logs that are cut and not yet acknowledged."""
+        return self.folder / "logs"
+
+    def table_path(self, disk_index: int) -> Path:
+        """Return where the fingerprint table of a disk stands."""
+        return self.fingerprints / f"{disk_index}.fp"
+
+    def log_path(self, log_id: uuid.UUID) -> Path:
+        """Return where a log stands until it is acknowledged."""
+        return self.logs / f"{log_id}.hrl"
+
+    def load(self) -> PrimaryState | None:
+        """Return the state, or None for a new folder. Raises: FormatError where it is damaged or too new."""
+        path = self.folder / "state.json"
+        if not self._files.exists(path):
+            return None
+        file = self._files.open(path)
+        try:
+            data = file.read(0, min(file.size(), _STATE_BYTES_MAX))
+        finally:
+            file.close()
+        try:
+            version = msgspec.json.decode(data, type=_Version).version
+            if version != VERSION:
+                raise UnsupportedVersion(
+                    "unknown version of the primary's state",
+                    path=path,
+                    field="version",
+                    expected=VERSION,
+                    actual=version,
+                    hint="use the hvreplica that wrote it",
+                )
+            return msgspec.json.decode(data, type=PrimaryState)
+        except msgspec.DecodeError as error:
+            raise FormatError(
+                f"the primary's state is damaged: {error}",
+                path=path,
+                hint="restore the file, or move the folder away and run replicate with --takeover",
+            ) from None
+
+    def save(self, state: PrimaryState) -> None:
+        """Make `state` the durable state, as a whole."""
+        data = msgspec.json.format(msgspec.json.encode(state), indent=1)
+        write_durably(self._files, self.folder / "state.json", data, clock=self._clock)
+
+    def discard_logs(self, keep: Sequence[CutLog] = ()) -> None:
+        """Remove every file in logs/ but those of `keep`."""
+        kept = {self.log_path(log.log_id).name for log in keep}
+        stale = [name for name in self._files.names(self.logs) if name not in kept]
+        for name in stale:
+            self._files.unlink(self.logs / name)
+        if stale:
+            self._files.sync_directory(self.logs)
+
+    def release(self) -> None:
+        """Give the folder back."""
+        self._lock.release()
+
+
+class _Version(msgspec.Struct):
+    version: int
+
+
+def track(vm: str, disks: Sequence[Disk], *, clock: Clock) -> PrimaryState:
+    """Return the state of a relationship that begins now, with a new identity and generation 1."""
+    return PrimaryState(VERSION, vm, clock.guid(), 1, "new", [_tracked(disk) for disk in disks])
+
+
+def check_same(state: PrimaryState, vm: str, disks: Sequence[Disk], folder: Path) -> None:
+    """Refuse a call whose VM or disks are not those of the state folder. Raises: StateError, TrackingLost."""
+    if state.vm != vm:
+        raise StateError(
+            "the state folder belongs to another VM",
+            path=folder,
+            expected=state.vm,
+            actual=vm,
+            hint="give each VM a state folder of its own",
+        )
+    if len(disks) != len(state.disks):
+        raise StateError(
+            "the VM was protected with another number of disks",
+            path=folder,
+            expected=len(state.disks),
+            actual=len(disks),
+            hint="name the same disks in the same order; another set needs another VM name",
+        )
+    paths = [str(disk.path) for disk in disks]
+    known = [disk.path for disk in state.disks]
+    if paths != known and sorted(paths) == sorted(known):
+        raise StateError(
+            "the disks are named in another order than before",
+            path=folder,
+            expected=", ".join(known),
+            actual=", ".join(paths),
+            hint="name them in the order of the first call: the order is the disks' identity",
+        )
+    for disk, tracked in zip(disks, state.disks, strict=True):
+        now = _tracked(disk)
+        if (now.virtual_bytes, now.logical_sector_bytes) != (
+            tracked.virtual_bytes,
+            tracked.logical_sector_bytes,
+        ):
+            raise TrackingLost(
+                "the disk has another size or sector size than when it was protected",
+                path=disk.path,
+                field="virtual_bytes, logical_sector_bytes",
+                expected=f"{tracked.virtual_bytes}, {tracked.logical_sector_bytes}",
+                actual=f"{now.virtual_bytes}, {now.logical_sector_bytes}",
+                hint="replicating a resized disk is not supported yet: protect it anew under another VM name",
+            )
+
+
+def shapes(state: PrimaryState) -> list[messages.DiskShape]:
+    """Return what the replica must know of the disks."""
+    return [
+        messages.DiskShape(
+            index=index,
+            virtual_bytes=disk.virtual_bytes,
+            logical_sector_bytes=disk.logical_sector_bytes,
+            physical_sector_bytes=disk.physical_sector_bytes,
+            block_bytes=disk.block_bytes,
+            label=disk.path.rsplit("/", 1)[-1][:255],
+        )
+        for index, disk in enumerate(state.disks)
+    ]
+
+
+def _tracked(disk: Disk) -> TrackedDisk:
+    return TrackedDisk(
+        str(disk.path),
+        disk.virtual_bytes,
+        disk.logical_sector_bytes,
+        disk.physical_sector_bytes,
+        disk.block_bytes,
+    )

@@ -1,0 +1,168 @@
+"""What the steps of one replicate call share:
+
+the state and its folder, the disks, the tables, the running result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from hvreplica.errors import FormatError, ProtocolViolation, TrackingLost
+from hvreplica.replication.session import ReplicaSession
+from hvreplica.replication.ship import Shipment
+from hvreplica.replication.state import NIL
+from hvreplica.tracking.fingerprints import FingerprintTable
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Sequence
+
+    from hvreplica.clock import Clock
+    from hvreplica.disk import Disk
+    from hvreplica.files import FileSystem
+    from hvreplica.progress import ProgressCallback
+    from hvreplica.replication.results import ShippedLog
+    from hvreplica.replication.sources import FrameSource
+    from hvreplica.replication.state import PrimaryState, StateFolder, Transfer
+
+_RESYNC_HINT = (
+    "run replicate with --resync: it rebuilds the table from the replica and sends only what differs"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """How to reach the replica.
+
+    address: HOST:PORT. compression: auto, zstd, lz4 or none. connections: for data.
+    """
+
+    address: str
+    context: ssl.SSLContext
+    compression: str
+    connections: int
+
+
+@dataclass(slots=True)
+class Tally:
+    """What one call did so far; it only grows, over reconnections too."""
+
+    kind: str
+    changed_bytes: list[int]
+    wire_bytes: int = 0
+    shipped: list[ShippedLog] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Work:
+    """One replicate call. One owner thread; save() after each change of the state."""
+
+    folder: StateFolder
+    state: PrimaryState
+    disks: Sequence[Disk]
+    link: Link
+    files: FileSystem
+    clock: Clock
+    on_progress: ProgressCallback
+    tally: Tally
+    tables: list[FingerprintTable] = field(default_factory=list)
+
+    def save(self) -> None:
+        """Make the state durable."""
+        self.folder.save(self.state)
+
+    def session(self) -> ReplicaSession:
+        """Open a session; the caller closes it."""
+        return ReplicaSession(self.link.address, self.link.context)
+
+    def ship(self, session: ReplicaSession, source: FrameSource, transfer: Transfer, *, phase: str) -> None:
+        """Send a source to its end and have it committed; its positions are recorded on the way."""
+
+        def record() -> None:
+            transfer.positions = list(source.positions)
+            self.save()
+
+        shipment = Shipment(
+            session,
+            source,
+            compression=self.link.compression,
+            connections=self.link.connections,
+            on_progress=self.on_progress,
+            clock=self.clock,
+        )
+        shipment.run(transfer.transfer_id, phase=phase, record=record)
+
+    def resume(self, transfer: Transfer, positions: list[int]) -> None:
+        """Go on from the positions that the replica answered;
+
+        they never lie above those that we asked for.
+        """
+        known = transfer.positions
+        if len(positions) != len(known) or any(
+            at > asked for at, asked in zip(positions, known, strict=True)
+        ):
+            raise ProtocolViolation(
+                "the replica answered with positions that were not asked for",
+                path=self.link.address,
+                expected=known,
+                actual=positions,
+            )
+        transfer.positions = positions
+        self.save()
+
+    def create_tables(self) -> None:
+        """Start with tables that say "all zero" and describe no point; durable on return."""
+        self.close_tables()
+        for index, disk in enumerate(self.disks):
+            table = FingerprintTable.create(
+                self.files, self.folder.table_path(index), disk_index=index, virtual_bytes=disk.virtual_bytes
+            )
+            self.tables.append(table)
+            table.sync()
+        self.files.sync_directory(self.folder.fingerprints)
+
+    def open_tables(self) -> None:
+        """Open the tables that stand in the folder.
+
+        Raises: TrackingLost for one that is damaged or missing.
+        """
+        self.close_tables()
+        for index, disk in enumerate(self.disks):
+            path = self.folder.table_path(index)
+            try:
+                table = FingerprintTable.open(self.files, path)
+            except (FormatError, FileNotFoundError) as error:
+                raise TrackingLost(
+                    f"the fingerprint table cannot be used: {error}", path=path, hint=_RESYNC_HINT
+                ) from None
+            self.tables.append(table)
+            if table.header.virtual_bytes != disk.virtual_bytes:
+                raise TrackingLost(
+                    "the fingerprint table belongs to a disk of another size",
+                    path=path,
+                    field="virtual_bytes",
+                    expected=disk.virtual_bytes,
+                    actual=table.header.virtual_bytes,
+                    hint=_RESYNC_HINT,
+                )
+
+    def check_tables(self) -> None:
+        """Refuse tables that do not describe the point that the replica is on. Raises: TrackingLost."""
+        expected = self.state.last_point or NIL
+        for table, index in zip(self.tables, range(len(self.disks)), strict=True):
+            if table.header.point_id != expected:
+                raise TrackingLost(
+                    "the fingerprint table describes another point than the replica's",
+                    path=self.folder.table_path(index),
+                    field="point_id",
+                    expected=expected,
+                    actual=table.header.point_id,
+                    hint=_RESYNC_HINT,
+                )
+
+    def close_tables(self) -> None:
+        """Close what is open."""
+        for table in self.tables:
+            table.close()
+        self.tables = []

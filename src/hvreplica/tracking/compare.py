@@ -1,0 +1,157 @@
+"""Change by comparison: read a disk, hash it, and keep what differs from the fingerprint table.
+
+The source of change for a disk that nobody tracked. The fingerprints are taken from the very buffer that goes
+into the log, so a disk that changes meanwhile is found different again by the next cycle: never a subset of
+what changed. Ranges that are unallocated now and were zero before are not read.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from hvreplica import native
+from hvreplica.tracking.window import WINDOW_BYTES, runs_of, windows_with_data
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import numpy.typing as npt
+    from typing_extensions import Buffer
+
+    from hvreplica.disk import Disk
+    from hvreplica.tracking.fingerprints import FingerprintTable
+
+
+class ChangeSink(Protocol):
+    """Where changes go: an .hrl writer."""
+
+    def append(self, extents: npt.NDArray[np.int64], data: Buffer) -> None:
+        """Take guest extents (offset, length), shape (n, 2), with their data concatenated.
+
+        From many threads.
+        """
+        ...
+
+    def append_zeroes(self, disk_offset: int, length: int) -> None:
+        """Take a range that is all zero now. From many threads."""
+        ...
+
+
+class ChangeSource(Protocol):
+    """A way to learn what changed since the last cut: by comparison here, by live tracking elsewhere."""
+
+    def changes_into(self, sink: ChangeSink, *, on_read: Callable[[int], None]) -> int:
+        """Put every change into `sink` and return the changed bytes. on_read is told the bytes looked at."""
+        ...
+
+
+class ComparedDisk:
+    """A ChangeSource for one disk and its fingerprint table; the table is read, never changed."""
+
+    def __init__(self, disk: Disk, table: FingerprintTable, *, workers: int) -> None:
+        self._disk = disk
+        self._table = table
+        self._workers = workers
+
+    def changes_into(self, sink: ChangeSink, *, on_read: Callable[[int], None]) -> int:
+        windows = windows_with_data((self._disk.extents, self._table.extents), 0, self._disk.virtual_bytes)
+        return _Comparison(self._disk, self._table, windows, sink, on_read).run(self._workers)
+
+
+class _Comparison:
+    """One run: threads pull windows from one iterator, so memory is bounded by their number."""
+
+    def __init__(
+        self,
+        disk: Disk,
+        table: FingerprintTable,
+        windows: Iterator[tuple[int, int]],
+        sink: ChangeSink,
+        on_read: Callable[[int], None],
+    ) -> None:
+        self._disk = disk
+        self._table = table
+        self._windows = windows
+        self._sink = sink
+        self._on_read = on_read
+        self._lock = threading.Lock()
+        self._changed_bytes = 0
+        self._failure: BaseException | None = None
+
+    def run(self, workers: int) -> int:
+        threads = [
+            threading.Thread(target=self._work, name=f"compare-{index}") for index in range(workers - 1)
+        ]
+        for thread in threads:
+            thread.start()
+        self._work()
+        for thread in threads:
+            thread.join()
+        if self._failure is not None:
+            raise self._failure
+        return self._changed_bytes
+
+    def _work(self) -> None:
+        buffer = np.empty(WINDOW_BYTES, np.uint8)
+        try:
+            while True:
+                with self._lock:
+                    window = None if self._failure else next(self._windows, None)
+                if window is None:
+                    return
+                changed = self._compare(window[0], buffer[: window[1]])
+                with self._lock:
+                    self._changed_bytes += changed
+                    self._on_read(window[1])
+        except BaseException as failure:  # carried to the caller's thread by run()
+            with self._lock:
+                self._failure = self._failure or failure
+
+    def _compare(self, disk_offset: int, window: npt.NDArray[np.uint8]) -> int:
+        block_bytes = self._table.block_bytes
+        first_block = disk_offset // block_bytes
+        self._disk.read_into(window, disk_offset)
+        new = native.fingerprints(window, block_bytes)
+        old = self._table.read(first_block, len(new))
+        runs = native.changed_runs(new, old, new.shape[1]) // new.shape[1]
+        if not len(runs):
+            return 0
+        changed = np.zeros(len(new), np.bool_)
+        for first, count in runs:
+            changed[first : first + count] = True
+        zero = ~new.any(axis=1)
+        data_runs = clipped(runs_of(changed & ~zero) * block_bytes, len(window))
+        zero_runs = clipped(runs_of(changed & zero) * block_bytes, len(window))
+        if len(data_runs):
+            self._sink.append(shifted(data_runs, disk_offset), gather(window, data_runs))
+        for first, length in zero_runs.tolist():
+            self._sink.append_zeroes(disk_offset + first, length)
+        return int(data_runs[:, 1].sum() + zero_runs[:, 1].sum())
+
+
+def clipped(runs: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
+    """Return byte runs (offset, length) of whole blocks with the last one cut at `length`:
+
+    a disk's short last block.
+    """
+    if len(runs):
+        runs[-1, 1] = min(runs[-1, 1], length - runs[-1, 0])
+    return runs
+
+
+def shifted(runs: npt.NDArray[np.int64], offset: int) -> npt.NDArray[np.int64]:
+    """Return runs (offset in a window, length) as extents of what the window was cut from."""
+    return runs + np.array((offset, 0), np.int64)
+
+
+def gather(window: npt.NDArray[np.uint8], runs: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+    """Return the bytes of `runs` (offset, length) of `window`, concatenated;
+
+    the window itself where one run is all.
+    """
+    if len(runs) == 1:
+        return window[runs[0, 0] : runs[0, 0] + runs[0, 1]]
+    return np.concatenate([window[first : first + count] for first, count in runs.tolist()])
