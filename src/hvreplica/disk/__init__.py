@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+from hvreplica.disk.compare import CompareReport, compare_disks, compare_open_disks
+from hvreplica.disk.convert import ConvertReport, convert_disk, copy_data
 from hvreplica.disk.disk import Disk, DiskInfo, MapEntry
 from hvreplica.disk.extents import data_windows
-from hvreplica.disk.open import create_disk, open_disk
+from hvreplica.disk.open import DiskType, Format, create_disk, open_disk
 
-__all__ = ["Disk", "DiskInfo", "MapEntry", "create_disk", "data_windows", "open_disk"]
+__all__ = [
+    "CompareReport",
+    "ConvertReport",
+    "Disk",
+    "DiskInfo",
+    "DiskType",
+    "Format",
+    "MapEntry",
+    "compare_disks",
+    "compare_open_disks",
+    "convert_disk",
+    "copy_data",
+    "create_disk",
+    "data_windows",
+    "open_disk",
+]

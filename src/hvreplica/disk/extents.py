@@ -131,6 +131,35 @@ def split_to(rows: NDArray[np.int64], length_max: int) -> NDArray[np.int64]:
     return np.column_stack((pieces.disk_offset, pieces.length))
 
 
+def batches(rows: NDArray[np.int64], batch_bytes: int) -> Iterator[NDArray[np.int64]]:
+    """Yield `rows` in order, cut and grouped so that each group has at most `batch_bytes` bytes in all."""
+    rows = split_to(rows, batch_bytes)
+    totals = np.cumsum(rows[:, 1])
+    first = 0
+    while first < len(rows):
+        done = int(totals[first - 1]) if first else 0
+        last = int(np.searchsorted(totals, done + batch_bytes, "right"))
+        yield rows[first:last]
+        first = last
+
+
+def select_runs(rows: NDArray[np.int64], runs: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the parts of `rows` whose place in the concatenated data lies in `runs`, in order.
+
+    runs: rows (data_offset, length), sorted and disjoint, within the data.
+    """
+    ends = np.cumsum(rows[:, 1])
+    run_ends = runs[:, 0] + runs[:, 1]
+    edges = np.unique(np.concatenate((runs[:, 0], run_ends, ends)))
+    edges = edges[:-1] if len(edges) and edges[-1] == ends[-1] else edges
+    following = np.concatenate((edges[1:], ends[-1:]))
+    owner = np.searchsorted(runs[:, 0], edges, "right") - 1
+    inside = (owner >= 0) & (edges < run_ends[owner])
+    starts, lengths = edges[inside], (following - edges)[inside]
+    row = np.searchsorted(ends, starts, "right")
+    return np.column_stack((rows[row, 0] + starts - (ends - rows[:, 1])[row], lengths))
+
+
 def data_windows(disk: Disk, start: int, end: int) -> Iterator[tuple[int, int, NDArray[np.int64]]]:
     """Yield (start, end, extents) of windows that tile start..end.
 

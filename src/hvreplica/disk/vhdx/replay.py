@@ -1,4 +1,4 @@
-"""Replay of the VHDX's own log: find the active sequence, work out what it leaves, put it in or over the file.
+"""Replay of the VHDX's own log: find the active sequence, work out what it leaves, put it in or over a file.
 
 A plan is worked out before anything is written: of all updates of one sector the newest wins, so the plan is
 a set of zeroed ranges with data sectors on top. The same plan serves both ways:
