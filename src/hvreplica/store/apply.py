@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from hvreplica.disk import open_disk
 from hvreplica.errors import ReplicaDiverged
 from hvreplica.hrl import apply_log, verify_log
-from hvreplica.store.check import require_sound
+from hvreplica.store.check import file_length, require_sound
 from hvreplica.store.records import NIL, DiskRow, PointRow
 from hvreplica.store.room import room
 
@@ -166,15 +166,7 @@ def _apply_to_disk(
 
 def _look(home: VmHome, row: DiskRow, last_log_id: uuid.UUID) -> DiskRow:
     path = home.paths.disk(row.spec.index)
-    return DiskRow(row.spec, _file_bytes(home, path), _data_write_guid(home, path), last_log_id)
-
-
-def _file_bytes(home: VmHome, path: Path) -> int:
-    file = home.files.open(path)
-    try:
-        return file.size()
-    finally:
-        file.close()
+    return DiskRow(row.spec, file_length(home.files, path), _data_write_guid(home, path), last_log_id)
 
 
 def _data_write_guid(home: VmHome, path: Path) -> uuid.UUID | None:

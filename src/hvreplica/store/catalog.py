@@ -135,7 +135,7 @@ class Catalog:
         with self._lock:
             if self._failure is not None:
                 raise self._failure
-            if self._connection.in_transaction:
+            if self._changing:
                 message = "transactions do not nest"
                 raise AssertionError(message)
             with self._translated():

@@ -43,16 +43,21 @@ def require_sound(home: VmHome) -> None:
         raise home.damage(*found, hint=_HINT)
 
 
+def file_length(files: FileSystem, path: Path) -> int:
+    """Return the bytes of a file."""
+    file = files.open(path)
+    try:
+        return file.size()
+    finally:
+        file.close()
+
+
 def _look(files: FileSystem, path: Path, expected_bytes: int | None) -> str | None:
     if not files.exists(path):
         return f"{path} is missing"
     if expected_bytes is None:
         return None
-    file = files.open(path)
-    try:
-        actual_bytes = file.size()
-    finally:
-        file.close()
+    actual_bytes = file_length(files, path)
     if actual_bytes == expected_bytes:
         return None
     return f"{path} has {actual_bytes} bytes, {expected_bytes} are recorded"

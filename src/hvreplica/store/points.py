@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import msgspec
 
+from hvreplica.disk import convert_disk
 from hvreplica.errors import Locked, NoSuchPoint, StoreError
 from hvreplica.store.apply import finish, is_cut
-from hvreplica.store.check import require_sound
+from hvreplica.store.check import file_length, require_sound
 from hvreplica.store.room import room
 
 if TYPE_CHECKING:
     import uuid
     from pathlib import Path
 
-    from hvreplica.files import FileSystem
     from hvreplica.progress import ProgressCallback
     from hvreplica.store.home import VmHome
     from hvreplica.store.records import PointRow
 
-FORMATS = ("vhdx", "raw")
+Format = Literal["raw", "vhdx"]
+FORMATS = get_args(Format)
 
 
 class ExportReport(msgspec.Struct, frozen=True):
@@ -41,7 +42,7 @@ def export_point(
     *,
     point_id: uuid.UUID | None,
     disk_index: int,
-    format: str,  # noqa: A002  # the word that every disk tool uses
+    format: Format,  # noqa: A002  # the word that every disk tool uses
     progress: ProgressCallback | None,
     overwrite: bool,
 ) -> ExportReport:
@@ -56,7 +57,15 @@ def export_point(
         with home.shared():
             if not is_cut(home):
                 point = _choose_point(home, point_id, disk_index)
-                return _export(home, point, disk_index, output, format, progress, overwrite=overwrite)
+                return _export(
+                    home,
+                    output,
+                    point.id,
+                    disk_index=disk_index,
+                    format_name=format,
+                    progress=progress,
+                    overwrite=overwrite,
+                )
         finish(home)
     raise Locked(f"the disks of VM {home.name!r} are being changed", path=home.paths.lock, hint="try again")
 
@@ -97,55 +106,34 @@ def _choose_point(home: VmHome, point_id: uuid.UUID | None, disk_index: int) -> 
 
 def _export(
     home: VmHome,
-    point: PointRow,
-    disk_index: int,
     output: Path,
-    format_name: str,
-    progress: ProgressCallback | None,
+    point_id: uuid.UUID,
     *,
+    disk_index: int,
+    format_name: Format,
+    progress: ProgressCallback | None,
     overwrite: bool,
 ) -> ExportReport:
-    from hvreplica.disk import convert_disk  # noqa: PLC0415
-
-    files = home.files
-    temporary = output.with_name(f".{output.name}.{home.clock.guid().hex[:8]}.tmp")
     spec = next(row.spec for row in home.catalog.disks(home.vm_id) if row.spec.index == disk_index)
-    try:
-        with room(files, output):
-            convert_disk(
-                files,
-                home.paths.disk(disk_index),
-                temporary,
-                format=format_name,
-                type="dynamic",
-                block_bytes=spec.block_bytes or None,
-                clock=home.clock,
-                progress=progress,
-            )
-            file_bytes = _sync(files, temporary)
-            if not overwrite and files.exists(output):
-                raise StoreError("the output exists", path=output, hint="choose another name")
-            files.replace(temporary, output)
-    except BaseException:
-        files.unlink(temporary)
-        raise
-    files.sync_directory(output.parent)
+    with room(home.files, output):
+        convert_disk(
+            home.files,
+            home.paths.disk(disk_index),
+            output,
+            source_format="vhdx",
+            format=format_name,
+            type="dynamic",
+            block_bytes=(spec.block_bytes or None) if format_name == "vhdx" else None,
+            clock=home.clock,
+            progress=progress,
+            overwrite=overwrite,
+        )
     return ExportReport(
         vm=home.name,
-        point=str(point.id),
+        point=str(point_id),
         disk=disk_index,
         output=str(output),
         format=format_name,
         virtual_bytes=spec.virtual_bytes,
-        file_bytes=file_bytes,
+        file_bytes=file_length(home.files, output),
     )
-
-
-def _sync(files: FileSystem, path: Path) -> int:
-    """Make the file durable and return its length."""
-    file = files.open(path, writable=True)
-    try:
-        file.sync()
-        return file.size()
-    finally:
-        file.close()

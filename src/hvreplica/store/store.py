@@ -24,7 +24,7 @@ from hvreplica.store.layout import (
     folder_name,
     validate_vm_name,
 )
-from hvreplica.store.points import ExportReport, export_point
+from hvreplica.store.points import ExportReport, Format, export_point
 from hvreplica.store.records import DiskSpec, Owner, printable, validate_disks
 from hvreplica.store.replica import VmReplica
 from hvreplica.store.room import room
@@ -169,9 +169,9 @@ class Store:
         point_id: uuid.UUID | None,
         disk_index: int,
         output: Path,
-        format: str = "vhdx",  # noqa: A002  # the word that every disk tool uses
-        progress: ProgressCallback | None = None,
+        format: Format = "vhdx",  # noqa: A002  # the word that every disk tool uses
         *,
+        progress: ProgressCallback | None = None,
         overwrite: bool = False,
     ) -> ExportReport:
         """Write one disk of a point to `output`, a file of its own. See points.export_point()."""
