@@ -91,6 +91,7 @@ RUN = Layout(
     ),
 )
 
+LAYOUTS = (PREAMBLE, UNIT, FRAME, RUN)
 RUN_DTYPE = np.dtype("<u4")
 DIGEST_BYTES = 16
 FRAME_BODY_BYTES_MAX = FRAME.size + RUN_COUNT_MAX * RUN.size + DATA_BYTES_MAX
@@ -297,11 +298,6 @@ def choose_version(buffer: Buffer) -> int:
             hint="update the older side",
         )
     return version
-
-
-def layout_tables() -> str:
-    """Return the tables of docs/formats/wire.md."""
-    return "\n".join(layout.table() for layout in (PREAMBLE, UNIT, FRAME, RUN))
 
 
 def require(condition: bool, field: str, expected: object, actual: object) -> None:  # noqa: FBT001

@@ -36,9 +36,11 @@ _WINDOW_BYTES_MAX = DATA_BYTES_MAX  # a hostile frame cannot ask for a larger wi
 _GAIN_SIXTYFOURTHS_MIN = 2  # encoded data that saves less is not worth decoding
 SAMPLE_BYTES = 128 * KIB  # of a frame, to time a candidate that is not in use
 _SAMPLE_EVERY_FRAMES = 16
+_SLOW_SAMPLE_EVERY_FRAMES = 2  # a link that takes _SLOW_WIRE_NS for a byte leaves the CPU idle anyway
+_SLOW_WIRE_NS = 4.0
 _SWITCH_COST_MAX = 0.9  # a new choice must cost at most this share of the present one
 _WIRE_MEMORY_BYTES = 4 * MIB  # about what a socket buffer holds: shorter sends say little about the link
-_ENCODE_MEMORY_BYTES = 512 * KIB
+_ENCODE_MEMORY_BYTES = 256 * KIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +176,8 @@ class CodecPolicy:
             others = [choice for choice in self._observed if choice not in (NONE, self._current)]
             if self._frames == 1:
                 return self._current, others
-            turn, rest = divmod(self._frames, _SAMPLE_EVERY_FRAMES)
+            is_slow = self._wire_ns is not None and self._wire_ns >= _SLOW_WIRE_NS
+            turn, rest = divmod(self._frames, _SLOW_SAMPLE_EVERY_FRAMES if is_slow else _SAMPLE_EVERY_FRAMES)
             if rest or not others:
                 return self._current, ()
             return self._current, (others[turn % len(others)],)
@@ -192,6 +195,8 @@ class CodecPolicy:
                 weight = data_bytes / (data_bytes + _ENCODE_MEMORY_BYTES)
                 seen.encode_ns += (encode_ns - seen.encode_ns) * weight
                 seen.share += (share - seen.share) * weight
+                if not worth_it(encoded_bytes, data_bytes):
+                    self._expect_no_gain(weight)
             self._decide()
 
     def observe_send(self, *, wire_bytes: int, seconds: float, receiver_s: float = 0.0) -> None:
@@ -211,6 +216,12 @@ class CodecPolicy:
                 self._wire_ns += (wire_ns - self._wire_ns) * weight
             self._decide()
 
+    def _expect_no_gain(self, weight: float) -> None:
+        """Learn for all candidates from data that one of them could not shrink: no other one will."""
+        for choice, seen in self._observed.items():
+            if choice != NONE:
+                seen.share += (1.0 - seen.share) * weight
+
     def _decide(self) -> None:
         if self._wire_ns is None:
             return
@@ -220,5 +231,7 @@ class CodecPolicy:
             if seen.encode_ns is not None
         }
         best = min(costs, key=costs.__getitem__)
-        if costs[best] < costs.get(self._current, costs[best]) * _SWITCH_COST_MAX:
+        # Only the way to a codec has to pay off clearly; the way back to none costs nothing.
+        limit = 1.0 if best == NONE else _SWITCH_COST_MAX
+        if costs[best] < costs.get(self._current, costs[best]) * limit:
             self._current = best
