@@ -8,6 +8,7 @@ the change is a seeded scatter of 4 KiB writes: the same kind of data, without a
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 import shutil
@@ -30,10 +31,12 @@ if TYPE_CHECKING:
 GRAIN_BYTES = 4 * KIB
 _WINDOW_BYTES = 4 * MIB
 _CONTENT_BYTES_MAX = 256 * MIB
-_FILES_MAX = 4000
+_FILES_SEEN_MAX = 6000  # of each folder: a walk through all of it would take longer than the rest of the demo
+_FILES_MAX = 1200
 _FILE_BYTES_MAX = 16 * MIB
-_NEW_FILES = 96
-_REMOVED_FILES = 48
+_LARGE_FILE_BYTES = 64 * KIB
+_NEW_FILES = 64
+_REMOVED_FILES = 32
 _SCATTERED_WRITES = 512
 _TOOL_TIMEOUT_S = 120
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9._/+-]+")  # what debugfs takes without quoting
@@ -62,8 +65,8 @@ class Guest(NamedTuple):
 
 
 def make_guest(image: Path, size_bytes: int) -> Guest:
-    """Make the raw image of a guest's disk, sparse, with real files for about a quarter of it."""
-    found = list(_find_files(min(size_bytes // 4, _CONTENT_BYTES_MAX)))
+    """Make the raw image of a guest's disk, sparse, with real files for an eighth of it."""
+    found = _find_files(min(size_bytes // 8, _CONTENT_BYTES_MAX))
     spare_files = found[:: max(len(found) // _NEW_FILES, 2)][:_NEW_FILES]
     files = sorted(set(found) - set(spare_files))
     file = OS_FILES.open(image, create=True, exclusive=True)
@@ -135,26 +138,25 @@ def digest(disk_path: Path) -> str:
     return state.hexdigest()
 
 
-def _find_files(budget_bytes: int) -> Iterator[SourceFile]:
-    """Yield readable files of this machine, none twice, until their bytes or their number are used up."""
-    count, left_bytes = 0, budget_bytes
+def _find_files(budget_bytes: int) -> list[SourceFile]:
+    """Return readable files of this machine, none twice: large ones first, up to a number and their bytes."""
     seen: set[tuple[int, int]] = set()
+    found: list[SourceFile] = []
     for root in dict.fromkeys((sysconfig.get_paths()["stdlib"], "/usr/share", "/usr/lib")):
-        for path, facts in _regular_files(Path(root)):
-            if count >= _FILES_MAX or left_bytes < GRAIN_BYTES:
-                return
+        for path, facts in itertools.islice(_regular_files(Path(root)), _FILES_SEEN_MAX):
             identity = (facts.st_dev, facts.st_ino)
-            fits = 0 < facts.st_size <= min(left_bytes, _FILE_BYTES_MAX)
-            if (
-                not fits
-                or identity in seen
-                or not _PLAIN_NAME.fullmatch(os.fspath(path))
-                or not _readable(path)
-            ):
-                continue
-            seen.add(identity)
-            count, left_bytes = count + 1, left_bytes - facts.st_size
-            yield SourceFile(path, facts.st_size)
+            fits = 0 < facts.st_size <= _FILE_BYTES_MAX and _PLAIN_NAME.fullmatch(os.fspath(path))
+            if fits and identity not in seen:
+                seen.add(identity)
+                found.append(SourceFile(path, facts.st_size))
+    found.sort(key=lambda file: file.length < _LARGE_FILE_BYTES)  # stable: the order of names stays within
+    chosen: list[SourceFile] = []
+    left_bytes = budget_bytes
+    for file in found:
+        if len(chosen) < _FILES_MAX and file.length <= left_bytes and _readable(file.path):
+            left_bytes -= file.length
+            chosen.append(file)
+    return chosen
 
 
 def _regular_files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
@@ -184,21 +186,27 @@ def _readable(path: Path) -> bool:
 
 
 def _make_ext4(image: Path, files: Sequence[SourceFile]) -> None:
-    staging = image.with_name("staging")
-    try:
-        for file in files:
-            target = staging / file.path.relative_to("/")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file.path, target)
-        _run(["mkfs.ext4", "-q", "-F", "-L", "demo", "-d", os.fspath(staging), os.fspath(image)])
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    """Make a file system and put each file where it stands on this machine, without a copy on the way."""
+    _run(["mkfs.ext4", "-q", "-F", "-L", "demo", os.fspath(image)])
+    commands = []
+    made = {Path("/")}
+    for file in files:
+        for folder in reversed((file.path.parent, *file.path.parent.parents)):
+            if folder not in made:
+                made.add(folder)
+                commands.append(f"mkdir {folder}")
+        commands += [f"cd {file.path.parent}", f"write {file.path} {file.path.name}"]
+    _debugfs(image, commands)
 
 
 def _work_in_ext4(image: Path, removed: Sequence[SourceFile], written: Sequence[SourceFile]) -> None:
     commands = [f"rm {file.path}" for file in removed]
     commands += ["mkdir /work", "cd /work"]
     commands += [f"write {file.path} {index:03}-{file.path.name}" for index, file in enumerate(written)]
+    _debugfs(image, commands)
+
+
+def _debugfs(image: Path, commands: Sequence[str]) -> None:
     _run(["debugfs", "-w", os.fspath(image)], text="\n".join(commands) + "\n")
 
 

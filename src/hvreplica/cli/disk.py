@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hvreplica.cli.render import Output
+    from hvreplica.disk import DiskType, Format
 
 
 @click.group()
@@ -72,8 +73,8 @@ def create(
     *,
     file: Path,
     size_bytes: int,
-    format_: str,
-    type_: str,
+    format_: Format,
+    type_: DiskType,
     block_bytes: int | None,
     overwrite: bool,
 ) -> None:
@@ -97,8 +98,8 @@ def convert(
     *,
     source: Path,
     target: Path,
-    format_: str | None,
-    type_: str,
+    format_: Format | None,
+    type_: DiskType,
     block_bytes: int | None,
     overwrite: bool,
 ) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hvreplica.cli.render import Output
+    from hvreplica.disk import Format
     from hvreplica.store import PointStatus
 
 
@@ -66,7 +67,7 @@ def export(
     point: str | None,
     disk: int,
     target: Path,
-    format_: str,
+    format_: Format,
     overwrite: bool,
 ) -> None:
     """Copy a disk, as it was at a recovery point, to a file of its own. Works while `serve` runs."""
