@@ -2,9 +2,10 @@
 
     python bench/micro/transport.py [--mib 256] [--connections 4] [--file PATH]
 
-Prints GB/s of data, data per wire byte and the share of the plain copy's rate, for each compression. Both ends share
-this machine. Every byte that arrives is written to memory and compared with what was sent, outside the timed part.
---file takes real data; otherwise a mixture is made: a third random, a third text-like, a third records, seed 42.
+Prints GB/s of data, data per wire byte and the share of the plain copy's rate, for each compression. Both ends
+share this machine. Every byte that arrives is written to memory and compared with what was sent, outside the
+timed part. --file takes real data; otherwise a mixture is made: a third random, a third text-like, a third
+records, seed 42.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import sys
 import tempfile
 import threading
 import time
-from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -36,6 +37,9 @@ from hvreplica.transport import (
     init_tls,
     server_context,
 )
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
 
 FRAME_BYTES = 2 << 20
 PLAIN_BYTES = 1 << 20
@@ -62,7 +66,7 @@ def mixed(size_bytes: int) -> np.ndarray:
 
 
 def shared(size_bytes: int) -> np.ndarray:
-    """Return memory that a forked process writes and we read; its pages are there before anything is timed."""
+    """Return memory that a forked process writes and we read; its pages are there before the timed part."""
     memory = np.frombuffer(mmap.mmap(-1, size_bytes), np.uint8)
     memory[:] = 1
     return memory
@@ -85,7 +89,9 @@ def serve(folder: Path, memory: np.ndarray, pipe: Connection) -> None:
     thread.join()
 
 
-def send(folder: Path, port: int, data: np.ndarray, *, compression: str, connections: int) -> tuple[float, int]:
+def send(
+    folder: Path, port: int, data: np.ndarray, *, compression: str, connections: int
+) -> tuple[float, int]:
     """Send `data` and return (seconds until all of it was written there, wire bytes)."""
     policy = CodecPolicy(compression)
     context = client_context(folder)

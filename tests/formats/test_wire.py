@@ -45,8 +45,16 @@ def runs(*rows: tuple[int, int]) -> np.ndarray[Any, Any]:
 def test_frame_header_packs_to_frozen_bytes() -> None:
     packed = wire.pack_frame_header(replace(GOOD, digest=bytes(range(16))))
     assert packed.hex() == (
-        "0700000000000000" "0000100000000000" "0020000000000000" "0100" "00" "00"
-        "02000000" "58020000" "58020000" "000102030405060708090a0b0c0d0e0f"
+        "0700000000000000"
+        "0000100000000000"
+        "0020000000000000"
+        "0100"
+        "00"
+        "00"
+        "02000000"
+        "58020000"
+        "58020000"
+        "000102030405060708090a0b0c0d0e0f"
     )
     assert wire.unpack_frame_header(packed) == replace(GOOD, digest=bytes(range(16)))
 
@@ -95,7 +103,9 @@ def test_reserved_byte_of_the_header_must_be_zero() -> None:
 
 
 def test_hole_of_any_length_needs_no_runs() -> None:
-    hole = replace(GOOD, run_count=0, data_bytes=0, encoded_bytes=0, window_offset=0, window_bytes=(1 << 63) - 1)
+    hole = replace(
+        GOOD, run_count=0, data_bytes=0, encoded_bytes=0, window_offset=0, window_bytes=(1 << 63) - 1
+    )
     hole.validate()
     assert wire.validate_runs(runs(), hole).shape == (0, 2)
 
@@ -166,7 +176,7 @@ def test_bad_unit_header_is_refused(packed: str, field: str) -> None:
 
 
 def test_preamble_is_frozen_and_agrees_with_itself() -> None:
-    assert wire.pack_preamble().hex() == "4856525749524500" "0100" "0100" "00000000"
+    assert wire.pack_preamble().hex() == "48565257495245000100010000000000"
     assert wire.choose_version(wire.pack_preamble()) == 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import logging
 import shutil
 import socket
 import ssl
@@ -54,7 +55,8 @@ def write_leaf(
     key = ec.generate_private_key(ec.SECP256R1())
     now = datetime.now(UTC)
     alternatives = [
-        x509.IPAddress(ipaddress.ip_address(name)) if name[0].isdigit() else x509.DNSName(name) for name in names
+        x509.IPAddress(ipaddress.ip_address(name)) if name[0].isdigit() else x509.DNSName(name)
+        for name in names
     ]
     certificate = (
         x509.CertificateBuilder()
@@ -116,6 +118,7 @@ def serving(
         listener.stop()
         thread.join(JOIN_TIMEOUT_S)
         assert not thread.is_alive(), "serve_forever() did not return"
+        listener.close()
 
 
 def connected(listener: Listener[Any], folder: Path, **options: Any) -> Channel[Any]:
@@ -128,6 +131,26 @@ def wait_for(event: threading.Event) -> None:
     assert event.wait(JOIN_TIMEOUT_S), "it did not happen"
 
 
+@contextlib.contextmanager
+def warned() -> Iterator[list[str]]:
+    """Collect the listener's log within the block, which ends when there is at least one message."""
+    messages: list[str] = []
+    there = threading.Event()
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+            there.set()
+
+    handler, log = Handler(), logging.getLogger("hvreplica.transport")
+    log.addHandler(handler)
+    try:
+        yield messages
+        wait_for(there)
+    finally:
+        log.removeHandler(handler)
+
+
 def raw_connection(listener: Listener[Any]) -> socket.socket:
     """Return a plain TCP connection to a listener."""
     return socket.create_connection((listener.address.host, listener.address.port), timeout=JOIN_TIMEOUT_S)
@@ -136,7 +159,11 @@ def raw_connection(listener: Listener[Any]) -> socket.socket:
 def random_frame(generator: np.random.Generator, *, data_bytes_max: int = 300_000) -> dict[str, Any]:
     """Return the arguments of a frame: random window, runs and data of mixed compressibility."""
     count = int(generator.integers(0, 20))
-    cuts = np.sort(generator.choice(data_bytes_max, 2 * count, replace=False)) if count else np.empty(0, np.int64)
+    cuts = (
+        np.sort(generator.choice(data_bytes_max, 2 * count, replace=False))
+        if count
+        else np.empty(0, np.int64)
+    )
     offset = int(generator.integers(0, 1 << 50))
     runs = np.stack([cuts[0::2], cuts[1::2] - cuts[0::2]], axis=1).astype(np.int64)
     length = int(runs[:, 1].sum())

@@ -66,14 +66,18 @@ def test_frame_round_trips(seed: int, compression: str) -> None:
     encoder, decoder = FrameEncoder(CodecPolicy(compression), clock=SYSTEM), FrameDecoder()
     for sequence in range(3):
         fields = random_frame(generator)
-        frame = decoder.decode(b"".join(bytes(buffer) for buffer in encoder.encode(sequence=sequence, **fields)))
+        frame = decoder.decode(
+            b"".join(bytes(buffer) for buffer in encoder.encode(sequence=sequence, **fields))
+        )
         assert (frame.sequence, frame.target) == (sequence, fields["target"])
         assert (frame.window_offset, frame.window_bytes) == (fields["window_offset"], fields["window_bytes"])
         assert np.array_equal(frame.extents, fields["runs"])
         assert bytes(frame.data) == fields["data"].tobytes()
 
 
-@pytest.mark.parametrize(("compression", "codec"), [("zstd", Codec.ZSTD), ("lz4", Codec.LZ4), ("none", Codec.NONE)])
+@pytest.mark.parametrize(
+    ("compression", "codec"), [("zstd", Codec.ZSTD), ("lz4", Codec.LZ4), ("none", Codec.NONE)]
+)
 def test_compression_named_is_the_codec_used(compression: str, codec: Codec) -> None:
     frame = packed(compression)
     header = wire.unpack_frame_header(frame, wire.UNIT.size)
@@ -169,7 +173,10 @@ def test_damaged_frame_never_decodes_to_other_data(seed: int, flips: int) -> Non
 @pytest.mark.parametrize("claimed", [100, 99_999, 100_001, 1 << 22])
 def test_data_of_another_length_is_refused(codec: Codec, claimed: int) -> None:
     data = bytes(100_000)
-    compress = {Codec.LZ4: lambda: lz4.block.compress(data, store_size=False), Codec.ZSTD: lambda: zstandard.compress(data)}
+    compress = {
+        Codec.LZ4: lambda: lz4.block.compress(data, store_size=False),
+        Codec.ZSTD: lambda: zstandard.compress(data),
+    }
     encoded = compress[codec]()
     if len(encoded) > claimed:
         encoded = encoded[:claimed]

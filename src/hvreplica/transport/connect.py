@@ -50,7 +50,11 @@ def connect(
             path=str(target),
             hint="is `hvreplica serve` running there, and does the firewall let it through?",
         ) from None
-    pipe = TlsPipe(connection, context, server_name=target.host)
+    try:
+        pipe = TlsPipe(connection, context, server_name=target.host)
+    except BaseException:
+        connection.close()
+        raise
     try:
         pipe.handshake(timeout_s=timeout_s, clock=clock)
         channel = Channel(

@@ -59,7 +59,7 @@ class Listener(Generic[MessageT]):
         what clients send; shared by all threads. Raises: Unreachable if the address cannot be listened on;
         ValueError.
         """
-        target = parse_address(address) if isinstance(address, str) else address
+        self._socket = _listening(parse_address(address) if isinstance(address, str) else address)
         self._context = context
         self._handler = handler
         self._decoder = decoder
@@ -72,25 +72,30 @@ class Listener(Generic[MessageT]):
         self._pipes: set[TlsPipe] = set()
         self._threads: set[threading.Thread] = set()
         self._stopping = threading.Event()
+        self._ended = threading.Event()
+        self._ended.set()
         self._wake_receiver, self._wake_sender = socket.socketpair()
-        self._socket = _listening(target)
         host, port = self._socket.getsockname()[:2]
         self.address = Address(str(host), int(port))
 
     def serve_forever(self) -> None:
-        """Accept until stop(); returns when every handler has returned."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._socket, selectors.EVENT_READ)
-            selector.register(self._wake_receiver, selectors.EVENT_READ)
-            while not self._stopping.is_set():
-                selector.select()
-                if not self._stopping.is_set():
-                    self._accept()
-        self._socket.close()
-        for thread in list(self._threads):
-            thread.join()
-        self._wake_receiver.close()
-        self._wake_sender.close()
+        """Accept until stop(); returns when every handler has returned. Called once."""
+        self._ended.clear()
+        try:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._socket, selectors.EVENT_READ)
+                selector.register(self._wake_receiver, selectors.EVENT_READ)
+                while not self._stopping.is_set():
+                    selector.select()
+                    if not self._stopping.is_set():
+                        self._accept()
+        finally:
+            self._socket.close()
+            with self._lock:
+                threads = list(self._threads)
+            for thread in threads:
+                thread.join()
+            self._ended.set()
 
     def stop(self) -> None:
         """End serve_forever(): no more connections, and the ones that are open are given up."""
@@ -103,9 +108,14 @@ class Listener(Generic[MessageT]):
             pipe.abort()
 
     def close(self) -> None:
-        """Stop, and give the address back. May be called twice, and without serve_forever()."""
+        """Stop, wait until serve_forever() has returned where it runs, and give everything back.
+
+        Not for a handler's thread. May be called twice.
+        """
         self.stop()
-        self._socket.close()
+        self._ended.wait()
+        for each in (self._socket, self._wake_receiver, self._wake_sender):
+            each.close()
 
     def _accept(self) -> None:
         try:
