@@ -1,7 +1,7 @@
 """What a fuzzer is, and how one is run: by rounds from a seed, so that every finding can be replayed.
 
-The rule for all: any bytes give a value or an error of the allowed kinds; nothing else is raised, nothing hangs, and
-memory stays in proportion to the input.
+The rule for all: any bytes give a value or an error of the allowed kinds; nothing else is raised, nothing
+hangs, and memory stays in proportion to the input.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hvreplica.errors import HvReplicaError
 from tests.fuzz.mutate import mutate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 ROUND_SECONDS_MAX = 5.0
 MEMORY_BYTES_MAX = 96 << 20  # more than any parser here may need for the inputs of these seeds
@@ -26,8 +26,10 @@ MEMORY_BYTES_MAX = 96 << 20  # more than any parser here may need for the inputs
 class Fuzzer:
     """One parser under attack.
 
-    seeds: makes valid inputs, the start of every mutation. target: takes any bytes. repair: gives damaged bytes their
-    checksums back, so that half of the rounds reach what lies behind those. allowed: what the target may raise.
+    seeds: makes valid inputs, the start of every mutation. target: takes any bytes. repair: gives damaged
+    bytes their checksums back, so that half of the rounds reach what lies behind those. allowed: what the
+    target may raise.
+    hot: where the structures of an input begin.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Fuzzer:
     target: Callable[[bytes], None]
     repair: Callable[[bytes], bytes] | None = None
     allowed: tuple[type[Exception], ...] = (HvReplicaError,)
+    hot: Callable[[], Sequence[int]] = lambda: (0,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,7 @@ def make_input(fuzzer: Fuzzer, seeds: list[bytes], seed: int, number: int) -> by
     rng = random.Random(f"{fuzzer.name}/{seed}/{number}")
     if number < len(seeds):
         return seeds[number]
-    data = mutate(rng.choice(seeds), rng, seeds)
+    data = mutate(rng.choice(seeds), rng, seeds, fuzzer.hot())
     if fuzzer.repair is not None and rng.random() < 0.6:
         data = fuzzer.repair(data)
     return data
