@@ -10,7 +10,8 @@ import numpy as np
 from hvreplica.native import BlockMap
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Set
+    from collections.abc import Iterator
+    from collections.abc import Set as AbstractSet
     from pathlib import Path
 
     from typing_extensions import Buffer
@@ -43,7 +44,7 @@ class Scene:
     """places: slot in the container of each guest block. absent: blocks without a place. mapped: False for raw."""
 
     places: list[int]
-    absent: Set[int]
+    absent: AbstractSet[int]
     chunk_ratio: int
     block_bytes: int
     mapped: bool

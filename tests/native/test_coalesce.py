@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import example, given
@@ -31,7 +33,7 @@ def replayed(rows: list[tuple[int, int, int]]) -> list[int]:
 
 
 def check_form(rows: list[tuple[int, int, int]]) -> None:
-    for (start, length, log), (next_start, _, next_log) in zip(rows, rows[1:], strict=False):
+    for (start, length, log), (next_start, _, next_log) in pairwise(rows):
         assert start + length <= next_start
         assert (start + length, log + length) != (next_start, next_log), "neighbours are joined"
     assert all(length > 0 for _, length, _ in rows)

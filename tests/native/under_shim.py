@@ -96,7 +96,7 @@ def check_short(bench: Bench) -> None:
 
 
 def check_errors(bench: Bench) -> None:
-    """An error of the system comes with its number, its file and the offset where it struck."""
+    """Expect an error of the system with its number, its file and the offset where it struck."""
     first_place = (SCENE.places[0] + 1) * MIB
     cases = (
         (bench.read, 0, errno.EIO, "disk", first_place),
