@@ -116,9 +116,10 @@ def main() -> None:
         library = subprocess.run(
             [*compiler, "-print-file-name=libasan.so"], check=True, capture_output=True, text=True
         ).stdout.strip()
+        folder = Path("build") / "sanitized"
         sys.stderr.write(
-            "run it with ASAN_OPTIONS=detect_leaks=0 "
-            f"LD_PRELOAD={library} PYTHONPATH={ROOT / 'build' / 'sanitized'} python -m pytest tests/native\n"
+            f"run it with ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD={library} "
+            f"{sys.executable} -m pytest -o pythonpath='. {folder}' tests/native\n"
         )
 
 

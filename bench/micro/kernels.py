@@ -133,7 +133,7 @@ def measure(case: Case, rounds: int, yardstick: Callable[[], float]) -> Row:
 
 
 def written_zeros(count: int) -> np.ndarray:
-    """Return zeros in memory of their own: pages never written all share one page, which stays in the cache."""
+    """Return zeros in pages of their own: pages never written are all one, which stays in the cache."""
     zeros = np.empty(count, np.uint8)
     zeros.fill(0)
     return zeros
@@ -249,7 +249,7 @@ def table_cases(size: Size, rng: np.random.Generator) -> list[Case]:
 
 
 def payload_table(size: Size, folder: Path, rng: np.random.Generator) -> tuple[float, list[Row]]:
-    """Return the rate of sorted pwrite calls from memory, and the payload kernels against it, in 4 KiB pieces."""
+    """Return the rate of sorted pwrite calls from memory, and the payload kernels against it."""
     count = size.payload_bytes // 4096
     log = rng.integers(0, 256, size.payload_bytes, dtype=np.uint8)
     for name, content in (("disk", bytes(3 * size.payload_bytes)), ("log", log.tobytes())):
