@@ -44,17 +44,18 @@ class Source:
 
 
 @functools.cache
+def load(path: Path) -> Source:
+    """Return one file, parsed once in a run."""
+    text = path.read_text(encoding="utf-8")
+    root = SRC if path.is_relative_to(SRC) else ROOT
+    tree = ast.parse(text, filename=str(path))
+    return Source(path, path.relative_to(root).as_posix(), text, tree)
+
+
 def sources(*folders: str) -> tuple[Source, ...]:
     """Return every Python file below the folders (from the root), sorted; "src/hvreplica" names our package."""
-    found = []
-    for folder in folders:
-        base = ROOT / folder
-        for path in [base] if base.is_file() else sorted(base.rglob("*.py")):
-            text = path.read_text(encoding="utf-8")
-            root = SRC if path.is_relative_to(SRC) else ROOT
-            tree = ast.parse(text, filename=str(path))
-            found.append(Source(path, path.relative_to(root).as_posix(), text, tree))
-    return tuple(found)
+    paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    return tuple(load(path) for path in paths)
 
 
 def package() -> tuple[Source, ...]:

@@ -163,6 +163,40 @@ def test_crash_sector_is_one_of_its_versions() -> None:
     assert {world.content_of(A) for world in at_end(files, 300)} == versions
 
 
+def test_crash_sectors_keep_versions_independently() -> None:
+    """All nine pairs of versions come back, not only those that an ordered device would leave."""
+    files = FaultFiles()
+    files.load(A, b"0" * 1024)
+    file = files.open(A, writable=True)
+    for version in (b"1", b"2"):
+        for sector in (0, 512):
+            file.write(version * 512, sector)
+    file.close()  # which is no sync
+    seen = {world.content_of(A)[::512].decode() for world in at_end(files, 400)}
+    assert seen == {first + second for first in "012" for second in "012"}
+
+
+def test_crash_every_sector_of_any_writes_is_one_of_its_versions(rng: random.Random) -> None:
+    files = FaultFiles()
+    files.load(A, bytes(16 * 512))
+    file = files.open(A, writable=True)
+    versions: list[set[bytes]] = [{bytes(512)} for _ in range(16)]
+    for _ in range(40):
+        offset, length = rng.randrange(7000), rng.randrange(1, 1200)
+        if rng.random() < 0.2:
+            file.zero(offset, length)
+        else:
+            file.write(rng.randbytes(length), offset)
+        content = files.content_of(A)
+        for sector, known in enumerate(versions):
+            known.add(content[sector * 512 : (sector + 1) * 512])
+    for world in at_end(files, 150):
+        content = world.content_of(A).ljust(16 * 512, b"\0")
+        for sector, known in enumerate(versions):
+            piece = content[sector * 512 : (sector + 1) * 512]
+            assert piece in known, f"sector {sector}: {world.story}"
+
+
 def test_crash_size_is_one_of_its_sizes_and_grown_bytes_are_zero() -> None:
     files = FaultFiles()
     files.load(A, b"x" * 10_000)
