@@ -10,7 +10,6 @@ with the log.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -18,6 +17,7 @@ import numpy as np
 from hvreplica import native
 from hvreplica.formats.hrl import SECTOR_BYTES
 from hvreplica.hrl.data import HOLE_BYTES_MIN, HoleFinder
+from hvreplica.hrl.parallel import in_order
 from hvreplica.hrl.reader import LogReader
 from hvreplica.hrl.report import ApplyReport
 from hvreplica.hrl.verify import check_log
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from hvreplica.progress import ProgressCallback
 
 ENTRIES_PER_PASS = 1 << 19  # 2 GiB of 4 KiB writes; about 60 MiB of tables while they are coalesced
-_EXTENTS_PER_STEP = 1 << 14  # between two reports of progress
+_EXTENTS_PER_STEP = 1 << 12
 
 
 class Target(Protocol):
@@ -61,15 +61,6 @@ class Target(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class _Written:
-    extents: int = 0
-    bytes_written: int = 0
-    bytes_zeroed: int = 0
-    bytes_passed: int = 0
-    passes: int = 0
-
-
 def apply_log(
     files: FileSystem,
     path: Path,
@@ -86,73 +77,120 @@ def apply_log(
     Raises: NotClosed, FormatError before anything is written; OSError from the disk in the middle.
     """
     with LogReader(files, path) as reader:
-        check_log(reader, data=verify_data, disk_bytes=disk.virtual_bytes, progress=progress)
-        holes = HoleFinder(reader.file)
-        written = _Written()
-        for columns in _passes(reader, disk.virtual_bytes):
-            _apply_pass(reader, disk, columns, holes, written, progress)
-        return ApplyReport(
-            entries=reader.entry_count,
-            extents=written.extents,
-            bytes_logged=reader.data_bytes,
-            bytes_written=written.bytes_written,
-            bytes_zeroed=written.bytes_zeroed,
-            passes=written.passes,
+        gathered = _Gathered(min(ENTRIES_PER_PASS, reader.entry_count))
+        fits = reader.entry_count <= ENTRIES_PER_PASS
+        check_log(
+            reader,
+            data=verify_data,
+            disk_bytes=disk.virtual_bytes,
+            progress=progress,
+            keep=gathered.add if fits else None,
         )
+        applied = _Apply(reader, disk, progress)
+        for columns in [gathered.take()] if fits else _passes(reader, disk.virtual_bytes, gathered):
+            applied.run_pass(columns)
+        return applied.report()
 
 
 _Columns = tuple["NDArray[np.uint64]", "NDArray[np.uint64]", "NDArray[np.uint64]"]
 
 
-def _passes(reader: LogReader, disk_bytes: int) -> Iterator[_Columns]:
-    """Yield disk offsets, lengths and log offsets of up to ENTRIES_PER_PASS entries, oldest first."""
-    count_max = min(ENTRIES_PER_PASS, reader.entry_count)
-    columns = [np.empty(count_max, np.uint64) for _ in range(3)]
-    filled = 0
+class _Gathered:
+    """Disk offsets, lengths and log offsets of up to `count_max` entries, oldest first."""
+
+    def __init__(self, count_max: int) -> None:
+        self._columns = np.empty((3, count_max), np.uint64)
+        self._filled = 0
+
+    @property
+    def room(self) -> int:
+        """How many entries still fit."""
+        return self._columns.shape[1] - self._filled
+
+    def add(self, entries: NDArray[Any]) -> None:
+        part = slice(self._filled, self._filled + len(entries))
+        for column, name in zip(self._columns, ("byte_offset", "data_length", "log_offset"), strict=True):
+            column[part] = entries[name]
+        self._filled = part.stop
+
+    def take(self) -> _Columns:
+        """Return views of what was gathered, good until the next add(), and begin anew."""
+        disk_offsets, lengths, log_offsets = self._columns[:, : self._filled]
+        self._filled = 0
+        return disk_offsets, lengths, log_offsets
+
+
+def _passes(reader: LogReader, disk_bytes: int, gathered: _Gathered) -> Iterator[_Columns]:
+    """Yield all entries, oldest first, in as few passes as their bound allows."""
     for entries in reader.entries(disk_bytes=disk_bytes):
-        at = 0
-        while at < len(entries):
-            stop = min(at + count_max - filled, len(entries))
-            part = slice(filled, filled + stop - at)
-            for column, name in zip(columns, ("byte_offset", "data_length", "log_offset"), strict=True):
-                column[part] = entries[name][at:stop]
-            filled += stop - at
-            at = stop
-            if filled == count_max:
-                yield columns[0], columns[1], columns[2]
-                filled = 0
-    if filled:
-        yield columns[0][:filled], columns[1][:filled], columns[2][:filled]
+        rest = entries
+        while len(rest):
+            part, rest = rest[: gathered.room], rest[gathered.room :]
+            gathered.add(part)
+            if not gathered.room:
+                yield gathered.take()
+    yield gathered.take()
 
 
-def _apply_pass(
-    reader: LogReader,
-    disk: Target,
-    columns: _Columns,
-    holes: HoleFinder,
-    written: _Written,
-    progress: ProgressCallback | None,
-) -> None:
-    """Coalesce and write one pass."""
-    start, end = int(columns[2][0]), int(columns[2][-1]) + int(columns[1][-1])
-    sector_bytes = max(disk.logical_sector_bytes, SECTOR_BYTES)
-    pieces, zeros = split_at_holes(native.coalesce(*columns), holes.find(start, end), sector_bytes)
-    for disk_offset, length in zeros.tolist():
-        disk.write_zeroes(disk_offset, length)
-        written.bytes_zeroed += length
-    done = written.bytes_passed + int(zeros[:, 1].sum())
-    for at in range(0, len(pieces[0]), _EXTENTS_PER_STEP):
-        disk_offsets, lengths, log_offsets = (column[at : at + _EXTENTS_PER_STEP] for column in pieces)
-        disk.copy_extents(reader.file, log_offsets, np.stack((disk_offsets, lengths), axis=1))
-        done += int(lengths.sum())
-        if progress is not None:
-            progress(Progress("apply", done, reader.data_bytes, raw_bytes=done))
-    written.extents += len(pieces[0]) + len(zeros)
-    written.bytes_written += int(pieces[1].sum()) + int(zeros[:, 1].sum())
-    written.bytes_passed += int(columns[1].sum())
-    written.passes += 1
-    if progress is not None:
-        progress(Progress("apply", written.bytes_passed, reader.data_bytes, raw_bytes=written.bytes_passed))
+class _Apply:
+    """One log on its way into one disk."""
+
+    def __init__(self, reader: LogReader, disk: Target, progress: ProgressCallback | None) -> None:
+        self._reader = reader
+        self._disk = disk
+        self._progress = progress
+        self._holes = HoleFinder(reader.file)
+        self._extents = self._bytes_written = self._bytes_zeroed = self._bytes_passed = self._passes = 0
+
+    def run_pass(self, columns: _Columns) -> None:
+        """Coalesce and write one pass of entries."""
+        _, lengths, log_offsets = columns
+        if not len(lengths):
+            return
+        holes = self._holes.find(int(log_offsets[0]), int(log_offsets[-1]) + int(lengths[-1]))
+        sector_bytes = max(self._disk.logical_sector_bytes, SECTOR_BYTES)
+        pieces, zeros = split_at_holes(native.coalesce(*columns), holes, sector_bytes)
+        done_bytes = self._bytes_passed
+        for disk_offset, length in zeros.tolist():
+            self._disk.write_zeroes(disk_offset, length)
+            done_bytes += length
+        # Steps are disjoint parts of the disk, and a disk takes those from many threads.
+        for step_bytes in in_order(self._copy, _steps(pieces)):
+            done_bytes += step_bytes
+            self._tell(done_bytes)
+        self._extents += len(pieces[0]) + len(zeros)
+        self._bytes_written += int(pieces[1].sum()) + int(zeros[:, 1].sum())
+        self._bytes_zeroed += int(zeros[:, 1].sum())
+        self._bytes_passed += int(lengths.sum())
+        self._passes += 1
+        self._tell(self._bytes_passed)
+
+    def report(self) -> ApplyReport:
+        """Return the sum of all passes."""
+        return ApplyReport(
+            entries=self._reader.entry_count,
+            extents=self._extents,
+            bytes_logged=self._reader.data_bytes,
+            bytes_written=self._bytes_written,
+            bytes_zeroed=self._bytes_zeroed,
+            passes=self._passes,
+        )
+
+    def _copy(self, step: _Columns) -> int:
+        disk_offsets, lengths, log_offsets = step
+        self._disk.copy_extents(self._reader.file, log_offsets, np.stack((disk_offsets, lengths), axis=1))
+        return int(lengths.sum())
+
+    def _tell(self, done_bytes: int) -> None:
+        if self._progress is not None:
+            self._progress(Progress("apply", done_bytes, self._reader.data_bytes, raw_bytes=done_bytes))
+
+
+def _steps(columns: _Columns) -> Iterator[_Columns]:
+    """Yield the extents in steps that are worth a thread's while, in the order of the disk."""
+    for at in range(0, len(columns[0]), _EXTENTS_PER_STEP):
+        disk_offsets, lengths, log_offsets = (column[at : at + _EXTENTS_PER_STEP] for column in columns)
+        yield disk_offsets, lengths, log_offsets
 
 
 def split_at_holes(

@@ -29,7 +29,7 @@ from hvreplica.formats.hrl import (
     entry_capacity,
 )
 from hvreplica.formats.hrl_entries import find_entry_fault, parse_entries
-from hvreplica.hrl.data import DataChecker
+from hvreplica.hrl.data import DataChecker, HoleFinder
 from hvreplica.hrl.reader import naming, read_header
 from hvreplica.hrl.report import LogEnd, LogReport
 from hvreplica.hrl.verify import verify_log
@@ -123,6 +123,7 @@ class _Recovery:
         self._metadata_size = header.metadata_size
         self._durable_bytes = durable_bytes
         self._checker = DataChecker(file)
+        self._holes = HoleFinder(file)
         self._chain = _Chain(last_time_stamp=header.time_stamp)
         self._unplaced: list[_Candidate] = []
         self._imitations = 0
@@ -166,7 +167,7 @@ class _Recovery:
             return None
         if find_entry_fault(entries) is not None:
             return None
-        if self._checker.find_fault(entries) is not None:
+        if self._checker.find_fault(entries, self._holes.find_under(entries)) is not None:
             self._imitations += 1
             if self._imitations > _IMITATIONS_MAX:
                 raise _damaged("too many metadata blocks whose data is damaged", None, candidate.location)

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hvreplica.clock import HRL_EPOCH_S
 from hvreplica.errors import ChecksumMismatch
 from hvreplica.formats.hrl import DATA_CHECKSUM_ABSENT, METADATA_ENTRY
-from hvreplica.hrl.data import DataChecker
+from hvreplica.hrl.data import DataChecker, DataFault, HoleFinder
+from hvreplica.hrl.parallel import in_order
 from hvreplica.hrl.reader import LogReader
 from hvreplica.hrl.report import LogEnd, LogReport
 from hvreplica.progress import Progress
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from hvreplica.files import FileSystem
     from hvreplica.progress import ProgressCallback
 
-_ENTRIES_PER_BATCH = 1 << 14
+    _Batch = tuple[NDArray[Any], NDArray[np.int64]]
+
+_ENTRIES_PER_BATCH = 1 << 13
 
 
 @dataclass(slots=True)
@@ -63,25 +68,37 @@ def check_log(
     data: bool,
     disk_bytes: int | None,
     progress: ProgressCallback | None,
+    keep: Callable[[NDArray[Any]], None] | None = None,
 ) -> LogReport:
-    """Do what verify_log() does with a log that is open."""
-    checker = DataChecker(reader.file) if data else None
+    """Do what verify_log() does with a log that is open; `keep` is given the good entries, oldest first."""
     tally = _Tally()
     done_bytes = 0
-    for entries in reader.entries(_ENTRIES_PER_BATCH, disk_bytes=disk_bytes):
-        if checker is not None:
-            _require_data(reader, checker, entries)
+    batches = reader.entries(_ENTRIES_PER_BATCH, disk_bytes=disk_bytes)
+    for entries in _checked_data(reader, batches) if data else batches:
         tally.add(entries)
+        if keep is not None:
+            keep(entries)
         done_bytes += int(entries["data_length"].sum())
         if progress is not None:
             progress(Progress("verify", done_bytes, reader.data_bytes, raw_bytes=done_bytes))
     return _report(reader, tally, data_checked=data)
 
 
-def _require_data(reader: LogReader, checker: DataChecker, entries: NDArray[Any]) -> None:
-    fault = checker.find_fault(entries)
-    if fault is None:
-        return
+def _checked_data(reader: LogReader, batches: Iterator[NDArray[Any]]) -> Iterator[NDArray[Any]]:
+    """Yield the batches, each once its data is known to be good."""
+    checker, finder = DataChecker(reader.file), HoleFinder(reader.file)
+
+    def check(batch: _Batch) -> NDArray[Any]:
+        entries, holes = batch
+        fault = checker.find_fault(entries, holes)
+        if fault is not None:
+            _raise_fault(reader, entries, fault)
+        return entries
+
+    return in_order(check, ((entries, finder.find_under(entries)) for entries in batches))
+
+
+def _raise_fault(reader: LogReader, entries: NDArray[Any], fault: DataFault) -> NoReturn:
     entry = entries[fault.index]
     raise ChecksumMismatch(
         f"data for disk offset {int(entry['byte_offset'])} is damaged in the log",
