@@ -104,7 +104,16 @@ def test_layouts_have_the_offsets_of_the_specification() -> None:
     }
     assert {field.name: HEADER.offset_of(field.name) for field in HEADER.fields} == expected
     assert [METADATA_HEADER.offset_of(field.name) for field in METADATA_HEADER.fields] == [0, 8, 12, 16]
-    assert [METADATA_ENTRY.offset_of(field.name) for field in METADATA_ENTRY.fields] == [0, 8, 12, 16, 20, 21, 25, 26]
+    assert [METADATA_ENTRY.offset_of(field.name) for field in METADATA_ENTRY.fields] == [
+        0,
+        8,
+        12,
+        16,
+        20,
+        21,
+        25,
+        26,
+    ]
     assert hrl.entry_capacity(4096) == 127
 
 

@@ -31,7 +31,14 @@ def block_of(*extents: tuple[int, int], metadata_size: int = 4096) -> bytes:
 
 def plain_entry(**changes: int) -> bytes:
     """Pack one entry by hand, sealed."""
-    fields: dict[str, int] = {"offset": 4096, "length": 512, "time": 1, "operation": 1, "data": 9, "location": 0}
+    fields: dict[str, int] = {
+        "offset": 4096,
+        "length": 512,
+        "time": 1,
+        "operation": 1,
+        "data": 9,
+        "location": 0,
+    }
     fields.update(changes)
     draft = struct.pack(
         "<QIIIBIB6x",
@@ -59,7 +66,9 @@ def table(**columns: list[int]) -> Any:
 def test_parse_gives_the_entries_that_were_packed() -> None:
     extents = [(4096 * index, 512 * (index + 1)) for index in range(127)]
     total = sum(length for _, length in extents)
-    entries = parse_entries(block_of(*extents), count=127, data_offset=BLOCK_AT - total, block_offset=BLOCK_AT)
+    entries = parse_entries(
+        block_of(*extents), count=127, data_offset=BLOCK_AT - total, block_offset=BLOCK_AT
+    )
     assert entries["byte_offset"].tolist() == [offset for offset, _ in extents]
     assert entries["data_length"].tolist() == [length for _, length in extents]
     assert entries["log_offset"][0] == BLOCK_AT - total
@@ -107,9 +116,7 @@ def test_parse_names_an_unknown_operation() -> None:
 @pytest.mark.parametrize("data_offset", [BLOCK_AT - 512, BLOCK_AT - 1536, BLOCK_AT])
 def test_parse_refuses_data_that_does_not_fill_the_gap(data_offset: int) -> None:
     with pytest.raises(FieldOutOfRange, match="fill") as caught:
-        parse_entries(
-            block_of((0, 512), (512, 512)), count=2, data_offset=data_offset, block_offset=BLOCK_AT
-        )
+        parse_entries(block_of((0, 512), (512, 512)), count=2, data_offset=data_offset, block_offset=BLOCK_AT)
     assert caught.value.field == "data_length"
 
 
@@ -148,7 +155,9 @@ def test_no_fault_in_a_good_table() -> None:
 @given(st.binary(max_size=512), st.integers(0, 127))
 def test_parse_of_any_bytes_is_a_table_or_a_format_error(octets: bytes, count: int) -> None:
     try:
-        entries = parse_entries(octets.ljust(4096, b"\xa5"), count=count, data_offset=4096, block_offset=BLOCK_AT)
+        entries = parse_entries(
+            octets.ljust(4096, b"\xa5"), count=count, data_offset=4096, block_offset=BLOCK_AT
+        )
     except FormatError:
         return
     assert len(entries) == count

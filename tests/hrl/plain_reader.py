@@ -102,7 +102,9 @@ def read_plain(log: bytes) -> tuple[PlainHeader, list[PlainWrite]]:
 
 def _read_entry(log: bytes, at: int, data_at: int) -> tuple[PlainWrite, int]:
     entry = log[at : at + 32]
-    byte_offset, stored, length, time_stamp, operation, data_checksum, location = struct.unpack_from("<QIIIBIB", entry)
+    byte_offset, stored, length, time_stamp, operation, data_checksum, location = struct.unpack_from(
+        "<QIIIBIB", entry
+    )
     assert stored == calculate_checksum(entry, 8)
     assert operation == 1
     assert location == 0

@@ -48,7 +48,9 @@ def rows(*extents: tuple[int, int]) -> NDArray[np.int64]:
     return np.array(extents, np.int64).reshape(-1, 2)
 
 
-def write_log(files: FileSystem, writes: Iterable[tuple[int, bytes]], path: Path = LOG, **options: Any) -> LogWriter:
+def write_log(
+    files: FileSystem, writes: Iterable[tuple[int, bytes]], path: Path = LOG, **options: Any
+) -> LogWriter:
     """Write and close a log of (disk_offset, data), one append each."""
     writer = new_writer(files, path, **options)
     for disk_offset, data in writes:
@@ -57,7 +59,9 @@ def write_log(files: FileSystem, writes: Iterable[tuple[int, bytes]], path: Path
     return writer
 
 
-def many_writes(count: int, *, length: int = 512, stride: int = 1024, seed: int = 0) -> list[tuple[int, bytes]]:
+def many_writes(
+    count: int, *, length: int = 512, stride: int = 1024, seed: int = 0
+) -> list[tuple[int, bytes]]:
     data = random_bytes(count * length, seed)
     return [(index * stride, data[index * length : (index + 1) * length]) for index in range(count)]
 
@@ -83,14 +87,18 @@ def patch(files: FaultFiles, offset: int, data: bytes, path: Path = LOG) -> None
 class MemoryDisk:
     """A disk as bytes: what apply_log() asks of one, and a model of it."""
 
-    def __init__(self, virtual_bytes: int, *, logical_sector_bytes: int = 512, content: bytes | None = None) -> None:
+    def __init__(
+        self, virtual_bytes: int, *, logical_sector_bytes: int = 512, content: bytes | None = None
+    ) -> None:
         self.content = bytearray(virtual_bytes if content is None else content)
         self.virtual_bytes = virtual_bytes
         self.logical_sector_bytes = logical_sector_bytes
         self.copied: list[tuple[int, int]] = []
         self.zeroed: list[tuple[int, int]] = []
 
-    def copy_extents(self, source_file: BlockFile, source_offsets: NDArray[Any], extents: NDArray[Any]) -> None:
+    def copy_extents(
+        self, source_file: BlockFile, source_offsets: NDArray[Any], extents: NDArray[Any]
+    ) -> None:
         for source_offset, (offset, length) in zip(source_offsets.tolist(), extents.tolist(), strict=True):
             assert offset + length <= self.virtual_bytes
             assert offset % self.logical_sector_bytes == length % self.logical_sector_bytes == 0

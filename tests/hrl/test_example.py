@@ -112,7 +112,9 @@ def test_example_applies_with_the_newest_write_winning() -> None:
 
     class SparseDisk(MemoryDisk):
         def copy_extents(self, source_file: object, source_offsets: object, extents: object) -> None:
-            for source_offset, (offset, length) in zip(source_offsets.tolist(), extents.tolist(), strict=True):
+            for source_offset, (offset, length) in zip(
+                source_offsets.tolist(), extents.tolist(), strict=True
+            ):
                 data = source_file.read(source_offset, length)
                 for sector in range(0, length, 512):
                     assert offset + sector not in applied

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import tracemalloc
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -25,7 +25,9 @@ from hvreplica.formats.hrl import MetadataHeader, checksum
 from hvreplica.hrl import LogReader, verify_log
 from hvreplica.hrl import reader as reader_module
 from tests.hrl.support import LOG, many_writes, new_files, patch, rewrite_header, write_log
-from tests.support.faultfile import FaultFiles
+
+if TYPE_CHECKING:
+    from tests.support.faultfile import FaultFiles
 
 
 def log_of(count: int, **options: Any) -> FaultFiles:
@@ -169,7 +171,9 @@ def test_more_blocks_than_can_be_held_are_refused(monkeypatch: pytest.MonkeyPatc
         ({"offset": (1 << 64) - 512}, "byte_offset", 0),
     ],
 )
-def test_entry_that_breaks_a_rule_is_named_with_its_place(changes: dict[str, int], field: str, shift: int) -> None:
+def test_entry_that_breaks_a_rule_is_named_with_its_place(
+    changes: dict[str, int], field: str, shift: int
+) -> None:
     files = log_of(1)
     location = last_block(files)
     set_entry(files, location, **changes)
@@ -287,8 +291,13 @@ def test_any_data_bit_flipped_is_refused() -> None:
         assert verify_log(cracked, LOG, data=False).entries == 20
 
 
-@given(st.lists(st.tuples(st.integers(0, 1 << 20), st.binary(min_size=1, max_size=40)), max_size=4), st.integers(0, 100))
-def test_any_damage_is_an_error_of_ours_or_the_same_entries(patches: list[tuple[int, bytes]], cut: int) -> None:
+@given(
+    st.lists(st.tuples(st.integers(0, 1 << 20), st.binary(min_size=1, max_size=40)), max_size=4),
+    st.integers(0, 100),
+)
+def test_any_damage_is_an_error_of_ours_or_the_same_entries(
+    patches: list[tuple[int, bytes]], cut: int
+) -> None:
     files = log_of(20, metadata_bytes=512)
     whole = bytearray(files.content_of(LOG))
     entries = outcome(bytes(whole))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hvreplica.progress import Progress
 
 MIB = 1 << 20
+NO_HOLES = np.empty((0, 2), np.int64)
 
 
 def test_report_says_what_the_log_holds() -> None:
@@ -99,9 +100,9 @@ def test_entry_longer_than_a_window_is_summed_whole() -> None:
     entries["log_offset"], entries["data_length"] = 4096, len(data)
     entries["data_checksum"] = ~np.uint32(sum(data) & 0xFFFFFFFF)
     file = files.open(LOG)
-    assert DataChecker(file).find_fault(entries) is None
+    assert DataChecker(file).find_fault(entries, NO_HOLES) is None
     entries["data_checksum"] ^= 1
-    fault = DataChecker(file).find_fault(entries)
+    fault = DataChecker(file).find_fault(entries, NO_HOLES)
     assert fault is not None
     assert fault.index == 0
 
@@ -109,11 +110,11 @@ def test_entry_longer_than_a_window_is_summed_whole() -> None:
 def test_hole_of_the_file_counts_as_zeros_and_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "zeroes.hrl"
     writer = new_writer(OS_FILES, path)
-    writer.append_zeroes(0, 1 << 40)  # a tebibyte: reading it would take minutes
+    writer.append_zeroes(0, 1 << 38)  # reading it would take a minute
     writer.close()
-    report = verify_log(OS_FILES, path, disk_bytes=1 << 40)
-    assert report.data_bytes == 1 << 40
-    assert report.entries == 1 << 19
+    report = verify_log(OS_FILES, path, disk_bytes=1 << 38)
+    assert report.data_bytes == 1 << 38
+    assert report.entries == 1 << 17
 
 
 def test_lost_data_that_became_a_hole_is_found() -> None:
