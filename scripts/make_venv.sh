@@ -36,8 +36,10 @@ headers='import os, sys, sysconfig
 sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))'
 "$python" -c "$headers" || die "$python has no header files to build the C extension with \
 (Debian: apt-get install python3-dev; Fedora: dnf install python3-devel)"
-compiler=${CC:-cc}
-command -v "${compiler%% *}" >/dev/null 2>&1 || command -v gcc >/dev/null 2>&1 || die "no C compiler \
+if [ -n "${CC:-}" ]; then
+    command -v "${CC%% *}" >/dev/null 2>&1 || die "CC=$CC is not a program"
+fi
+command -v cc >/dev/null 2>&1 || command -v gcc >/dev/null 2>&1 || [ -n "${CC:-}" ] || die "no C compiler \
 (Debian: apt-get install gcc libc6-dev; Fedora: dnf install gcc)"
 
 if [ ! -x "$folder/bin/python" ]; then

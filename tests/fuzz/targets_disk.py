@@ -56,7 +56,7 @@ def _windows() -> tuple[tuple[int, int], ...]:
 
 def _hot() -> list[int]:
     """Return where each window begins in an input, and the log's first sectors besides."""
-    starts = []
+    starts: list[int] = []
     at = 0
     for _, length in _windows():
         starts += range(at, at + (3 * 4 * KIB if length == _LOG_WINDOW_BYTES else 1), 4 * KIB)
