@@ -1,0 +1,251 @@
+"""A power cut at any instant leaves a valid VHDX: what was flushed is there, the rest is old or new per sector.
+
+Each sector of the guest's disk holds the number of the step that wrote it, so that the state of the disk after a step
+is one byte per sector, and a torn, stale or foreign sector shows at once. Steps: zeros are the number 0.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hvreplica.disk import create_disk, open_disk
+from hvreplica.disk.disk import Disk
+from hvreplica.errors import FormatError
+from hvreplica.units import MIB
+from tests.support.fakeclock import FakeClock
+from tests.support.faultfile import FaultFiles, crash_states
+
+PATH = Path("/vm/disk.vhdx")
+SECTOR = 512
+BLOCKS = 6
+SIZE = BLOCKS * MIB - 7 * SECTOR  # the last block ends inside
+SECTORS = SIZE // SECTOR
+
+
+@dataclass
+class History:
+    """The disk after each step, one number per sector; flushed: the steps known to be durable."""
+
+    states: list[np.ndarray]
+
+    def step(self, first: int, count: int, value: int) -> None:
+        state = self.states[-1].copy()
+        state[first : first + count] = value
+        self.states.append(state)
+
+
+def read_state(disk: Disk) -> np.ndarray:
+    """Return the number in each sector; fails if a sector is not uniform, which no step wrote."""
+    buffer = bytearray(SIZE)
+    disk.read_into(buffer, 0)
+    sectors = np.frombuffer(buffer, np.uint8).reshape(SECTORS, SECTOR)
+    torn = np.flatnonzero((sectors != sectors[:, :1]).any(axis=1))
+    assert not len(torn), f"sector {torn[0]} is torn"
+    return sectors[:, 0]
+
+
+def perform(disk: Disk, files: FaultFiles, history: History, rng: random.Random, steps: int) -> None:
+    """Write, zero and flush at random; every step is noted when it returned."""
+    for _ in range(steps):
+        number = len(history.states)
+        kind = rng.choices(["write", "many", "zero", "blocks", "flush"], [4, 3, 2, 2, 4])[0]
+        first = rng.randrange(SECTORS - 1)
+        count = min(rng.choice([1, 3, 8, 200]), SECTORS - first)
+        if kind == "write":
+            history.step(first, count, number)
+            disk.write(bytes([number]) * (count * SECTOR), first * SECTOR)
+        elif kind == "many":
+            starts = sorted(rng.sample(range(0, SECTORS - 4, 4), 5))
+            history.states.append(history.states[-1].copy())
+            for start in starts:
+                history.states[-1][start : start + 4] = number
+            extents = np.array([[start * SECTOR, 4 * SECTOR] for start in starts], np.int64)
+            disk.write_extents(extents, bytes([number]) * (len(starts) * 4 * SECTOR))
+        elif kind == "zero":
+            history.step(first, count, 0)
+            disk.write_zeroes(first * SECTOR, count * SECTOR)
+        elif kind == "blocks":
+            block = rng.randrange(BLOCKS)
+            start, end = block * MIB, min((block + rng.randint(1, 2)) * MIB, SIZE)
+            history.step(start // SECTOR, (end - start) // SECTOR, 0)
+            disk.write_zeroes(start, end - start)
+        else:
+            disk.flush()
+            files.acknowledge(len(history.states) - 1)
+        files.note("step", len(history.states) - 1)
+
+
+def check_world(world: FaultFiles, history: History, *, writable: bool) -> None:
+    flushed = world.acknowledged[-1] if world.acknowledged else 0
+    # The step after the last noted one may have been under way.
+    possible = history.states[flushed : world.last_note("step", 0) + 2]
+    with open_disk(world, PATH, writable=writable, clock=FakeClock(seed=5)) as disk:
+        actual = read_state(disk)
+    fits = np.zeros(SECTORS, bool)
+    for state in possible:
+        fits |= actual == state
+    wrong = np.flatnonzero(~fits)
+    assert not len(wrong), (
+        f"{world.story}: sector {wrong[0]} holds {actual[wrong[0]]}, possible "
+        f"{sorted({int(state[wrong[0]]) for state in possible})}"
+    )
+
+
+def record(seed: int, *, fixed: bool, steps: int) -> tuple[FaultFiles, History]:
+    rng = random.Random(seed)
+    clock = FakeClock(seed=seed)
+    files = FaultFiles("/vm")
+    kind = "fixed" if fixed else "dynamic"
+    create_disk(files, PATH, virtual_bytes=SIZE, type=kind, block_bytes=MIB, clock=clock)
+    files.settle()
+    history = History([np.zeros(SECTORS, np.uint8)])
+    disk = open_disk(files, PATH, writable=True, clock=clock)
+    perform(disk, files, history, rng, steps)
+    disk.close()
+    files.acknowledge(len(history.states) - 1)
+    return files, history
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["dynamic", "fixed"])
+def test_power_cut_anywhere_keeps_what_was_flushed(seed: int, fixed: bool) -> None:
+    for round_number in range(3):
+        files, history = record(seed * 100 + round_number, fixed=fixed, steps=24)
+        for index, world in crash_states(files.trace(), seed=seed + round_number, limit=150):
+            check_world(world, history, writable=index % 2 == 0)
+
+
+def test_power_cut_during_recovery_is_recovered_again(seed: int) -> None:
+    """Replay twice equals replay once: the cut comes while the log of an earlier cut is replayed."""
+    files, history = record(seed, fixed=False, steps=16)
+    worlds = [world for _, world in crash_states(files.trace(), seed=seed, limit=60)]
+    for number, world in enumerate(worlds[::4]):
+        open_disk(world, PATH, writable=True, clock=FakeClock(seed=number)).abandon()
+        for _, again in crash_states(world.trace(), seed=number, limit=25):
+            again.notes = list(world.notes)
+            check_world(again, history, writable=True)
+
+
+def test_session_after_power_cut_works_and_is_clean(seed: int) -> None:
+    """What a cut leaves can be written, flushed and cut again: space is never given to two blocks."""
+    files, _ = record(seed, fixed=False, steps=16)
+    for number, (_, world) in enumerate(crash_states(files.trace(), seed=seed, limit=40)):
+        clock = FakeClock(seed=number)
+        with open_disk(world, PATH, writable=True, clock=clock) as disk:
+            history = History([read_state(disk)])
+            world.notes.clear()
+            world.settle()
+            perform(disk, world, history, random.Random(number), 8)
+        world.acknowledge(len(history.states) - 1)
+        for _, again in crash_states(world.trace(), seed=number, limit=12):
+            check_world(again, history, writable=True)
+        with open_disk(world, PATH, clock=clock) as disk:
+            assert disk.info().log == "clean"
+            assert (read_state(disk) == history.states[-1]).all()
+
+
+def test_power_cut_during_create_leaves_a_whole_disk_or_none(seed: int) -> None:
+    files = FaultFiles("/vm")
+    create_disk(files, PATH, virtual_bytes=SIZE, block_bytes=MIB, clock=FakeClock())
+    files.acknowledge(0)
+    for _, world in crash_states(files.trace(), seed=seed, limit=400):
+        names = world.names(PATH.parent)
+        if world.acknowledged:
+            assert PATH.name in names, world.story
+        if PATH.name in names:
+            check_world(world, History([np.zeros(SECTORS, np.uint8)] * 2), writable=True)
+        for name in names:
+            if name != PATH.name:  # the temporary file: a whole disk, or refused
+                try:
+                    open_disk(world, PATH.with_name(name), format="vhdx", clock=FakeClock()).close()
+                except FormatError:
+                    continue
+
+
+def test_kill_keeps_all_that_a_flush_returned_for(seed: int) -> None:
+    """kill -9 loses no written byte of the file, but the table in memory: flushed blocks are there."""
+    files, history = record(seed, fixed=False, steps=20)
+    for count in range(0, len(files.trace()), 7):
+        again = FaultFiles("/vm")
+        rng, clock = random.Random(seed), FakeClock(seed=seed)
+        create_disk(again, PATH, virtual_bytes=SIZE, block_bytes=MIB, clock=clock)
+        again.settle()
+        again.kill_at(count)
+        states = History([np.zeros(SECTORS, np.uint8)])
+        try:
+            disk = open_disk(again, PATH, writable=True, clock=clock)
+            perform(disk, again, states, rng, 20)
+        except BaseException as killed:  # noqa: BLE001 - Killed is no Exception, on purpose
+            assert type(killed).__name__ == "Killed"
+        again.heal()
+        check_world(again.after_kill(), history, writable=True)
+
+
+def test_power_cut_in_a_flush_of_several_rounds(seed: int) -> None:
+    """More changed BAT sectors than half of the log holds: rounds follow each other round the ring."""
+    clock = FakeClock(seed=seed)
+    files = FaultFiles("/vm")
+    size = 1 << 40
+    create_disk(files, PATH, virtual_bytes=size, block_bytes=MIB, clock=clock)
+    files.settle()
+    places = np.arange(300, dtype=np.int64) * 600 * MIB  # one BAT sector holds 512 entries
+    extents = np.column_stack((places, np.full(300, SECTOR, np.int64)))
+    disk = open_disk(files, PATH, writable=True, clock=clock)
+    disk.write_extents(extents, b"\1" * (300 * SECTOR))
+    disk.flush()
+    files.acknowledge(1)
+    disk.write_extents(extents + [MIB, 0], b"\2" * (300 * SECTOR))
+    disk.write_zeroes(0, 200 * 600 * MIB - MIB)  # but for the last 100 of each
+    disk.flush()
+    files.acknowledge(2)
+    disk.close()
+    first, second = np.ones(300), np.zeros(300)
+    for _, world in crash_states(files.trace(), seed=seed, limit=300):
+        acknowledged = world.acknowledged[-1] if world.acknowledged else 0
+        with open_disk(world, PATH, writable=True, clock=clock) as disk:
+            for shift, value in ((0, 1), (MIB, 2)):
+                buffer = bytearray(300 * SECTOR)
+                disk.read_extents(extents + [shift, 0], buffer)
+                rows = np.frombuffer(buffer, np.uint8).reshape(300, SECTOR)
+                assert (rows == rows[:, :1]).all(), world.story
+                assert set(rows[:, 0].tolist()) <= {0, value}, world.story
+                (first if value == 1 else second)[:] = rows[:, 0]
+        if acknowledged == 1:
+            assert (first[200:] == 1).all(), world.story
+        if acknowledged == 2:
+            assert not first[:200].any(), world.story
+            assert (first[200:] == 1).all(), world.story
+            assert not second[:200].any() and (second[200:] == 2).all(), world.story
+
+
+def test_failed_sync_ends_the_session(seed: int) -> None:
+    """After a failed flush no write and no flush claims success, and the file is as the last good flush left it."""
+    files = FaultFiles("/vm")
+    clock = FakeClock(seed=seed)
+    create_disk(files, PATH, virtual_bytes=SIZE, block_bytes=MIB, clock=clock)
+    files.settle()
+    disk = open_disk(files, PATH, writable=True, clock=clock)
+    disk.write(b"\1" * SECTOR, 0)
+    disk.flush()
+    files.acknowledge(1)
+    disk.write(b"\2" * SECTOR, 3 * MIB)
+    files.fail("sync", path=str(PATH))
+    with pytest.raises(OSError, match=r"."):
+        disk.flush()
+    for call in (disk.flush, lambda: disk.write(b"\3" * SECTOR, 0), disk.close):
+        with pytest.raises(OSError, match=r"."):
+            call()
+    before = np.zeros(SECTORS, np.uint8)
+    after_one, after_two = before.copy(), before.copy()
+    after_one[0] = after_two[0] = 1
+    after_two[3 * MIB // SECTOR] = 2
+    history = History([before, after_one, after_two])
+    files.note("step", 1)
+    for _, world in crash_states(files.trace(), seed=seed, limit=200):
+        if world.acknowledged:
+            world.note("step", 1)
+            check_world(world, history, writable=True)
