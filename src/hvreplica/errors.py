@@ -247,9 +247,10 @@ class StoreFull(StoreError):
 
 
 class Fenced(StoreError):
-    """Another primary, or a newer generation, owns this VM."""
+    """Another primary, or a newer generation, owns this VM. generation: the owner's, 0 where it is not known."""
 
     exit_code = 56
+    generation: int = 0
 
 
 class StateError(HvReplicaError):

@@ -59,6 +59,24 @@ def crash_states(
             yield index, world
 
 
+def worlds_after(trace: Trace, *, seed: int = 0, subsets: int = 5) -> list[FaultFiles]:
+    """Return worlds that a power cut after the last event may leave: the end of crash_states(), without the way."""
+    replay = _Replay(trace.start.copy())
+    notes: list[tuple[str, Any]] = list(trace.notes)
+    for event in trace.events:
+        replay.feed(event)
+        if event.kind == "note":
+            notes.append((event.label, event.value))
+    worlds = []
+    for subset in range(subsets if replay.is_pending() else 1):
+        world = replay.world(f"{seed}/{subset}", subset)
+        world.notes = list(notes)
+        world.story = f"power lost after {len(trace.events)} events; {world.story}"
+        world.settle()
+        worlds.append(world)
+    return worlds
+
+
 def _choose_prefixes(events: Sequence[Event], seed: int, subsets: int, limit: int | None) -> set[int]:
     count = len(events) + 1
     if limit is None or count * subsets <= limit:

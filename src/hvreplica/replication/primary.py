@@ -66,9 +66,20 @@ class Primary:
 
     def _catch_up(self) -> None:
         """Finish in one session whatever is unfinished on either side."""
+        try:
+            self._meet()
+        except Fenced as error:
+            if not self._takeover or error.generation < self._work.state.generation:
+                raise
+            self._work.state.generation = error.generation + 1
+            self._work.save()
+            self._meet()
+
+    def _meet(self) -> None:
         with self._work.session() as session:
             try:
-                claimed = self._claim(session)
+                state = self._work.state
+                claimed = session.claim(state, shapes(state), software=SOFTWARE)
                 self._met = True
                 self._agree(claimed)
                 if self._with_resync:
@@ -79,17 +90,6 @@ class Primary:
                     replicate_initially(self._work, session)
             finally:
                 self._work.tally.wire_bytes += session.wire_bytes
-
-    def _claim(self, session: ReplicaSession) -> messages.Claimed:
-        state = self._work.state
-        try:
-            return session.claim(state, shapes(state), software=SOFTWARE)
-        except Fenced as error:
-            if not self._takeover or error.generation < state.generation:
-                raise
-            state.generation = error.generation + 1
-        self._work.save()
-        return session.claim(state, shapes(state), software=SOFTWARE)
 
     def _agree(self, claimed: messages.Claimed) -> None:
         """Bring our record in line with what the replica says that it holds, or refuse to go on."""

@@ -137,7 +137,7 @@ class StateFolder:
                     hint="use the hvreplica that wrote it",
                 )
             return msgspec.json.decode(data, type=PrimaryState)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise FormatError(
                 f"the primary's state is damaged: {error}",
                 path=path,

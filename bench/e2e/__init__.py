@@ -1,0 +1,1 @@
+"""Whole commands between real processes."""

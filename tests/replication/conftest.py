@@ -1,0 +1,38 @@
+"""Two sites in one process: a served store in a real folder, and a primary whose files can lose power."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+
+import hvreplica
+from tests.replication.sites import Guest, Served
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+@pytest.fixture(scope="session")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with certificates for both sides."""
+    folder = tmp_path_factory.mktemp("tls") / "tls"
+    hvreplica.tls_init(folder)
+    return folder
+
+
+@pytest.fixture
+def served(tmp_path: Path, tls: Path) -> Iterator[Served]:
+    """Return a server that can be stopped and started again on the same store."""
+    with contextlib.closing(Served(tmp_path / "store", tls)) as site:
+        yield site
+    assert threading.active_count() < 20, "connections left their threads behind"
+
+
+@pytest.fixture
+def guest(seed: int) -> Guest:
+    """Return a guest with one disk of 24 MiB, a third of it written."""
+    return Guest(seed)
