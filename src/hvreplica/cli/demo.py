@@ -41,8 +41,8 @@ def demo(output: Output, size_bytes: int, folder: Path | None) -> None:
     if size_bytes < SIZE_BYTES_MIN:
         message = f"a disk of less than {format_size(SIZE_BYTES_MIN)} shows nothing"
         raise click.BadParameter(message, param_hint="'--size'")
-    with _folder(folder) as place, output.steps() as tell:
-        result = Story(place, size_bytes, tell).run(kept=folder is not None)
+    with _folder(folder) as place, output.steps() as steps:
+        result = Story(place, size_bytes, steps).run(kept=folder is not None)
     output.answer(result, lambda: _show(output, result))
     if not result.equal:
         click.get_current_context().exit(DIFFERENT)

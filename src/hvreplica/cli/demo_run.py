@@ -15,10 +15,16 @@ from hvreplica.clock import SYSTEM
 from hvreplica.units import format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
+    from hvreplica.cli.render import Steps
+
 VM = "web01"
+_WORDS = {
+    "initial": "replicating the whole disk",
+    "delta": "finding and shipping what changed",
+    "none": "looking again",
+}
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -65,10 +71,10 @@ class DemoResult(msgspec.Struct, frozen=True):
 class Story:
     """Runs the demo in a folder, telling each step as it is done. One owner."""
 
-    def __init__(self, folder: Path, size_bytes: int, tell: Callable[[str, str, float], None]) -> None:
+    def __init__(self, folder: Path, size_bytes: int, steps: Steps) -> None:
         self._folder = folder
         self._size_bytes = size_bytes
-        self._tell = tell
+        self._shown = steps
         self._disk = folder / f"{VM}.vhdx"
         self._steps: list[Step] = []
         self._since_s = SYSTEM.monotonic_s()
@@ -77,6 +83,7 @@ class Story:
         """Run it all. Raises: Unequal if a step did something else than it should have."""
         start_s = SYSTEM.monotonic_s()
         guest = self._make_guest()
+        self._begin("making certificates and starting the replica's server")
         tls = self._folder / "tls"
         hvreplica.tls_init(tls)
         with demo_process.serving(self._folder / "store", tls, self._folder / "serve.log") as (
@@ -104,17 +111,20 @@ class Story:
         )
 
     def _make_guest(self) -> demo_guest.Guest:
+        self._begin("installing the guest")
         guest = demo_guest.make_guest(self._folder / f"{VM}.img", self._size_bytes)
         self._done(
             "guest",
             f"{format_size(self._size_bytes)} of {guest.kind} with {len(guest.files)} real files"
             f" ({format_size(guest.data_bytes)})",
         )
+        self._begin("putting it into a VHDX")
         hvreplica.disk_convert(guest.image, self._disk, format="vhdx", type="dynamic")
         self._done("disk", f"the same as a dynamic VHDX: {format_size(allocated_bytes(self._disk))} on disk")
         return guest
 
     def _replicate(self, kind: str, address: str) -> None:
+        self._begin(_WORDS[kind])
         folder = self._folder
         answer = demo_process.replicate(
             [
@@ -142,6 +152,7 @@ class Story:
         self._done(kind, _step_words(step, answer["logs"]))
 
     def _change(self, guest: demo_guest.Guest) -> tuple[str, int]:
+        self._begin("letting the guest work")
         words = demo_guest.change_guest(guest)
         changed_bytes = demo_guest.write_changes(guest.image, self._disk)
         grains = changed_bytes // demo_guest.GRAIN_BYTES
@@ -150,10 +161,12 @@ class Story:
 
     def _prove(self) -> Proof:
         """Export the newest point and compare: all bytes that a guest reads, by hash and by qemu-img."""
+        self._begin("exporting the newest point")
         exported = self._folder / "export.vhdx"
         store = self._folder / "store"
         hvreplica.point_export(store, VM, exported)
         self._done("export", f"point {self._steps[-1].point} as a VHDX of its own: {exported.name}")
+        self._begin("comparing every byte of both sides")
         with ThreadPoolExecutor(2) as pool:
             primary, replica = pool.map(demo_guest.digest, (self._disk, exported))
         identical = demo_guest.images_identical(self._disk, exported)
@@ -164,10 +177,12 @@ class Story:
         )
         return proof
 
+    def _begin(self, words: str) -> None:
+        self._shown.begin(words)
+        self._since_s = SYSTEM.monotonic_s()
+
     def _done(self, name: str, words: str) -> None:
-        now_s = SYSTEM.monotonic_s()
-        self._tell(name, words, now_s - self._since_s)
-        self._since_s = now_s
+        self._shown.done(name, words, SYSTEM.monotonic_s() - self._since_s)
 
 
 def allocated_bytes(path: Path) -> int:

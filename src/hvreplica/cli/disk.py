@@ -46,8 +46,9 @@ def map_(output: Output, file: Path) -> None:
     if output.json:
         output.stream_json(entries)
         return
-    output.line(f"{'offset':>18} {'length':>18} {'':>10}  {'state':<6} {'file offset':>18}")
-    for entry in entries:
+    for index, entry in enumerate(entries):
+        if index == 0:
+            output.line(f"{'offset':>18} {'length':>18} {'':>10}  {'state':<6} {'file offset':>18}")
         place = "-" if entry.file_offset is None else entry.file_offset
         size = format_size(entry.length)
         output.line(f"{entry.offset:>18} {entry.length:>18} {size:>10}  {entry.state:<6} {place:>18}")

@@ -99,6 +99,7 @@ def _live_bars() -> Bars:
         TextColumn("{task.fields[figures]}", markup=False),
         console=console_for(sys.stderr),
         transient=True,
+        redirect_stdout=False,
         expand=True,
         refresh_per_second=5,
     )

@@ -20,13 +20,13 @@ from hvreplica.units import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
-    from contextlib import AbstractContextManager
 
     from rich.console import Console, RenderableType
 
 _WIDTHS = {"disk_offset": 18, "log_offset": 18, "time_s": 20}
 _PIPE_WIDTH = 1 << 16  # no line is broken where a program may read it
-_RED, _GREEN, _YELLOW, _DIM, _RESET = "\x1b[1;31m", "\x1b[1;32m", "\x1b[33m", "\x1b[2m", "\x1b[0m"
+_RED, _GREEN, _YELLOW, _CYAN = "\x1b[1;31m", "\x1b[1;32m", "\x1b[33m", "\x1b[36m"
+_DIM, _RESET = "\x1b[2m", "\x1b[0m"
 
 
 class Output:
@@ -70,16 +70,10 @@ class Output:
 
     def fields(self, rows: Iterable[tuple[str, object]]) -> None:
         """Write label and value pairs to stdout; a value of None is left out."""
-        from rich.table import Table  # noqa: PLC0415
-        from rich.text import Text  # noqa: PLC0415
-
-        grid = Table.grid(padding=(0, 3))
-        grid.add_column(no_wrap=True)
-        grid.add_column(overflow="fold")
-        for label, value in rows:
-            if value is not None:
-                grid.add_row(Text(label, style="cyan"), Text(plain(value)))
-        self.show(grid)
+        shown = [(label, plain(value)) for label, value in rows if value is not None]
+        width = max((len(label) for label, _ in shown), default=0)
+        for label, value in shown:
+            self.line(f"{_colored(label.ljust(width), _CYAN)}   {value}")
 
     def structure(self, value: Any) -> None:
         """Write a structure's fields to stdout, labelled by name; lists of structures follow as tables."""
@@ -112,24 +106,17 @@ class Output:
             self.line("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
 
     @contextlib.contextmanager
-    def steps(self) -> Iterator[Callable[[str, str, float], None]]:
-        """Yield what shows a step that is done, its words and seconds; a spinner turns between steps."""
-        with _spinner() if is_terminal(sys.stderr) and not self.quiet else contextlib.nullcontext():
-            yield self._step
-
-    def _step(self, name: str, words: str, seconds: float) -> None:
-        if not (self.json or self.quiet):
-            mark = self._colored("\u2713", _GREEN) if _fits("\u2713", sys.stdout) else "ok"
-            self.line(f"{mark} {name:<8} {plain(words)}  {self._colored(f'{seconds:.1f} s', _DIM)}")
-            self.flush()
+    def steps(self) -> Iterator[Steps]:
+        """Yield what tells a person of one step after the other; a spinner turns meanwhile on a terminal."""
+        shown = Steps(self, spins=is_terminal(sys.stderr) and not self.quiet)
+        try:
+            yield shown
+        finally:
+            shown.end()
 
     def headline(self, text: str, *, good: bool) -> None:
         """Write the one line that a person looks for to stdout."""
-        self.line(self._colored(text, _GREEN if good else _RED))
-
-    @staticmethod
-    def _colored(text: str, color: str) -> str:
-        return f"{color}{text}{_RESET}" if _wants_color(sys.stdout) else text
+        self.line(_colored(text, _GREEN if good else _RED))
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """Write a table to stdout. A column whose name starts with ">" is right-aligned."""
@@ -155,6 +142,33 @@ class Output:
             write_error(encode_json({"error": body}) + "\n")
             return
         write_error(failure_text(failure, color=_wants_color(sys.stderr)))
+
+
+class Steps:
+    """The steps of a long story: begin() names what is being done, done() says what came of it. One owner."""
+
+    def __init__(self, output: Output, *, spins: bool) -> None:
+        self._output = output
+        self._status = console_for(sys.stderr).status("") if spins else None
+
+    def begin(self, words: str) -> None:
+        """Name what is being done now."""
+        if self._status is not None:
+            self._status.update(words)
+            self._status.start()
+
+    def done(self, name: str, words: str, seconds: float) -> None:
+        """Show a step that is done."""
+        self.end()  # the spinner shares the terminal's last line with stdout
+        if not (self._output.json or self._output.quiet):
+            mark = _colored("\u2713", _GREEN) if _fits("\u2713", sys.stdout) else "ok"
+            self._output.line(f"{mark} {name:<8} {plain(words)}  {_colored(f'{seconds:.1f} s', _DIM)}")
+            self._output.flush()
+
+    def end(self) -> None:
+        """Stop the spinner."""
+        if self._status is not None:
+            self._status.stop()
 
 
 def failure_text(failure: Failure, *, color: bool = False) -> str:
@@ -364,8 +378,8 @@ def write_error(text: str) -> None:
         sys.stderr.flush()
 
 
-def _spinner() -> AbstractContextManager[object]:
-    return console_for(sys.stderr).status("")
+def _colored(text: str, color: str) -> str:
+    return f"{color}{text}{_RESET}" if _wants_color(sys.stdout) else text
 
 
 def _fits(text: str, stream: TextIO) -> bool:
