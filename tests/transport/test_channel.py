@@ -347,7 +347,7 @@ def test_adaptive_policy_hears_of_every_send(tls_folder: Path) -> None:
             self.heard.append(wire_bytes)
 
     policy = Listening("auto")
-    with serving(tls_folder, Served(lambda channel: channel.receive_frame())) as listener:
-        with connected(listener, tls_folder) as channel:
-            channel.send_frame(encoded(0, b"data"), policy)
+    served = Served(lambda channel: channel.receive_frame())
+    with serving(tls_folder, served) as listener, connected(listener, tls_folder) as channel:
+        channel.send_frame(encoded(0, b"data"), policy)
     assert policy.heard == [76]

@@ -134,9 +134,9 @@ def test_localhost_by_name_is_accepted(tls_folder: Path) -> None:
 def test_tls_1_2_is_refused(tls_folder: Path) -> None:
     old = raw_client_context(tls_folder)
     old.maximum_version = ssl.TLSVersion.TLSv1_2
-    with serving(tls_folder, print) as listener, warned() as logged:
-        with pytest.raises(ProtocolViolation, match=r"TLS 1\.3"):
-            connect(listener.address, old, decoder=DECODER)
+    refused = pytest.raises(ProtocolViolation, match=r"TLS 1\.3")
+    with serving(tls_folder, print) as listener, warned() as logged, refused:
+        connect(listener.address, old, decoder=DECODER)
     assert "does not speak TLS 1.3" in logged[0]
 
 

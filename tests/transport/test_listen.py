@@ -53,9 +53,9 @@ def test_junk_is_logged_and_the_next_client_is_served(tls_folder: Path, junk: by
 
 
 def test_silent_client_is_given_up_after_the_handshake_timeout(tls_folder: Path) -> None:
-    with serving(tls_folder, answer, handshake_timeout_s=0.1) as listener:
-        with warned() as logged, raw_connection(listener) as connection:
-            until_closed(connection)
+    serve = serving(tls_folder, answer, handshake_timeout_s=0.1)
+    with serve as listener, warned() as logged, raw_connection(listener) as connection:
+        until_closed(connection)
     assert "neither sent nor took anything" in logged[0]
 
 
