@@ -9,16 +9,19 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from hvreplica.disk import create_disk, open_disk
-from hvreplica.disk.disk import Disk
 from hvreplica.errors import FormatError
 from hvreplica.units import MIB
 from tests.support.fakeclock import FakeClock
 from tests.support.faultfile import FaultFiles, crash_states
+
+if TYPE_CHECKING:
+    from hvreplica.disk.disk import Disk
 
 PATH = Path("/vm/disk.vhdx")
 SECTOR = 512
@@ -112,7 +115,7 @@ def record(seed: int, *, fixed: bool, steps: int) -> tuple[FaultFiles, History]:
 
 
 @pytest.mark.parametrize("fixed", [False, True], ids=["dynamic", "fixed"])
-def test_power_cut_anywhere_keeps_what_was_flushed(seed: int, fixed: bool) -> None:
+def test_power_cut_anywhere_keeps_what_was_flushed(seed: int, *, fixed: bool) -> None:
     for round_number in range(3):
         files, history = record(seed * 100 + round_number, fixed=fixed, steps=24)
         for index, world in crash_states(files.trace(), seed=seed + round_number, limit=150):
@@ -167,7 +170,7 @@ def test_power_cut_during_create_leaves_a_whole_disk_or_none(seed: int) -> None:
 
 
 def test_kill_keeps_all_that_a_flush_returned_for(seed: int) -> None:
-    """kill -9 loses no written byte of the file, but the table in memory: flushed blocks are there."""
+    """A kill -9 loses no written byte of the file, but the table in memory: flushed blocks are there."""
     files, history = record(seed, fixed=False, steps=20)
     for count in range(0, len(files.trace()), 7):
         again = FaultFiles("/vm")
@@ -179,7 +182,7 @@ def test_kill_keeps_all_that_a_flush_returned_for(seed: int) -> None:
         try:
             disk = open_disk(again, PATH, writable=True, clock=clock)
             perform(disk, again, states, rng, 20)
-        except BaseException as killed:  # noqa: BLE001 - Killed is no Exception, on purpose
+        except BaseException as killed:  # Killed is no Exception, on purpose
             assert type(killed).__name__ == "Killed"
         again.heal()
         check_world(again.after_kill(), history, writable=True)
@@ -198,7 +201,7 @@ def test_power_cut_in_a_flush_of_several_rounds(seed: int) -> None:
     disk.write_extents(extents, b"\1" * (300 * SECTOR))
     disk.flush()
     files.acknowledge(1)
-    disk.write_extents(extents + [MIB, 0], b"\2" * (300 * SECTOR))
+    disk.write_extents(extents + np.array([MIB, 0]), b"\2" * (300 * SECTOR))
     disk.write_zeroes(0, 200 * 600 * MIB - MIB)  # but for the last 100 of each
     disk.flush()
     files.acknowledge(2)
@@ -209,7 +212,7 @@ def test_power_cut_in_a_flush_of_several_rounds(seed: int) -> None:
         with open_disk(world, PATH, writable=True, clock=clock) as disk:
             for shift, value in ((0, 1), (MIB, 2)):
                 buffer = bytearray(300 * SECTOR)
-                disk.read_extents(extents + [shift, 0], buffer)
+                disk.read_extents(extents + np.array([shift, 0]), buffer)
                 rows = np.frombuffer(buffer, np.uint8).reshape(300, SECTOR)
                 assert (rows == rows[:, :1]).all(), world.story
                 assert set(rows[:, 0].tolist()) <= {0, value}, world.story
@@ -219,7 +222,8 @@ def test_power_cut_in_a_flush_of_several_rounds(seed: int) -> None:
         if acknowledged == 2:
             assert not first[:200].any(), world.story
             assert (first[200:] == 1).all(), world.story
-            assert not second[:200].any() and (second[200:] == 2).all(), world.story
+            assert not second[:200].any(), world.story
+            assert (second[200:] == 2).all(), world.story
 
 
 def test_failed_sync_ends_the_session(seed: int) -> None:

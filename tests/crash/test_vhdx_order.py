@@ -5,8 +5,8 @@ The places follow from the layout of disk/vhdx/create.py: log at 1 MiB, metadata
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -17,6 +17,9 @@ from hvreplica.formats.vhdx_header import HEADER_OFFSETS, unpack_header
 from hvreplica.units import GIB, MIB
 from tests.support.fakeclock import FakeClock
 from tests.support.faultfile import Event, FaultFiles
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 PATH = Path("/vm/disk.vhdx")
 SIZE = 1024 * GIB
@@ -53,7 +56,7 @@ def walk(files: FaultFiles) -> Iterator[tuple[Event, str, set[str]]]:
 
 @pytest.fixture(scope="module")
 def written() -> FaultFiles:
-    """The trace of a session with flushes of one and of several rounds, zeroing, and a clean close."""
+    """Record a session with flushes of one and of several rounds, zeroing, and a clean close."""
     files = FaultFiles("/vm")
     clock = FakeClock()
     create_disk(files, PATH, virtual_bytes=SIZE, block_bytes=MIB, clock=clock)
