@@ -1,7 +1,7 @@
-"""What every benchmark shares: a scratch folder in memory, timed runs in turn, medians with their spread, one report.
+"""What every benchmark shares: a folder in memory, timed runs in turn, medians with their spread, a report.
 
-A contender is a callable that does the work once and returns its seconds; it verifies its own output outside of the
-timed part. Contenders run in turn, A B C A B C …, so that a machine that slows down slows all of them.
+A contender is a callable that does the work once and returns its seconds; it verifies its own output outside
+of the timed part. Contenders run in turn, A B C A B C …, so that a machine that slows down slows all of them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Contender = "Callable[[], float]"
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of the report. goal: what the ratio or value should reach, in words; reached: whether it does."""
+    """One line of the report. goal: what the value should reach, in words; reached: whether it does."""
 
     name: str
     value: str
@@ -86,7 +86,7 @@ def run_in_turn(report: Report, contenders: Mapping[str, Callable[[], float]], *
 
 
 def timed(command: Sequence[str | os.PathLike[str]], **options: object) -> tuple[float, str]:
-    """Run a command and return its seconds and what it printed. Raises: RuntimeError with its errors if it fails."""
+    """Run a command and return its seconds and what it printed. Raises: RuntimeError if it fails."""
     start = time.perf_counter()
     done = subprocess.run(
         [str(word) for word in command], capture_output=True, text=True, check=False, **options

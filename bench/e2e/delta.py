@@ -1,7 +1,7 @@
 """A cycle after 1 GiB of random 4 KiB writes: what travels, and how fast the log is applied.
 
-The peer for applying is the least that any program can do: a loop in C over the same extents, sorted, each one
-pwrite() from memory into a raw file that is already there.
+The peer for applying is the least that any program can do: a loop in C over the same extents, sorted, each
+one pwrite() from memory into a raw file that is already there.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Initial replication of a real file system against the pipes that people use instead.
 
-Ours has TLS with certificates on both sides, a digest on each frame and a durable store at the other end; the pipes
-have none of that. Both ends share this machine, all files stand in memory.
+Ours has TLS with certificates on both sides, a digest on each frame and a durable store at the other end;
+the pipes have none of that. Both ends share this machine, all files stand in memory.
 """
 
 from __future__ import annotations

@@ -70,7 +70,8 @@ class Site:
         seconds = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
-            message = f"{command} ended with {process.returncode}: {out.read_text()[-2000:]} {err.read_text()[-2000:]}"
+            said = out.read_text()[-2000:] + err.read_text()[-2000:]
+            message = f"{command} ended with {process.returncode}: {said}"
             raise RuntimeError(message)
         return Outcome(json.loads(out.read_text()), seconds, usage.ru_maxrss * 1024)
 

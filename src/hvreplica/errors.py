@@ -243,7 +243,6 @@ class StoreFull(StoreError):
     """The replica's file system has no room left."""
 
     exit_code = 55
-    retryable = True
 
 
 class Fenced(StoreError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
@@ -143,4 +144,4 @@ def test_replicate_reports_progress_that_only_grows(guest: Guest, served: Served
     guest.replicate(served, progress=seen.append)
     initial = [report for report in seen if report.phase == "initial"]
     assert initial[-1].done_bytes == initial[-1].total_bytes == len(guest.model)
-    assert all(a.done_bytes <= b.done_bytes for a, b in zip(initial, initial[1:], strict=False))
+    assert all(a.done_bytes <= b.done_bytes for a, b in pairwise(initial))

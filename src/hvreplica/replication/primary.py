@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from hvreplica.replication.session import ReplicaSession
     from hvreplica.replication.work import Work
 
-_RETRY_AFTER_S = (1.0, 2.0, 4.0)  # a line that is gone for longer is for the next call
+RETRY_AFTER_S = (1.0, 2.0, 4.0)  # a line that is gone for longer is for the next call
 _RESYNC_HINT = "--resync compares both sides by fingerprints and sends only what differs"
 
 
@@ -47,7 +47,7 @@ class Primary:
 
         Raises: what stands in the way, once retries are used up.
         """
-        waits = iter(_RETRY_AFTER_S)
+        waits = iter(RETRY_AFTER_S)
         compared = False
         while True:
             try:
