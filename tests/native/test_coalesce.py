@@ -49,6 +49,7 @@ def coalesced(rows: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
 @example(rows=[(0, 10, 100), (10, 10, 110), (5, 10, 200)])
 @example(rows=[(0, 40, 0), (10, 5, 300), (10, 5, 310), (0, 0, 9)])
 @example(rows=[(10, 5, 0), (0, 40, 100)])
+@example(rows=[(0, 10, 100), (9, 10, 200)])
 def test_coalesced_writes_leave_the_disk_of_the_writes_in_order(rows: list[tuple[int, int, int]]) -> None:
     result = coalesced(rows)
     check_form(result)

@@ -129,6 +129,16 @@ def test_copy_extents_puts_each_range_in_its_place_in_order(
     assert file.read(0, file.size()) == scene.container(bytes(disk))
 
 
+def test_neighbours_in_the_file_around_an_absent_block_are_read_apart(opened: Opened) -> None:
+    # Blocks 0 and 2 follow each other in the file, and the zeros of block 1 stand between them in the answer.
+    scene = Scene([0, 9, 1, 2], frozenset({1}), 0, MIB, mapped=True)
+    disk = scene.disk(pattern(4 * MIB))
+    file = opened("disk", scene.container(disk))
+    out = bytearray(b"\xee" * (4 * MIB))
+    native.read_extents(file, scene.block_map(), extents_of([(0, 4 * MIB)]), out)
+    assert out == disk
+
+
 def test_copy_extents_of_more_pieces_than_one_batch_holds(opened: Opened) -> None:
     rng = np.random.default_rng(42)
     count = 3000
