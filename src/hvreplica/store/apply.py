@@ -56,7 +56,7 @@ def finish(home: VmHome, *, progress: ProgressCallback | None = None) -> list[uu
     """
     done = []
     if is_unfinished(home):
-        with home.exclusive():
+        with room(home.files, home.paths.folder), home.exclusive():
             done += finish_initial(home)
             done += [_apply_point(home, point, progress) for point in _waiting(home)]
     return done

@@ -100,7 +100,7 @@ def vm_name(folder: str) -> str | None:
 
 def collision_key(folder: str) -> str:
     """Return what two folders share if any usual file system might take them for the same."""
-    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", folder).casefold())
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", folder).upper().casefold())
 
 
 def _is_safe(character: str, *, strict: bool, normal: bool) -> bool:

@@ -12,6 +12,7 @@ from hvreplica.store.blocks import BlockReader
 from hvreplica.store.check import find_damage
 from hvreplica.store.fencing import fenced
 from hvreplica.store.gate import Gate
+from hvreplica.store.room import room
 from hvreplica.store.sinks import InitialSink, LogSink
 from hvreplica.store.transfers import begin_initial, begin_logs, last_logs, last_point
 
@@ -90,7 +91,7 @@ class VmReplica:
         instant_s: the point in time that the disks show, Unix seconds. expected_bytes: what the primary knows
         to send; 0 if unknown. Raises: Fenced, StoreFull, StoreError, FieldOutOfRange.
         """
-        with self._gate, self._lock:
+        with self._gate, self._lock, room(self._home.files, self._home.paths.folder):
             self._release()
             sink = begin_initial(
                 self._home,
@@ -120,7 +121,7 @@ class VmReplica:
         the last one of its disk; InvalidTransition before the initial replication; Fenced, StoreFull,
         StoreError, FieldOutOfRange.
         """
-        with self._gate, self._lock:
+        with self._gate, self._lock, room(self._home.files, self._home.paths.folder):
             self._release()
             sink = begin_logs(
                 self._home,

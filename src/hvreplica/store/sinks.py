@@ -241,8 +241,7 @@ class TransferSink(ABC, Generic[C]):
         self._flush()
         self._check_whole()
         for target in self._targets.values():
-            with room(self._home.files, target.path):
-                target.medium.close()
+            target.medium.close()
         self._sealed = True
 
     def _check_whole(self) -> None:
@@ -262,18 +261,17 @@ class InitialSink(TransferSink["Disk"]):
         Raises: StoreError where something is missing, Locked while another process reads the old disks
         (commit again later), Fenced.
         """
-        with self._gate, self._flushing:
+        home = self._home
+        with self._gate, self._flushing, room(home.files, home.paths.folder):
             if self._has_point():
                 return self._transfer.point_id
             self._seal()
-            home = self._home
             with home.exclusive():
                 with home.catalog.transaction():
                     home.require_owner(self._owner)
                     home.require_transfer(self.transfer_id)
                     home.catalog.set_transfer_state(home.vm_id, "renaming")
-                with room(home.files, home.paths.folder):
-                    finish_initial(home)
+                finish_initial(home)
             return self._transfer.point_id
 
     def _put(self, target: Target[Disk], table: NDArray[np.int64], data: Buffer) -> None:
@@ -299,12 +297,11 @@ class LogSink(TransferSink["BlockFile"]):
         Raises: StoreError where something is missing, FormatError or LogError for logs that cannot be applied
         (the transfer is then dropped and must begin anew), Fenced.
         """
-        with self._gate, self._flushing:
+        with self._gate, self._flushing, room(self._home.files, self._home.paths.spool):
             if self._has_point():
                 return self._transfer.point_id
             self._seal()
-            with room(self._home.files, self._home.paths.spool):
-                self._rename()
+            self._rename()
             self._acknowledge()
             return self._transfer.point_id
 

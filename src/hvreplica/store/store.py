@@ -211,7 +211,8 @@ class Store:
         error = None
         try:
             points = finish(home, progress=progress)
-            sweep(home)
+            with room(home.files, home.paths.folder):
+                sweep(home)
         except (HvReplicaError, OSError) as failure:
             error = str(failure)
         return RecoveredVm(home.name, [str(point) for point in points], error)
