@@ -7,6 +7,7 @@ import queue
 import threading
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -158,6 +159,23 @@ def test_orderly_end_is_no_frame_and_the_answer_still_arrives(tls_folder: Path) 
             channel.send_frame(encoded(sequence, b"data"))
         channel.finish_sending()
         assert channel.receive_message() == Tell(3)
+
+
+def test_channel_closed_with_messages_unread_still_ends_in_good_order(tls_folder: Path) -> None:
+    def tell(channel: Channel[Any]) -> object:
+        for number in range(3):
+            body = msgspec.msgpack.encode(Tell(number))
+            channel.pipe.send([wire.pack_unit_header(UnitKind.MESSAGE, len(body)) + body])
+        told.set()
+        return channel.receive_frame()
+
+    told, served = threading.Event(), Served(tell)
+    with serving(tls_folder, served) as listener:
+        channel = connected(listener, tls_folder)
+        wait_for(told)
+        assert channel.receive_message() == Tell(0)
+        channel.close()
+        assert served.result() is None
 
 
 def cut_after(channel: Channel[Any], data: bytes) -> None:

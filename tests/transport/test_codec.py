@@ -79,6 +79,14 @@ def test_auto_follows_content_that_becomes_incompressible_and_back() -> None:
     assert run(policy, FILES, wire_ns=20, frames=200)[-1] == ZSTD
 
 
+def test_data_that_one_codec_cannot_shrink_is_not_tried_with_the_next() -> None:
+    policy = CodecPolicy("auto")
+    assert run(policy, FILES, wire_ns=3.5, frames=40)[-1] == ZSTD
+    choices = run(policy, NOISE, wire_ns=3.5, frames=20)
+    assert set(choices) == {ZSTD, NONE}
+    assert choices.count(ZSTD) <= 3
+
+
 def test_auto_does_not_waver_between_equals() -> None:
     content = FILES | {LZ4: (0.0, 0.95)}
     choices = run(CodecPolicy("auto"), content, wire_ns=1, frames=200)

@@ -214,6 +214,18 @@ def test_decompression_bomb_and_huge_window_stay_within_the_buffers(window_log: 
     assert peak_bytes < 16 << 20
 
 
+def test_window_larger_than_any_frame_is_refused_before_it_is_allocated() -> None:
+    def with_window(window_log: int) -> bytes:
+        parameters = zstandard.ZstdCompressionParameters(window_log=window_log, write_content_size=False)
+        stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+        return stream.compress(bytes(1000)) + stream.flush()
+
+    with pytest.raises(ChecksumMismatch):  # all is well but the digest
+        FrameDecoder().decode(forged(Codec.ZSTD, with_window(22), 1000))
+    with pytest.raises(FieldOutOfRange, match="too much memory"):
+        FrameDecoder().decode(forged(Codec.ZSTD, with_window(23), 1000))
+
+
 def test_zstd_content_size_that_lies_allocates_nothing() -> None:
     # A frame header that promises 2^60 bytes: single segment, 8-byte content size.
     lie = b"\x28\xb5\x2f\xfd\xe0" + (1 << 60).to_bytes(8, "little") + bytes(20)

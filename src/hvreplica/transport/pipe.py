@@ -32,6 +32,9 @@ _TCP_INFO_BYTES = 256
 _RTT_AT, _RECEIVER_LIMITED_AT, _RETRANSMITTED_AT = 68, 176, 208
 _RTT_SHORT_US = 2_000
 _CLOSE_TIMEOUT_S = 5.0  # a peer that does not read cannot hold a closing thread for longer
+_UNREAD = (
+    "APPLICATION_DATA_AFTER_CLOSE_NOTIFY"  # our end is ready to be sent; something came that nobody read
+)
 _KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}  # a dead host shows in 90 s
 
 
@@ -139,12 +142,16 @@ class TlsPipe:
         return done
 
     def finish_sending(self) -> None:
-        """End our direction in good order; the other one stays open. Raises: PeerClosed."""
+        """End our direction in good order; the other one stays open, but for what came and is not yet read.
+
+        Raises: PeerClosed.
+        """
         try:
             with contextlib.suppress(ssl.SSLWantReadError):  # the other side's own end is not waited for
                 self._tls.unwrap()
         except ssl.SSLError as error:
-            raise self._tls_failure(error) from None
+            if error.reason != _UNREAD:
+                raise self._tls_failure(error) from None
         self._flush()
 
     @property
