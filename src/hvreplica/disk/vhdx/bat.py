@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hvreplica import native
+from hvreplica.errors import FormatError
 from hvreplica.files import map_private
 from hvreplica.formats.vhdx_bat import (
     BAT_ENTRY_BYTES,
@@ -113,6 +114,14 @@ class Bat:
         self._check_apart()
 
     def _check_sectors(self, sectors: NDArray[np.int64]) -> None:
+        try:
+            self._validate_sectors(sectors)
+        except FormatError as error:
+            error.at(self._file.path)
+            raise
+        self._checked[sectors] = True
+
+    def _validate_sectors(self, sectors: NDArray[np.int64]) -> None:
         file_size_bytes = self._file.size()
         for indices, entries in self._windows(sectors):
             validate_entries(entries, file_offset=self.file_offset, indices=indices)
@@ -124,7 +133,6 @@ class Bat:
                 file_size_bytes=file_size_bytes,
                 structures=self._image.structures,
             )
-        self._checked[sectors] = True
 
     def _check_apart(self) -> None:
         offsets = self.places(is_present)

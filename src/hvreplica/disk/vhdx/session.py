@@ -81,6 +81,7 @@ class WriteSession:
     def _begin_once(self) -> None:
         if self._space is not None:
             return  # another thread was first
+        self._bat.check_all()  # a table that is refused ends no session: nothing was changed
         try:
             self._space = self._begin()
         except BaseException as error:
@@ -89,7 +90,6 @@ class WriteSession:
 
     def _begin(self) -> Space:
         """Change identity before content. Spec: [MS-VHDX] 2.2.2.1, and 2.2.2 for DataWriteGuid."""
-        self._bat.check_all()
         self._headers.update(file_write_guid=self._clock.guid(), data_write_guid=self._clock.guid())
         keep_tail = self._image.parameters.leave_blocks_allocated
         space = Space(

@@ -1,0 +1,47 @@
+"""Ways to make a disk for the tests that every kind of disk must pass."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hvreplica.disk import create_disk, open_disk
+from hvreplica.files import OS_FILES
+from hvreplica.units import MIB
+from tests.support.fakeclock import FakeClock
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hvreplica.disk import Disk
+
+KINDS = ("raw", "dynamic", "fixed", "dynamic-4096")
+SIZE = 9 * MIB + 8192
+
+
+def make_disk(path: Path, kind: str, *, size: int = SIZE, block_bytes: int = MIB, seed: int = 1) -> Disk:
+    """Create and open a disk for writing."""
+    clock = FakeClock(seed=seed)
+    create_disk(
+        OS_FILES,
+        path,
+        virtual_bytes=size,
+        format="raw" if kind == "raw" else "vhdx",
+        type="fixed" if kind == "fixed" else "dynamic",
+        block_bytes=None if kind == "raw" else block_bytes,
+        logical_sector_bytes=4096 if kind.endswith("4096") else 512,
+        clock=clock,
+    )
+    return open_disk(OS_FILES, path, writable=True, clock=clock)
+
+
+def reopen(disk: Disk, *, writable: bool = True) -> Disk:
+    """Close and open again."""
+    disk.close()
+    return open_disk(OS_FILES, disk.path, writable=writable, clock=FakeClock(seed=9))
+
+
+def everything(disk: Disk) -> bytes:
+    """Return all guest bytes."""
+    buffer = bytearray(disk.virtual_bytes)
+    disk.read_into(buffer, 0)
+    return bytes(buffer)
