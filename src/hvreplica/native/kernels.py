@@ -138,7 +138,7 @@ class Kernels:
         _change_bits(bitmap, first, count, 1)
 
     def bitmap_clear(self, bitmap: Octets, first: int, count: int) -> None:
-        """Clear bits [first, first + count), least significant first. Raises: IndexError if one is outside."""
+        """Clear bits [first, first + count). Raises: IndexError if one is outside."""
         _change_bits(bitmap, first, count, 0)
 
     def bitmap_runs(self, bitmap: Octets, bit_count: int) -> Array:

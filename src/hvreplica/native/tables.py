@@ -108,7 +108,7 @@ class BlockMap:
 
 def view_of(buffer: Octets) -> memoryview:
     """Return the bytes of a C-contiguous buffer, writable where it is, as a one-dimensional view."""
-    view = memoryview(cast("Buffer", buffer))
+    view = memoryview(cast("Any", buffer))
     return view.cast("B") if view.nbytes else memoryview(bytearray())
 
 
