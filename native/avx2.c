@@ -1,4 +1,5 @@
-/* The kernels for x86-64 with AVX2, BMI2, POPCNT, SSE4.2 and PCLMULQDQ: every server processor since about 2015. */
+/* The kernels for x86-64 with AVX2, BMI2, POPCNT, SSE4.2 and PCLMULQDQ: every server processor since about
+ * 2015. */
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -7,9 +8,10 @@
 
 #define TARGET __attribute__((target("avx2,bmi2,popcnt,sse4.2,pclmul")))
 
-/* The crc32 instruction takes a word per cycle but answers after three, so three stretches run side by side. Moving a
- * state over n bytes multiplies it by x^(8n) modulo the polynomial: a carry-less product with x^(8n - 33) (33 = the
- * bit that a reflected product lacks, and the 32 that crc32 adds), reduced by crc32 itself. */
+/* The crc32 instruction takes a word per cycle but answers after three, so three stretches run side by side.
+ * Moving a state over n bytes multiplies it by x^(8n) modulo the polynomial: a carry-less product with x^(8n
+ * - 33) (33 = the bit that a reflected product lacks, and the 32 that crc32 adds), reduced by crc32 itself.
+ */
 enum { LONG_STRETCH_BYTES = 2048, SHORT_STRETCH_BYTES = 256 };
 #define OVER_4096_BYTES 0x82f89c77u
 #define OVER_2048_BYTES 0xa51b6135u
@@ -18,12 +20,13 @@ enum { LONG_STRETCH_BYTES = 2048, SHORT_STRETCH_BYTES = 256 };
 
 TARGET static inline uint64_t crc32c_moved(uint64_t state, uint32_t factor)
 {
-    __m128i product = _mm_clmulepi64_si128(_mm_cvtsi64_si128((long long)state), _mm_cvtsi32_si128((int)factor), 0);
+    __m128i product =
+        _mm_clmulepi64_si128(_mm_cvtsi64_si128((long long)state), _mm_cvtsi32_si128((int)factor), 0);
     return (uint64_t)_mm_cvtsi128_si64(product);
 }
 
-TARGET static inline uint64_t crc32c_three(const uint8_t *buf, size_t stretch_bytes, uint64_t state, uint32_t over_one,
-                                           uint32_t over_two)
+TARGET static inline uint64_t crc32c_three(const uint8_t *buf, size_t stretch_bytes, uint64_t state,
+                                           uint32_t over_one, uint32_t over_two)
 {
     uint64_t second = 0;
     uint64_t third = 0;
@@ -119,7 +122,8 @@ TARGET static size_t equal_prefix(const uint8_t *a, const uint8_t *b, size_t len
     for (; length - at >= 128; at += 128) {
         __m256i any = _mm256_or_si256(
             _mm256_or_si256(difference_at(a + at, b + at), difference_at(a + at + 32, b + at + 32)),
-            _mm256_or_si256(difference_at(a + at + 64, b + at + 64), difference_at(a + at + 96, b + at + 96)));
+            _mm256_or_si256(difference_at(a + at + 64, b + at + 64),
+                            difference_at(a + at + 96, b + at + 96)));
         if (!_mm256_testz_si256(any, any)) {
             break;
         }
@@ -140,7 +144,8 @@ TARGET static inline __m256i xxh3_half(__m256i lanes, const uint8_t *stripe, con
 TARGET static inline __m256i xxh3_scrambled_half(__m256i lanes, const uint8_t *secret)
 {
     const __m256i prime = _mm256_set1_epi32((int)XXH_PRIME32_1);
-    __m256i mixed = _mm256_xor_si256(_mm256_xor_si256(lanes, _mm256_srli_epi64(lanes, 47)), vector_at(secret));
+    __m256i mixed =
+        _mm256_xor_si256(_mm256_xor_si256(lanes, _mm256_srli_epi64(lanes, 47)), vector_at(secret));
     __m256i high = _mm256_mul_epu32(_mm256_srli_epi64(mixed, 32), prime);
     return _mm256_add_epi64(_mm256_mul_epu32(mixed, prime), _mm256_slli_epi64(high, 32));
 }

@@ -5,8 +5,9 @@
 
 #include <immintrin.h>
 
-#define TARGET                                                                                                             \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vpopcntdq,vpclmulqdq,avx2,bmi2,popcnt,sse4.2,pclmul")))
+#define TARGET             \
+    __attribute__((target( \
+        "avx512f,avx512bw,avx512vl,avx512dq,avx512vpopcntdq,vpclmulqdq,avx2,bmi2,popcnt,sse4.2,pclmul")))
 
 TARGET static inline __m512i vector_at(const uint8_t *at)
 {
@@ -18,8 +19,9 @@ TARGET static inline __m512i vector_part(const uint8_t *at, size_t length)
     return _mm512_maskz_loadu_epi8(_bzhi_u64(~0ull, (unsigned)length), at);
 }
 
-/* A 128-bit lane moves over n bits by two carry-less products: of its first word (the high powers) with x^(n + 63) and
- * of its second with x^(n - 1), both modulo the polynomial and reflected into the upper half of a word. */
+/* A 128-bit lane moves over n bits by two carry-less products: of its first word (the high powers) with x^(n
+ * + 63) and of its second with x^(n - 1), both modulo the polynomial and reflected into the upper half of a
+ * word. */
 #define FIRST_OVER_2048_BITS 0xe9a5d8be00000000ull
 #define SECOND_OVER_2048_BITS 0x1426a81500000000ull
 #define FIRST_OVER_512_BITS 0x1c19243b00000000ull
@@ -35,8 +37,8 @@ enum { XOR_OF_THREE = 0x96, FOLD_BYTES = 256 };
 
 TARGET static inline __m512i pair_of(unsigned long long first, unsigned long long second)
 {
-    return _mm512_set_epi64((long long)second, (long long)first, (long long)second, (long long)first, (long long)second,
-                            (long long)first, (long long)second, (long long)first);
+    return _mm512_set_epi64((long long)second, (long long)first, (long long)second, (long long)first,
+                            (long long)second, (long long)first, (long long)second, (long long)first);
 }
 
 TARGET static inline __m512i folded(__m512i lanes, __m512i factors, __m512i next)
@@ -48,9 +50,10 @@ TARGET static inline __m512i folded(__m512i lanes, __m512i factors, __m512i next
 /* The four lanes as 16 bytes with the same remainder, then those bytes through the crc32 instruction. */
 TARGET static inline uint32_t crc32c_of_lanes(__m512i lanes)
 {
-    const __m512i factors = _mm512_set_epi64(0, 0, (long long)SECOND_OVER_128_BITS, (long long)FIRST_OVER_128_BITS,
-                                             (long long)SECOND_OVER_256_BITS, (long long)FIRST_OVER_256_BITS,
-                                             (long long)SECOND_OVER_384_BITS, (long long)FIRST_OVER_384_BITS);
+    const __m512i factors =
+        _mm512_set_epi64(0, 0, (long long)SECOND_OVER_128_BITS, (long long)FIRST_OVER_128_BITS,
+                         (long long)SECOND_OVER_256_BITS, (long long)FIRST_OVER_256_BITS,
+                         (long long)SECOND_OVER_384_BITS, (long long)FIRST_OVER_384_BITS);
     __m512i last = _mm512_maskz_mov_epi64(0xc0, lanes);
     __m512i sum = folded(lanes, factors, last);
     __m256i half = _mm256_xor_si256(_mm512_castsi512_si256(sum), _mm512_extracti64x4_epi64(sum, 1));
@@ -192,8 +195,9 @@ TARGET static uint64_t bitmap_count(const uint8_t *bitmap, size_t length)
     for (; length - at >= 256; at += 256) {
         first = _mm512_add_epi64(first, _mm512_add_epi64(_mm512_popcnt_epi64(vector_at(bitmap + at)),
                                                          _mm512_popcnt_epi64(vector_at(bitmap + at + 64))));
-        second = _mm512_add_epi64(second, _mm512_add_epi64(_mm512_popcnt_epi64(vector_at(bitmap + at + 128)),
-                                                           _mm512_popcnt_epi64(vector_at(bitmap + at + 192))));
+        second =
+            _mm512_add_epi64(second, _mm512_add_epi64(_mm512_popcnt_epi64(vector_at(bitmap + at + 128)),
+                                                      _mm512_popcnt_epi64(vector_at(bitmap + at + 192))));
     }
     uint64_t count = (uint64_t)_mm512_reduce_add_epi64(_mm512_add_epi64(first, second));
     return count + hvr_bitmap_count_popcnt(bitmap + at, length - at);
@@ -203,7 +207,8 @@ TARGET static void bitmap_merge(uint8_t *target, const uint8_t *other, size_t le
 {
     size_t at = 0;
     for (; length - at >= 64; at += 64) {
-        _mm512_storeu_si512((void *)(target + at), _mm512_or_si512(vector_at(target + at), vector_at(other + at)));
+        _mm512_storeu_si512((void *)(target + at),
+                            _mm512_or_si512(vector_at(target + at), vector_at(other + at)));
     }
     for (; at < length; at += 1) {
         target[at] = (uint8_t)(target[at] | other[at]);

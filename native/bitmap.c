@@ -44,7 +44,8 @@ static uint64_t word_at(const uint8_t *bitmap, size_t length, size_t at)
 }
 
 /* The first bit at or behind `bit` that is set; at least `end` where there is none before it. */
-static uint64_t next_set(const struct hvr_kernels *kernels, const uint8_t *bitmap, size_t length, uint64_t bit, uint64_t end)
+static uint64_t next_set(const struct hvr_kernels *kernels, const uint8_t *bitmap, size_t length,
+                         uint64_t bit, uint64_t end)
 {
     for (unsigned step = 0; bit < end; step += 1) {
         size_t at = (size_t)(bit / 64) * 8;
@@ -81,8 +82,8 @@ static uint64_t next_clear(const uint8_t *bitmap, size_t length, uint64_t bit, u
     return bit;
 }
 
-size_t hvr_bitmap_runs(int variant, const uint8_t *bitmap, size_t length, uint64_t *position, uint64_t end, int64_t *runs,
-                       size_t capacity)
+size_t hvr_bitmap_runs(int variant, const uint8_t *bitmap, size_t length, uint64_t *position, uint64_t end,
+                       int64_t *runs, size_t capacity)
 {
     const struct hvr_kernels *kernels = hvr_kernels_of(variant);
     size_t count = 0;

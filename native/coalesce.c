@@ -1,4 +1,5 @@
-/* Newest write wins: a sweep over the extents in disk order, with a heap that knows the newest one at each place. */
+/* Newest write wins: a sweep over the extents in disk order, with a heap that knows the newest one at each
+ * place. */
 #include "kernels.h"
 
 enum { DIGIT_BITS = 8, DIGIT_VALUES = 1 << DIGIT_BITS, DIGIT_COUNT = 64 / DIGIT_BITS };
@@ -14,14 +15,15 @@ static uint64_t end_of(const struct hvr_source_extents *source, size_t index)
 }
 
 /* Appends a piece of source extent `index`, or lengthens the last row where both offsets continue it. */
-static void emit(struct hvr_target_extents *target, const struct hvr_source_extents *source, size_t index, uint64_t start,
-                 uint64_t end)
+static void emit(struct hvr_target_extents *target, const struct hvr_source_extents *source, size_t index,
+                 uint64_t start, uint64_t end)
 {
     uint64_t log_offset = source->log_offsets[index] + (start - source->disk_offsets[index]);
     if (target->count > 0) {
         size_t last = target->count - 1;
         uint64_t last_length = target->lengths[last];
-        if (target->disk_offsets[last] + last_length == start && target->log_offsets[last] + last_length == log_offset) {
+        if (target->disk_offsets[last] + last_length == start
+            && target->log_offsets[last] + last_length == log_offset) {
             target->lengths[last] = last_length + (end - start);
             return;
         }
@@ -32,7 +34,8 @@ static void emit(struct hvr_target_extents *target, const struct hvr_source_exte
     target->count += 1;
 }
 
-/* Stable, least significant digit first; a digit that all keys share costs nothing. Returns where the result stands. */
+/* Stable, least significant digit first; a digit that all keys share costs nothing. Returns where the result
+ * stands. */
 static struct sort_columns sorted(struct sort_columns from, struct sort_columns to, size_t count)
 {
     uint32_t histogram[DIGIT_COUNT][DIGIT_VALUES];
@@ -158,8 +161,8 @@ static int all_in_range(const struct hvr_source_extents *source)
     return source->count <= UINT32_MAX;
 }
 
-int hvr_coalesce(const struct hvr_source_extents *source, struct hvr_target_extents *target, uint64_t *scratch,
-                 size_t scratch_words)
+int hvr_coalesce(const struct hvr_source_extents *source, struct hvr_target_extents *target,
+                 uint64_t *scratch, size_t scratch_words)
 {
     size_t count = source->count;
     target->count = 0;

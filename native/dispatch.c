@@ -14,8 +14,9 @@ static int variant_exists(int variant)
 
 static int has_avx2(void)
 {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt")
-           && __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("pclmul");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2")
+           && __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("sse4.2")
+           && __builtin_cpu_supports("pclmul");
 }
 
 static int has_avx512(void)

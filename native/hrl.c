@@ -38,8 +38,8 @@ static int entry_fault(const uint8_t *entry, struct hvr_bad_entry *bad)
     return bad->expected == bad->actual ? HVR_OK : HVR_OPERATION;
 }
 
-int hvr_hrl_parse(const uint8_t *block, size_t length, size_t count, uint64_t log_offset, struct hvr_hrl_entry *entries,
-                  struct hvr_bad_entry *bad)
+int hvr_hrl_parse(const uint8_t *block, size_t length, size_t count, uint64_t log_offset,
+                  struct hvr_hrl_entry *entries, struct hvr_bad_entry *bad)
 {
     if (length < HEADER_BYTES ? count > 0 : count > (length - HEADER_BYTES) / ENTRY_BYTES) {
         return HVR_LENGTH;
@@ -69,7 +69,8 @@ int hvr_hrl_parse(const uint8_t *block, size_t length, size_t count, uint64_t lo
     return HVR_OK;
 }
 
-int hvr_hrl_pack(const uint64_t *extents, const uint64_t *data_checksums, size_t count, uint32_t time_stamp, uint8_t *packed)
+int hvr_hrl_pack(const uint64_t *extents, const uint64_t *data_checksums, size_t count, uint32_t time_stamp,
+                 uint8_t *packed)
 {
     for (size_t index = 0; index < count; index += 1) {
         uint8_t *entry = packed + index * ENTRY_BYTES;

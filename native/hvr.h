@@ -1,13 +1,15 @@
-/* The kernels of hvreplica: one text for the C compiler and for cffi, whose cdef is this file without its # lines.
+/* The kernels of hvreplica: the C header, and without its preprocessor lines cffi's declarations.
  *
- * Rules for every function here
- * - The caller owns all memory. A function reads and writes only the ranges that its lengths name, keeps no pointer and
- *   no state, and may run in many threads at once. A pointer whose length or count is 0 is not followed.
- * - No alignment is needed of uint8_t buffers; arrays of wider types are aligned as C demands. Buffers that are written
- *   overlap no other argument.
- * - `variant` is an enum hvr_variant for which hvr_variant_available() is 1; any other number runs the scalar kernels.
- *   All variants give the same bits; src/hvreplica/native/reference.py says which.
- * - Extents are rows of two 64-bit numbers, (offset, length) in bytes: row i stands at [2 * i] and [2 * i + 1].
+ * Rules for every function here:
+ *
+ * - The caller owns all memory. A function reads and writes only the ranges that its lengths name, keeps no
+ *   pointer and no state, and may run in many threads at once. A pointer whose length or count is 0 is not
+ *   followed.
+ * - No alignment is needed of uint8_t buffers; arrays of wider types are aligned as C demands. Buffers that
+ *   are written overlap no other argument.
+ * - `variant` is an enum hvr_variant for which hvr_variant_available() is 1; any other number runs the scalar
+ *   kernels. All variants give the same bits: those of src/hvreplica/native/reference.py.
+ * - Extents are rows of two 64-bit numbers, (offset, length) in bytes; row i stands at [2 * i].
  * - A function that can fail returns an enum hvr_status, or -errno where the operating system refused.
  */
 #ifndef HVR_H
@@ -28,13 +30,14 @@ enum hvr_status {
     HVR_OPERATION = 6     /* a metadata entry is not a write */
 };
 
-/* Return 1 where `variant` runs on this machine, 0 where the processor lacks something, -1 where this library was built
- * for another architecture, -2 where there is no such variant. */
+/* Return 1 where `variant` runs on this machine, 0 where the processor lacks something, -1 where this library
+ * was built for another architecture, -2 where there is no such variant. */
 int hvr_variant_available(int variant);
 
 /* ---- checksums and digests ---- */
 
-/* Return the CRC-32C (RFC 3720, 12.1) of buf[0 .. length), continuing from `value`: 0 to begin, or an earlier result. */
+/* Return the CRC-32C (RFC 3720, 12.1) of buf[0 .. length), continuing from `value`: 0 to begin, or an earlier
+ * result. */
 uint32_t hvr_crc32c(int variant, const uint8_t *buf, size_t length, uint32_t value);
 
 /* Return the sum of buf[0 .. length) modulo 2^32: [MS-HRL] 2.6 before the complement. */
@@ -42,35 +45,38 @@ uint32_t hvr_byte_sum(int variant, const uint8_t *buf, size_t length);
 
 /* sums[i] = hvr_byte_sum of the i-th of `count` consecutive pieces of buf. sums: count written.
  * HVR_LENGTH unless lengths[0 .. count) add up to `length`; sums is then undefined. */
-int hvr_byte_sums(int variant, const uint8_t *buf, size_t length, const uint64_t *lengths, size_t count, uint32_t *sums);
+int hvr_byte_sums(int variant, const uint8_t *buf, size_t length, const uint64_t *lengths, size_t count,
+                  uint32_t *sums);
 
-/* Write the XXH3-128 (seed 0, default secret) of buf[0 .. length) to digest[0 .. 16), high half first, big-endian. */
-void hvr_xxh3_128(int variant, const uint8_t *buf, size_t length, uint8_t *digest);
-
-/* digests[16 * i ..] = 16 zero bytes where block i of buf is all zero, else its XXH3-128. The last block may be short.
- * HVR_LENGTH unless block_bytes > 0 and count == ceil(length / block_bytes). */
-int hvr_fingerprints(int variant, const uint8_t *buf, size_t length, size_t block_bytes, uint8_t *digests, size_t count);
+/* digests[16 * i ..] = 16 zero bytes where block i of buf is all zero, else its XXH3-128
+ * (seed 0, default secret), high half first, big-endian. The last block may be short. HVR_LENGTH unless
+ * block_bytes > 0 and count == ceil(length / block_bytes). */
+int hvr_fingerprints(int variant, const uint8_t *buf, size_t length, size_t block_bytes, uint8_t *digests,
+                     size_t count);
 
 /* ---- content ---- */
 
 /* Return how many bytes at the start of buf are 0; `length` where all are. */
 size_t hvr_zero_prefix(int variant, const uint8_t *buf, size_t length);
 
-/* Return how many bytes at the start of a and b are equal; `length` where all are. a and b may be the same. */
+/* Return how many bytes at the start of a and b are equal; `length` where all are. a and b may be the same.
+ */
 size_t hvr_equal_prefix(int variant, const uint8_t *a, const uint8_t *b, size_t length);
 
 /* Write the runs of grains that hold any non-zero byte as extents, in order, and return how many.
- * grain_bytes > 0; the last grain may be short. runs: room for `capacity` rows; ceil(length / grain_bytes) / 2 + 1 always
- * suffice, and where they do not the rest is left out. */
-size_t hvr_data_runs(int variant, const uint8_t *buf, size_t length, size_t grain_bytes, int64_t *runs, size_t capacity);
+ * grain_bytes > 0; the last grain may be short. runs: room for `capacity` rows; ceil(length / grain_bytes) /
+ * 2 + 1 always suffice, and where they do not the rest is left out. */
+size_t hvr_data_runs(int variant, const uint8_t *buf, size_t length, size_t grain_bytes, int64_t *runs,
+                     size_t capacity);
 
 /* As hvr_data_runs, for grains in which a and b differ. */
-size_t hvr_changed_runs(int variant, const uint8_t *a, const uint8_t *b, size_t length, size_t grain_bytes, int64_t *runs,
-                        size_t capacity);
+size_t hvr_changed_runs(int variant, const uint8_t *a, const uint8_t *b, size_t length, size_t grain_bytes,
+                        int64_t *runs, size_t capacity);
 
 /* ---- bitmaps: bit i is bit i % 8, least significant first, of byte i / 8 ---- */
 
-/* Set (value != 0) or clear bits [first, first + count). HVR_OUT_OF_RANGE, and nothing changed, unless all are inside. */
+/* Set (value != 0) or clear bits [first, first + count). HVR_OUT_OF_RANGE, and nothing changed, unless all
+ * are inside. */
 int hvr_bitmap_change(uint8_t *bitmap, size_t length, uint64_t first, uint64_t count, int value);
 
 /* Return how many bits of bitmap[0 .. length) are set. */
@@ -80,10 +86,11 @@ uint64_t hvr_bitmap_count(int variant, const uint8_t *bitmap, size_t length);
 void hvr_bitmap_merge(int variant, uint8_t *target, const uint8_t *other, size_t length);
 
 /* Write the runs of set bits of [*position, end) as rows (first, count), in order, and return how many.
- * Stops with `capacity` rows: call again with the *position it left, which is `end` once all is done. A run is never
- * split. Bits outside of the bitmap are never read: end > 8 * length gives 0 rows and *position unchanged. */
-size_t hvr_bitmap_runs(int variant, const uint8_t *bitmap, size_t length, uint64_t *position, uint64_t end, int64_t *runs,
-                       size_t capacity);
+ * Stops with `capacity` rows: call again with the *position it left, which is `end` once all is done. A run
+ * is never split. Bits outside of the bitmap are never read: end > 8 * length gives 0 rows and *position
+ * unchanged. */
+size_t hvr_bitmap_runs(int variant, const uint8_t *bitmap, size_t length, uint64_t *position, uint64_t end,
+                       int64_t *runs, size_t capacity);
 
 /* ---- log metadata, [MS-HRL] 2.4 ---- */
 
@@ -103,16 +110,17 @@ struct hvr_bad_entry {
     uint64_t actual;
 };
 
-/* Parse the `count` entries of 32 bytes that stand after the 32-byte header of a metadata block into entries[0 .. count).
- * log_offset: where the data of entry 0 stands; each entry's data follows the one before.
- * HVR_LENGTH unless block has room for them; HVR_OUT_OF_RANGE if the data ends beyond 64 bits; HVR_CHECKSUM or
- * HVR_OPERATION with *bad for the first entry that is damaged. */
-int hvr_hrl_parse(const uint8_t *block, size_t length, size_t count, uint64_t log_offset, struct hvr_hrl_entry *entries,
-                  struct hvr_bad_entry *bad);
+/* Parse the `count` entries of 32 bytes that stand after the 32-byte header of a metadata block into
+ * entries[0 .. count). log_offset: where the data of entry 0 stands; each entry's data follows the one
+ * before. HVR_LENGTH unless block has room for them; HVR_OUT_OF_RANGE if the data ends beyond 64 bits;
+ * HVR_CHECKSUM or HVR_OPERATION with *bad for the first entry that is damaged. */
+int hvr_hrl_parse(const uint8_t *block, size_t length, size_t count, uint64_t log_offset,
+                  struct hvr_hrl_entry *entries, struct hvr_bad_entry *bad);
 
 /* Pack `count` write entries with their checksums into packed[0 .. 32 * count).
  * HVR_OUT_OF_RANGE if a length or data checksum has more than 32 bits. */
-int hvr_hrl_pack(const uint64_t *extents, const uint64_t *data_checksums, size_t count, uint32_t time_stamp, uint8_t *packed);
+int hvr_hrl_pack(const uint64_t *extents, const uint64_t *data_checksums, size_t count, uint32_t time_stamp,
+                 uint8_t *packed);
 
 /* ---- extents ---- */
 
@@ -131,18 +139,20 @@ struct hvr_target_extents {
     size_t count;    /* written */
 };
 
-/* For each byte that any source extent covers, keep the last extent in the source that covers it; write the result
- * sorted by disk offset, disjoint, with neighbours joined where disk and log offsets both continue. O(n log n); O(n)
- * where the source is sorted and disjoint already. Extents of length 0 cover nothing.
- * scratch: 4 * source count words. HVR_OUT_OF_RANGE if an extent ends beyond 64 bits or the source has 2^32 or more. */
-int hvr_coalesce(const struct hvr_source_extents *source, struct hvr_target_extents *target, uint64_t *scratch,
-                 size_t scratch_words);
+/* For each byte that any source extent covers, keep the last extent in the source that covers it; write the
+ * result sorted by disk offset, disjoint, with neighbours joined where disk and log offsets both continue.
+ * O(n log n); O(n) where the source is sorted and disjoint already. Extents of length 0 cover nothing.
+ * scratch: 4 * source count words. HVR_OUT_OF_RANGE if an extent ends beyond 64 bits or the source has 2^32
+ * or more. */
+int hvr_coalesce(const struct hvr_source_extents *source, struct hvr_target_extents *target,
+                 uint64_t *scratch, size_t scratch_words);
 
 /* ---- payload: the bytes of a disk through its block map ---- */
 
-/* Guest block b is entries[b + b / chunk_ratio], or entries[b] where chunk_ratio is 0. It is present where entry & 7 == 6
- * ([MS-VHDX] 2.5.1.1), and then stands at file offset entry & ~0xFFFFF. block_bytes > 0. A NULL map stands for a raw
- * file: file offset = disk offset. */
+/* Guest block b is entries[b + b / chunk_ratio], or entries[b] where chunk_ratio is 0. It is present where
+ * entry & 7 == 6
+ * ([MS-VHDX] 2.5.1.1), and then stands at file offset entry & ~0xFFFFF. block_bytes > 0. A NULL map stands
+ * for a raw file: file offset = disk offset. */
 struct hvr_block_map {
     const uint64_t *entries;
     size_t entry_count;
@@ -150,32 +160,33 @@ struct hvr_block_map {
     uint64_t chunk_ratio;
 };
 
-/* Where a payload function stopped. offset: in the file whose descriptor is named by `file` (0 target, 1 source) for
- * -errno and HVR_TRUNCATED (the first byte that is not there); else unused. index: the block for HVR_ABSENT and
- * HVR_OUT_OF_RANGE. */
+/* Where a payload function stopped. offset: in the file whose descriptor is named by `file` (0 target, 1
+ * source) for -errno and HVR_TRUNCATED (the first byte that is not there); else unused. index: the block for
+ * HVR_ABSENT and HVR_OUT_OF_RANGE. */
 struct hvr_place {
     uint64_t offset;
     uint64_t index;
     int file;
 };
 
-/* Fill out[0 .. length) with the bytes of the extents, one after another; absent blocks read as zeros. Ranges that
- * follow each other in the file are read with one call. HVR_LENGTH unless the extents add up to `length`. out is
- * undefined after a failure. */
-int hvr_read_extents(int descriptor, const struct hvr_block_map *map, const uint64_t *extents, size_t count, uint8_t *out,
-                     size_t length, struct hvr_place *place);
+/* Fill out[0 .. length) with the bytes of the extents, one after another; absent blocks read as zeros. Ranges
+ * that follow each other in the file are read with one call. HVR_LENGTH unless the extents add up to
+ * `length`. out is undefined after a failure. */
+int hvr_read_extents(int descriptor, const struct hvr_block_map *map, const uint64_t *extents, size_t count,
+                     uint8_t *out, size_t length, struct hvr_place *place);
 
-/* Write data[0 .. length) to the extents, one after another, in this order. HVR_LENGTH, HVR_OUT_OF_RANGE and HVR_ABSENT
- * are found before anything is written. */
+/* Write data[0 .. length) to the extents, one after another, in this order. HVR_LENGTH, HVR_OUT_OF_RANGE and
+ * HVR_ABSENT are found before anything is written. */
 int hvr_write_extents(int descriptor, const struct hvr_block_map *map, const uint64_t *extents, size_t count,
                       const uint8_t *data, size_t length, struct hvr_place *place);
 
 /* Copy source[source_offsets[i] .. + length of extent i) to extent i, in this order. Both files are distinct.
- * The window is filled with as many pieces as it holds, read in order of their source offset, neighbours together; what
- * follows each other in the target is written together. HVR_LENGTH if window_length is 0; HVR_OUT_OF_RANGE and HVR_ABSENT
- * are found before anything is written, HVR_TRUNCATED and -errno when they are met. */
-int hvr_copy_extents(int source, const uint64_t *source_offsets, int descriptor, const struct hvr_block_map *map,
-                     const uint64_t *extents, size_t count, uint8_t *window, size_t window_length,
-                     struct hvr_place *place);
+ * The window is filled with as many pieces as it holds, read in order of their source offset, neighbours
+ * together; what follows each other in the target is written together. HVR_LENGTH if window_length is 0;
+ * HVR_OUT_OF_RANGE and HVR_ABSENT are found before anything is written, HVR_TRUNCATED and -errno when they
+ * are met. */
+int hvr_copy_extents(int source, const uint64_t *source_offsets, int descriptor,
+                     const struct hvr_block_map *map, const uint64_t *extents, size_t count, uint8_t *window,
+                     size_t window_length, struct hvr_place *place);
 
 #endif

@@ -10,9 +10,11 @@
 #error "the kernels read little-endian words in place; a big-endian port needs its own loads"
 #endif
 
-/* One implementation of each inner loop. Contracts are those of the public functions of the same name in hvr.h. */
+/* One implementation of each inner loop. Contracts are those of the public functions of the same name in
+ * hvr.h. */
 struct hvr_kernels {
-    uint32_t (*crc32c)(const uint8_t *buf, size_t length, uint32_t state); /* state: without the two inversions */
+    uint32_t (*crc32c)(const uint8_t *buf, size_t length,
+                       uint32_t state); /* state: without the two inversions */
     uint32_t (*byte_sum)(const uint8_t *buf, size_t length);
     size_t (*zero_prefix)(const uint8_t *buf, size_t length);
     size_t (*equal_prefix)(const uint8_t *a, const uint8_t *b, size_t length);

@@ -5,20 +5,26 @@
 
 #include <arm_neon.h>
 
+/* The two compilers name the same instructions differently; arm_acle.h hides them unless all of the file may
+ * use them. */
 #if defined(__clang__)
 #define CRC_TARGET __attribute__((target("crc")))
+#define CRC_WORD __builtin_arm_crc32cd
+#define CRC_BYTE __builtin_arm_crc32cb
 #else
 #define CRC_TARGET __attribute__((target("+crc")))
+#define CRC_WORD __builtin_aarch64_crc32cx
+#define CRC_BYTE __builtin_aarch64_crc32cb
 #endif
 
 CRC_TARGET static uint32_t crc32c(const uint8_t *buf, size_t length, uint32_t state)
 {
     size_t at = 0;
     for (; length - at >= 8; at += 8) {
-        state = __builtin_aarch64_crc32cx(state, load64(buf + at));
+        state = CRC_WORD(state, load64(buf + at));
     }
     for (; at < length; at += 1) {
-        state = __builtin_aarch64_crc32cb(state, buf[at]);
+        state = CRC_BYTE(state, buf[at]);
     }
     return state;
 }
@@ -61,9 +67,9 @@ static size_t equal_prefix(const uint8_t *a, const uint8_t *b, size_t length)
 {
     size_t at = 0;
     for (; length - at >= 64; at += 64) {
-        uint8x16_t any =
-            vorrq_u8(vorrq_u8(difference_at(a + at, b + at), difference_at(a + at + 16, b + at + 16)),
-                     vorrq_u8(difference_at(a + at + 32, b + at + 32), difference_at(a + at + 48, b + at + 48)));
+        uint8x16_t any = vorrq_u8(
+            vorrq_u8(difference_at(a + at, b + at), difference_at(a + at + 16, b + at + 16)),
+            vorrq_u8(difference_at(a + at + 32, b + at + 32), difference_at(a + at + 48, b + at + 48)));
         if (vmaxvq_u8(any) != 0) {
             break;
         }
@@ -82,7 +88,8 @@ static inline uint64x2_t xxh3_quarter(uint64x2_t lanes, const uint8_t *stripe, c
 static inline uint64x2_t xxh3_scrambled_quarter(uint64x2_t lanes, const uint8_t *secret)
 {
     const uint32x2_t prime = vdup_n_u32(XXH_PRIME32_1);
-    uint64x2_t mixed = veorq_u64(veorq_u64(lanes, vshrq_n_u64(lanes, 47)), vreinterpretq_u64_u8(vld1q_u8(secret)));
+    uint64x2_t mixed =
+        veorq_u64(veorq_u64(lanes, vshrq_n_u64(lanes, 47)), vreinterpretq_u64_u8(vld1q_u8(secret)));
     uint64x2_t high = vshlq_n_u64(vmull_u32(vshrn_n_u64(mixed, 32), prime), 32);
     return vmlal_u32(high, vmovn_u64(mixed), prime);
 }
@@ -105,8 +112,12 @@ static void xxh3_accumulate(uint64_t *lanes, const uint8_t *buf, size_t length)
             xxh3_stripe(sums, at, hvr_xxh3_secret + stripe * XXH3_SECRET_STEP_BYTES);
         }
         stripe_count -= batch;
-        for (size_t quarter = 0; batch == XXH3_STRIPES_PER_BLOCK && quarter < 4; quarter += 1) {
-            sums[quarter] = xxh3_scrambled_quarter(sums[quarter], hvr_xxh3_secret + XXH3_SCRAMBLE_AT + 16 * quarter);
+        if (batch < XXH3_STRIPES_PER_BLOCK) {
+            break;
+        }
+        for (size_t quarter = 0; quarter < 4; quarter += 1) {
+            sums[quarter] =
+                xxh3_scrambled_quarter(sums[quarter], hvr_xxh3_secret + XXH3_SCRAMBLE_AT + 16 * quarter);
         }
     }
     xxh3_stripe(sums, buf + length - XXH3_STRIPE_BYTES, hvr_xxh3_secret + XXH3_LAST_STRIPE_AT);

@@ -45,9 +45,10 @@ struct file_place {
     struct hvr_place *place;
 };
 
-/* Finds the piece at disk_offset. HVR_OUT_OF_RANGE with place->index where the map or 63 bits end before it. */
-static int piece_at(const struct hvr_block_map *map, uint64_t disk_offset, uint64_t length, struct piece *piece,
-                    struct hvr_place *place)
+/* Finds the piece at disk_offset. HVR_OUT_OF_RANGE with place->index where the map or 63 bits end before it.
+ */
+static int piece_at(const struct hvr_block_map *map, uint64_t disk_offset, uint64_t length,
+                    struct piece *piece, struct hvr_place *place)
 {
     place->index = 0;
     if (disk_offset > INT64_MAX || length > INT64_MAX - disk_offset) {
@@ -72,14 +73,15 @@ static int piece_at(const struct hvr_block_map *map, uint64_t disk_offset, uint6
     if (!piece->present) {
         return HVR_OK;
     }
-    int beyond = (entry & BAT_FILE_OFFSET_MASK) > INT64_MAX || block_offset > INT64_MAX - (entry & BAT_FILE_OFFSET_MASK)
+    int beyond = (entry & BAT_FILE_OFFSET_MASK) > INT64_MAX
+                 || block_offset > INT64_MAX - (entry & BAT_FILE_OFFSET_MASK)
                  || piece->length > INT64_MAX - piece->file_offset;
     return beyond ? HVR_OUT_OF_RANGE : HVR_OK;
 }
 
 /* Goes through all pieces without touching the files. */
-static int check_extents(const struct hvr_block_map *map, const uint64_t *extents, size_t count, int all_present,
-                         struct hvr_place *place)
+static int check_extents(const struct hvr_block_map *map, const uint64_t *extents, size_t count,
+                         int all_present, struct hvr_place *place)
 {
     for (size_t row = 0; row < count; row += 1) {
         uint64_t offset = extents[2 * row];
@@ -207,8 +209,8 @@ static int write_pending(const struct file_place *file, const uint8_t *data, str
     return write_fully(file, data + pending->at, length, pending->file_offset);
 }
 
-int hvr_read_extents(int descriptor, const struct hvr_block_map *map, const uint64_t *extents, size_t count, uint8_t *out,
-                     size_t length, struct hvr_place *place)
+int hvr_read_extents(int descriptor, const struct hvr_block_map *map, const uint64_t *extents, size_t count,
+                     uint8_t *out, size_t length, struct hvr_place *place)
 {
     const struct file_place file = {descriptor, FILE_TARGET, place};
     struct pending pending = {0, 0, 0};
@@ -221,7 +223,8 @@ int hvr_read_extents(int descriptor, const struct hvr_block_map *map, const uint
         uint64_t offset = extents[2 * row];
         uint64_t rest = extents[2 * row + 1];
         struct piece piece = {0, 0, 0};
-        for (; status == HVR_OK && rest > 0; offset += piece.length, rest -= piece.length, at += (size_t)piece.length) {
+        for (; status == HVR_OK && rest > 0;
+             offset += piece.length, rest -= piece.length, at += (size_t)piece.length) {
             status = piece_at(map, offset, rest, &piece, place);
             if (status != HVR_OK) {
                 break;
@@ -237,10 +240,10 @@ int hvr_read_extents(int descriptor, const struct hvr_block_map *map, const uint
     return status == HVR_OK ? read_pending(&file, out, &pending) : status;
 }
 
-/* Writes the window's bytes to the extents of rows [row, ...) from `skip` on into the first one, until `length` are
- * written; what is left unwritten stays in `pending`. */
-static int write_rows(const struct file_place *file, const struct hvr_block_map *map, const uint64_t *extents, uint64_t skip,
-                      const uint8_t *data, size_t length)
+/* Writes the window's bytes to the extents of rows [row, ...) from `skip` on into the first one, until
+ * `length` are written; what is left unwritten stays in `pending`. */
+static int write_rows(const struct file_place *file, const struct hvr_block_map *map, const uint64_t *extents,
+                      uint64_t skip, const uint8_t *data, size_t length)
 {
     struct pending pending = {0, 0, 0};
     int status = HVR_OK;
@@ -248,7 +251,8 @@ static int write_rows(const struct file_place *file, const struct hvr_block_map 
         uint64_t offset = extents[0] + skip;
         size_t rest = extents[1] - skip < length - at ? (size_t)(extents[1] - skip) : length - at;
         struct piece piece = {0, 0, 0};
-        for (; status == HVR_OK && rest > 0; offset += piece.length, rest -= (size_t)piece.length, at += (size_t)piece.length) {
+        for (; status == HVR_OK && rest > 0;
+             offset += piece.length, rest -= (size_t)piece.length, at += (size_t)piece.length) {
             status = piece_at(map, offset, rest, &piece, file->place);
             if (status == HVR_OK && !piece.present) {
                 status = HVR_ABSENT;
@@ -304,8 +308,8 @@ static int by_source_offset(const void *a, const void *b)
     return (first->source_offset > second->source_offset) - (first->source_offset < second->source_offset);
 }
 
-static void plan_batch(struct batch *batch, struct cursor *cursor, const uint64_t *source_offsets, const uint64_t *extents,
-                       size_t count, size_t window_length)
+static void plan_batch(struct batch *batch, struct cursor *cursor, const uint64_t *source_offsets,
+                       const uint64_t *extents, size_t count, size_t window_length)
 {
     batch->part_count = 0;
     batch->length = 0;
@@ -331,7 +335,8 @@ static void plan_batch(struct batch *batch, struct cursor *cursor, const uint64_
     }
 }
 
-/* Reads the parts in source order; neighbours in the source come with one call, wherever in the window they belong. */
+/* Reads the parts in source order; neighbours in the source come with one call, wherever in the window they
+ * belong. */
 static int fill_window(const struct file_place *source, struct batch *batch, uint8_t *window)
 {
     struct iovec vectors[PARTS_MAX];
@@ -363,8 +368,9 @@ static int fill_window(const struct file_place *source, struct batch *batch, uin
     return HVR_OK;
 }
 
-int hvr_copy_extents(int source, const uint64_t *source_offsets, int descriptor, const struct hvr_block_map *map,
-                     const uint64_t *extents, size_t count, uint8_t *window, size_t window_length, struct hvr_place *place)
+int hvr_copy_extents(int source, const uint64_t *source_offsets, int descriptor,
+                     const struct hvr_block_map *map, const uint64_t *extents, size_t count, uint8_t *window,
+                     size_t window_length, struct hvr_place *place)
 {
     const struct file_place from = {source, FILE_SOURCE, place};
     const struct file_place to = {descriptor, FILE_TARGET, place};

@@ -25,7 +25,8 @@ static int append_grain(struct run_list *list, size_t offset, size_t length)
     return 1;
 }
 
-size_t hvr_data_runs(int variant, const uint8_t *buf, size_t length, size_t grain_bytes, int64_t *runs, size_t capacity)
+size_t hvr_data_runs(int variant, const uint8_t *buf, size_t length, size_t grain_bytes, int64_t *runs,
+                     size_t capacity)
 {
     const struct hvr_kernels *kernels = hvr_kernels_of(variant);
     struct run_list list = {runs, capacity, 0};
@@ -44,8 +45,8 @@ size_t hvr_data_runs(int variant, const uint8_t *buf, size_t length, size_t grai
     return list.count;
 }
 
-size_t hvr_changed_runs(int variant, const uint8_t *a, const uint8_t *b, size_t length, size_t grain_bytes, int64_t *runs,
-                        size_t capacity)
+size_t hvr_changed_runs(int variant, const uint8_t *a, const uint8_t *b, size_t length, size_t grain_bytes,
+                        int64_t *runs, size_t capacity)
 {
     const struct hvr_kernels *kernels = hvr_kernels_of(variant);
     struct run_list list = {runs, capacity, 0};
@@ -59,7 +60,8 @@ size_t hvr_changed_runs(int variant, const uint8_t *a, const uint8_t *b, size_t 
     return list.count;
 }
 
-int hvr_byte_sums(int variant, const uint8_t *buf, size_t length, const uint64_t *lengths, size_t count, uint32_t *sums)
+int hvr_byte_sums(int variant, const uint8_t *buf, size_t length, const uint64_t *lengths, size_t count,
+                  uint32_t *sums)
 {
     const struct hvr_kernels *kernels = hvr_kernels_of(variant);
     size_t at = 0;

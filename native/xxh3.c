@@ -1,4 +1,5 @@
-/* XXH3 with 128 bits, seed 0 and the default secret, from the algorithm's public description; the long loop is a kernel. */
+/* XXH3 with 128 bits, seed 0 and the default secret, from the algorithm's public description; the long loop
+ * is a kernel. */
 #include "kernels.h"
 
 #define PRIME32_2 0x85EBCA77u
@@ -68,7 +69,8 @@ static uint64_t avalanche_xxh64(uint64_t hash)
 
 static struct half_pair hash_1_to_3(const uint8_t *buf, size_t length)
 {
-    uint32_t low = ((uint32_t)buf[0] << 16) | ((uint32_t)buf[length >> 1] << 24) | buf[length - 1] | ((uint32_t)length << 8);
+    uint32_t low = ((uint32_t)buf[0] << 16) | ((uint32_t)buf[length >> 1] << 24) | buf[length - 1]
+                   | ((uint32_t)length << 8);
     uint32_t swapped = __builtin_bswap32(low);
     uint32_t high = (swapped << 13) | (swapped >> 19);
     uint64_t flip_low = load32(hvr_xxh3_secret) ^ load32(hvr_xxh3_secret + 4);
@@ -149,14 +151,16 @@ static struct half_pair hash_129_to_240(const uint8_t *buf, size_t length)
 static uint64_t merge_lanes(const uint64_t *lanes, size_t secret_at, uint64_t start)
 {
     for (size_t lane = 0; lane < 8; lane += 2) {
-        start += multiply_folded(lanes[lane] ^ key64(secret_at + 8 * lane), lanes[lane + 1] ^ key64(secret_at + 8 * lane + 8));
+        start += multiply_folded(lanes[lane] ^ key64(secret_at + 8 * lane),
+                                 lanes[lane + 1] ^ key64(secret_at + 8 * lane + 8));
     }
     return avalanche(start);
 }
 
 static struct half_pair hash_long(const struct hvr_kernels *kernels, const uint8_t *buf, size_t length)
 {
-    uint64_t lanes[8] = {PRIME32_3, PRIME64_1, PRIME64_2, PRIME64_3, PRIME64_4, PRIME32_2, PRIME64_5, XXH_PRIME32_1};
+    uint64_t lanes[8] = {PRIME32_3, PRIME64_1, PRIME64_2, PRIME64_3,
+                         PRIME64_4, PRIME32_2, PRIME64_5, XXH_PRIME32_1};
     kernels->xxh3_accumulate(lanes, buf, length);
     return (struct half_pair){
         merge_lanes(lanes, 11, (uint64_t)length * PRIME64_1),
@@ -194,12 +198,8 @@ static void digest_of(const struct hvr_kernels *kernels, const uint8_t *buf, siz
     store64(digest + 8, __builtin_bswap64(hash.low));
 }
 
-void hvr_xxh3_128(int variant, const uint8_t *buf, size_t length, uint8_t *digest)
-{
-    digest_of(hvr_kernels_of(variant), buf, length, digest);
-}
-
-int hvr_fingerprints(int variant, const uint8_t *buf, size_t length, size_t block_bytes, uint8_t *digests, size_t count)
+int hvr_fingerprints(int variant, const uint8_t *buf, size_t length, size_t block_bytes, uint8_t *digests,
+                     size_t count)
 {
     const struct hvr_kernels *kernels = hvr_kernels_of(variant);
     if (block_bytes == 0 || count != length / block_bytes + (length % block_bytes != 0)) {

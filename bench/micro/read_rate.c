@@ -1,4 +1,5 @@
-/* Plain read loops: the fastest one is this machine's memory read rate. Each returns a value that depends on all bytes. */
+/* Plain read loops: the fastest one is this machine's memory read rate. Each returns a value that depends on
+ * all bytes. */
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -7,27 +8,27 @@ typedef uint64_t vector16 __attribute__((vector_size(16), aligned(1)));
 typedef uint64_t vector32 __attribute__((vector_size(32), aligned(1)));
 typedef uint64_t vector64 __attribute__((vector_size(64), aligned(1)));
 
-#define READ_LOOP(name, vector, target_text, ahead)                                                                      \
-    target_text uint64_t name(const uint8_t *buf, size_t length)                                                         \
-    {                                                                                                                    \
-        vector sums[4] = {{0}, {0}, {0}, {0}};                                                                           \
-        uint64_t result = 0;                                                                                             \
-        for (size_t at = 0; at + 4 * sizeof(vector) <= length; at += 4 * sizeof(vector)) {                               \
-            const vector *step = (const vector *)(const void *)(buf + at);                                               \
-            if (ahead > 0) {                                                                                             \
-                __builtin_prefetch(buf + at + ahead);                                                                    \
-                __builtin_prefetch(buf + at + ahead + 2 * sizeof(vector));                                               \
-            }                                                                                                            \
-            sums[0] ^= step[0];                                                                                          \
-            sums[1] ^= step[1];                                                                                          \
-            sums[2] ^= step[2];                                                                                          \
-            sums[3] ^= step[3];                                                                                          \
-        }                                                                                                                \
-        sums[0] ^= sums[1] ^ sums[2] ^ sums[3];                                                                          \
-        for (size_t word = 0; word < sizeof(vector) / 8; word += 1) {                                                    \
-            result ^= sums[0][word];                                                                                     \
-        }                                                                                                                \
-        return result;                                                                                                   \
+#define READ_LOOP(name, vector, target_text, ahead)                                        \
+    target_text uint64_t name(const uint8_t *buf, size_t length)                           \
+    {                                                                                      \
+        vector sums[4] = {{0}, {0}, {0}, {0}};                                             \
+        uint64_t result = 0;                                                               \
+        for (size_t at = 0; at + 4 * sizeof(vector) <= length; at += 4 * sizeof(vector)) { \
+            const vector *step = (const vector *)(const void *)(buf + at);                 \
+            if (ahead > 0) {                                                               \
+                __builtin_prefetch(buf + at + ahead);                                      \
+                __builtin_prefetch(buf + at + ahead + 2 * sizeof(vector));                 \
+            }                                                                              \
+            sums[0] ^= step[0];                                                            \
+            sums[1] ^= step[1];                                                            \
+            sums[2] ^= step[2];                                                            \
+            sums[3] ^= step[3];                                                            \
+        }                                                                                  \
+        sums[0] ^= sums[1] ^ sums[2] ^ sums[3];                                            \
+        for (size_t word = 0; word < sizeof(vector) / 8; word += 1) {                      \
+            result ^= sums[0][word];                                                       \
+        }                                                                                  \
+        return result;                                                                     \
     }
 
 READ_LOOP(read_16, vector16, , 0)
