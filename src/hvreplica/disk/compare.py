@@ -14,7 +14,7 @@ import numpy as np
 from hvreplica import native
 from hvreplica.disk.extents import batches, data_windows, union
 from hvreplica.disk.open import open_disk
-from hvreplica.disk.parallel import map_ordered
+from hvreplica.disk.parallel import Scratch, map_ordered
 from hvreplica.progress import Progress
 from hvreplica.units import MIB
 
@@ -107,8 +107,10 @@ def _tail_batches(disk: Disk, start: int) -> Iterator[NDArray[np.int64]]:
 
 
 def _difference(a: Disk, b: Disk) -> Callable[[NDArray[np.int64]], tuple[int, int | None]]:
+    a_scratch, b_scratch = Scratch(_BATCH_BYTES), Scratch(_BATCH_BYTES)
+
     def compare(rows: NDArray[np.int64]) -> tuple[int, int | None]:
-        first, second = _read(a, rows), _read(b, rows)
+        first, second = _read(a, rows, a_scratch), _read(b, rows, b_scratch)
         at = native.first_difference(first.data, second.data)
         return len(first), None if at < 0 else _disk_offset(rows, at)
 
@@ -116,16 +118,18 @@ def _difference(a: Disk, b: Disk) -> Callable[[NDArray[np.int64]], tuple[int, in
 
 
 def _first_data(disk: Disk) -> Callable[[NDArray[np.int64]], tuple[int, int | None]]:
+    scratch = Scratch(_BATCH_BYTES)
+
     def look(rows: NDArray[np.int64]) -> tuple[int, int | None]:
-        octets = _read(disk, rows)
+        octets = _read(disk, rows, scratch)
         at = None if native.is_zero(octets.data) else int(np.flatnonzero(octets)[0])
         return len(octets), None if at is None else _disk_offset(rows, at)
 
     return look
 
 
-def _read(disk: Disk, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-    buffer = np.empty(int(rows[:, 1].sum()), np.uint8)
+def _read(disk: Disk, rows: NDArray[np.int64], scratch: Scratch) -> NDArray[np.uint8]:
+    buffer = scratch.take(int(rows[:, 1].sum()))
     disk.read_extents(rows, buffer.data)
     return buffer
 

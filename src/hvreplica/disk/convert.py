@@ -15,7 +15,7 @@ import numpy as np
 from hvreplica import native
 from hvreplica.disk.extents import batches, data_windows, select_runs
 from hvreplica.disk.open import create_disk, open_disk
-from hvreplica.disk.parallel import map_ordered
+from hvreplica.disk.parallel import Scratch, map_ordered
 from hvreplica.progress import Progress
 from hvreplica.units import MIB, align_up
 
@@ -105,9 +105,10 @@ def copy_data(source: Disk, target: Disk, progress: ProgressCallback | None = No
 
     Nothing is durable until the target is flushed. Memory is bounded.
     """
+    scratch = Scratch(_BATCH_BYTES)
 
     def copy(rows: NDArray[np.int64]) -> tuple[int, int]:
-        buffer = np.empty(int(rows[:, 1].sum()), np.uint8)
+        buffer = scratch.take(int(rows[:, 1].sum()))
         source.read_extents(rows, buffer.data)
         return len(buffer), _write_without_zeros(target, rows, buffer)
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from concurrent.futures import Future
+
+    from numpy.typing import NDArray
 
 WORKER_COUNT = 2
 _AHEAD_COUNT = 2 * WORKER_COUNT
@@ -36,3 +41,14 @@ def map_ordered(function: Callable[[Item], Result], items: Iterable[Item]) -> It
         finally:
             for future in running:
                 future.cancel()
+
+
+class Scratch(threading.local):
+    """Memory that each thread keeps between items: fresh pages would cost more than the copy into them."""
+
+    def __init__(self, length_max: int) -> None:
+        self._octets = np.empty(length_max, np.uint8)
+
+    def take(self, length: int) -> NDArray[np.uint8]:
+        """Return `length` bytes of no certain content; the thread's next call gives the same memory again."""
+        return self._octets[:length]
