@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Buffer
 
-OFFSET_MAX = 1 << 62
+OFFSET_MAX = (1 << 62) - 1
 
 
 def validate_window(window_offset: int, window_bytes: int, *, total_bytes: int, grain_bytes: int) -> None:
@@ -49,11 +49,7 @@ def validated_extents(
         )
     table = np.ascontiguousarray(table, dtype=np.int64)
     data_bytes = memoryview(data).nbytes
-    ends = table[:, 0] + table[:, 1]
-    lengths_ok = bool((table[:, 1] > 0).all()) and int(table[:, 1].astype(object).sum()) == data_bytes
-    order_ok = bool((table[1:, 0] >= ends[:-1]).all())
-    inside = not len(table) or (table[0, 0] >= window_offset and ends[-1] <= window_offset + window_bytes)
-    if not (lengths_ok and order_ok and inside):
+    if not _fits(table, data_bytes, start=window_offset, end=window_offset + window_bytes):
         raise FieldOutOfRange(
             "a window's extents do not fit it or its data",
             field="extents",
@@ -67,6 +63,17 @@ def validated_extents(
             expected=f"multiples of {grain_bytes}",
         )
     return table
+
+
+def _fits(table: NDArray[np.int64], data_bytes: int, *, start: int, end: int) -> bool:
+    """Return whether non-empty extents stand in order between start and end, and make up the data."""
+    if not len(table):
+        return data_bytes == 0
+    ends = table[:, 0] + table[:, 1]  # below 2**63 by OFFSET_MAX
+    in_order = (table[:, 1] > 0).all() and (table[1:, 0] >= ends[:-1]).all()
+    if not (in_order and table[0, 0] >= start and ends[-1] <= end):
+        return False
+    return int(table[:, 1].sum()) == data_bytes  # cannot overflow: apart and inside, so at most end - start
 
 
 def gaps(table: NDArray[np.int64], *, window_offset: int, window_bytes: int) -> NDArray[np.int64]:
