@@ -6,6 +6,7 @@ is one byte per sector, and a torn, stale or foreign sector shows at once. Steps
 
 from __future__ import annotations
 
+import errno
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,6 +225,29 @@ def test_power_cut_in_a_flush_of_several_rounds(seed: int) -> None:
             assert (first[200:] == 1).all(), world.story
             assert not second[:200].any(), world.story
             assert (second[200:] == 2).all(), world.story
+
+
+def test_full_file_system_at_any_point_loses_nothing_that_was_flushed(seed: int) -> None:
+    """No space for payload, log, BAT or headers: an OSError tells, and the file opens again when there is room."""
+    rng_seed, refused = seed + 5, 0
+    for capacity_kib in [*range(0, 1100, 60), 3000]:
+        files = FaultFiles("/vm")
+        clock = FakeClock(seed=seed)
+        create_disk(files, PATH, virtual_bytes=SIZE, block_bytes=MIB, clock=clock)
+        files.settle()
+        files.capacity_bytes = capacity_kib * 1024
+        history = History([np.zeros(SECTORS, np.uint8)])
+        disk = open_disk(files, PATH, writable=True, clock=clock)
+        try:
+            perform(disk, files, history, random.Random(rng_seed), 20)
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+            refused += 1
+        disk.abandon()
+        world = files.after_kill()
+        world.capacity_bytes = None
+        check_world(world, history, writable=True)
+    assert refused > 5
 
 
 def test_failed_sync_ends_the_session(seed: int) -> None:

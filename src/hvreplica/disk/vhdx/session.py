@@ -81,7 +81,7 @@ class WriteSession:
     def _begin_once(self) -> None:
         if self._space is not None:
             return  # another thread was first
-        self._bat.check_all()  # a table that is refused ends no session: nothing was changed
+        self._bat.check_all()  # first, and outside of the try: refused here, the session lives on
         try:
             self._space = self._begin()
         except BaseException as error:
