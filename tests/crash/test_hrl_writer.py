@@ -192,10 +192,13 @@ def test_recovery_that_is_cut_is_repeated(seed: int) -> None:
         if not world.exists(LOG) or world.open(LOG).size() < durable_bytes:
             continue
         try:
-            recover_log(world, LOG, durable_bytes=durable_bytes)
+            report = recover_log(world, LOG, durable_bytes=durable_bytes)
         except (LogError, FormatError):
             continue  # a world from before the flush
+        world.acknowledge(report.entries)
         for _, later in crash_states(world.trace(), seed=seed, subsets_per_prefix=6):
+            if later.acknowledged:
+                assert verify_log(later, LOG).entries == later.acknowledged[-1]
             recover_log(later, LOG, durable_bytes=durable_bytes)
             found = entries_in(later)
             assert found == appended[: len(found)]

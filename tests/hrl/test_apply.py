@@ -136,8 +136,11 @@ def test_damaged_data_anywhere_stops_before_the_first_write(
     assert len(disk.copied) == 400
 
 
-def test_entry_beyond_the_disk_stops_before_the_first_write(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(apply, "ENTRIES_PER_PASS", 10)
+@pytest.mark.parametrize("per_pass", [10, 1 << 19])
+def test_entry_beyond_the_disk_stops_before_the_first_write(
+    per_pass: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(apply, "ENTRIES_PER_PASS", per_pass)
     files = new_files()
     write_log(files, many_writes(400))
     disk = MemoryDisk(399 * 1024 + 511)
@@ -176,9 +179,12 @@ def test_progress_rises_to_the_total() -> None:
 
 
 @pytest.mark.parametrize("sector_bytes", [512, 4096])
-def test_holes_become_zeroes_of_the_disk_without_being_read(tmp_path: Path, sector_bytes: int) -> None:
+@pytest.mark.parametrize("metadata_bytes", [512, 4096], ids=["out of phase", "in phase"])
+def test_holes_become_zeroes_of_the_disk_without_being_read(
+    tmp_path: Path, sector_bytes: int, metadata_bytes: int
+) -> None:
     path = tmp_path / "zeroes.hrl"
-    writer = new_writer(OS_FILES, path)
+    writer = new_writer(OS_FILES, path, metadata_bytes=metadata_bytes)
     writer.append(rows((4096, 4096)), b"a" * 4096)
     writer.append_zeroes(0, 16 * MIB)
     writer.append(rows((8 * MIB, 4096)), b"b" * 4096)

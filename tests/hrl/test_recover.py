@@ -29,6 +29,8 @@ from tests.hrl.support import (
 )
 from tests.support.build import random_bytes
 
+MIB = 1 << 20
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -261,6 +263,45 @@ def test_many_imitations_are_an_error_and_not_a_burden(monkeypatch: pytest.Monke
     assert recover_log(files, LOG).entries == 0
 
 
+def test_block_whose_entry_no_disk_can_take_is_not_followed() -> None:
+    files, _, _ = unclosed(0)
+    data = random_bytes(512)
+    packed = native.pack_hrl_entries(rows((100, 512)), 1, ~native.byte_sums(data, np.array([512])))
+    block = pack_metadata_block(packed, previous_metadata_location=4096 + 512, metadata_size=4096)
+    patch(files, 8192, data + block)
+    report = recover_log(files, LOG)
+    assert (report.entries, report.end) == (0, LogEnd.TORN_TAIL)
+
+
+def test_chain_that_jumps_over_the_durable_end_is_refused() -> None:
+    """With the block that was durable lost, one that claims its place and more must not stand in for it."""
+    files, ends, _ = unclosed(50)
+    content = files.content_of(LOG)
+    patch(files, ends[-1] - 4096, b"\xff")
+    content = files.content_of(LOG)
+    sums = native.byte_sums(content[8192:], np.array([len(content) - 8192]))
+    packed = native.pack_hrl_entries(rows((0, len(content) - 8192)), 1, ~sums)
+    fake = pack_metadata_block(packed, previous_metadata_location=len(content) - 4096, metadata_size=4096)
+    patch(files, len(content), fake)
+    with pytest.raises(LogError, match="durable"):
+        recover_log(files, LOG, durable_bytes=ends[-1])
+
+
+def test_blocks_out_of_place_do_not_add_up_over_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recover, "_UNPLACED_MAX", 4)
+    inner = new_files()
+    write_log(inner, many_writes(200, length=512), metadata_bytes=4096)
+    content = inner.content_of(LOG)
+    assert len(content) % 512 == 0
+    files = new_files()
+    writer = new_writer(files)
+    for index in range(4):
+        writer.append(rows((index * MIB, len(content))), content)
+        writer.flush()
+    writer.abort()
+    assert recover_log(files, LOG).entries == 4
+
+
 def test_many_blocks_out_of_place_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     files, ends, _ = unclosed()
     patch(files, ends[1] - 4096, b"\xff")
@@ -288,7 +329,9 @@ def test_huge_hole_is_not_scanned(tmp_path: Path) -> None:
 def test_any_damage_is_an_error_of_ours_or_a_prefix(at: int, octets: bytes, cut: int, kind: str) -> None:
     files, ends, closed = unclosed(120, metadata_bytes=512)
     at = 4096 + at % (len(closed) - 4096)
-    patch(files, at, octets[: len(closed) - at])
+    # Bits are only set: then every sum that changes grows, while a sum of bytes misses changes that cancel out.
+    before = files.content_of(LOG)[at : at + len(octets)]
+    patch(files, at, bytes(old | new for old, new in zip(before, octets, strict=False)))
     content = files.content_of(LOG)
     files = new_files()
     files.load(LOG, content[: len(content) - cut])

@@ -16,6 +16,7 @@ from tests.hrl.support import LOG, many_writes, new_files, new_writer, patch, ro
 from tests.support.build import random_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from hvreplica.progress import Progress
@@ -115,6 +116,40 @@ def test_hole_of_the_file_counts_as_zeros_and_is_not_read(tmp_path: Path) -> Non
     report = verify_log(OS_FILES, path, disk_bytes=1 << 38)
     assert report.data_bytes == 1 << 38
     assert report.entries == 1 << 17
+
+
+def test_entry_that_is_partly_a_hole_is_summed_whole() -> None:
+    files = new_files()
+    head, tail = random_bytes(4096), random_bytes(4096, 1)
+    write_log(files, [(0, bytes(256 << 10) + tail), (MIB, head + bytes(256 << 10)), (2 * MIB, head)])
+    with files.open(LOG, writable=True) as file:
+        file.zero(8192, 256 << 10)
+        file.zero(8192 + (256 << 10) + 8192, 256 << 10)
+        assert len(HoleFinder(file).find(8192, file.size())) == 2
+    assert verify_log(files, LOG).entries == 3
+
+
+def test_holes_are_found_in_any_order_and_at_any_place() -> None:
+    class Runs:
+        """A file that says where its data is, on no boundary at all."""
+
+        def size(self) -> int:
+            return 10 * MIB
+
+        def data_extents(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+            for first, last in ((0, 4097), (MIB - 1, 2 * MIB + 1), (5 * MIB, 5 * MIB + 7)):
+                if last > start and first < end:
+                    yield max(first, start), min(last, end) - max(first, start)
+
+    finder = HoleFinder(Runs())  # type: ignore[arg-type]
+    expected = [[4608, MIB - 512 - 4608], [2 * MIB + 512, 3 * MIB - 512], [5 * MIB + 512, 5 * MIB - 512]]
+    for start, end in ((0, 10 * MIB), (5 * MIB, 10 * MIB), (0, 3 * MIB), (4 * MIB, 5 * MIB), (0, 10 * MIB)):
+        within = [
+            [max(at, start), min(at + length, end) - max(at, start)]
+            for at, length in expected
+            if at < end and at + length > start
+        ]
+        assert finder.find(start, end).tolist() == within
 
 
 def test_lost_data_that_became_a_hole_is_found() -> None:

@@ -132,8 +132,6 @@ class _Recovery:
         """Return the chain of whole blocks, judged. Raises: LogError."""
         chain = self._chain
         for candidate in _candidates(self._file, self._metadata_size):
-            if candidate.location < chain.end:
-                continue
             if candidate.distance == (candidate.location - chain.location if chain.blocks else 0):
                 entries = self._entries_of(candidate, chain.end)
                 if entries is not None:
