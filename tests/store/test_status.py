@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 
-from hvreplica.store import Store, StoreStatus
+from hvreplica.store import Store, StoreStatus, check
 from tests.store.world import MIB, NOTHING, Primary, guid, ram_folder, send_disks, small_disk
 from tests.support.fakeclock import FakeClock
 from tests.support.faultfile import FaultFiles
@@ -16,6 +16,8 @@ from tests.support.faultfile import FaultFiles
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from hvreplica.store.home import VmHome
 
 
 @pytest.fixture
@@ -74,3 +76,22 @@ def test_status_is_json_and_back(store: Store) -> None:
     Primary(FakeClock(seed=1), [small_disk()]).replicate(store)
     status = store.status()
     assert msgspec.json.decode(msgspec.json.encode(status), type=StoreStatus) == status
+
+
+def test_status_beside_a_working_server_sees_no_damage(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The catalog is read, then the server applies and removes, then the files are looked at."""
+    primary = Primary(FakeClock(seed=1), [small_disk(0, 2)])
+    replica = primary.replicate(store)
+    primary.scribble(random.Random(2), 9, 64)
+    primary.ship(replica, primary.cut())
+    read_catalog = check._records
+    steps = iter([replica.apply])
+
+    def then_the_server_goes_on(home: VmHome) -> object:
+        records = read_catalog(home)
+        for step in steps:
+            step()
+        return records
+
+    monkeypatch.setattr(check, "_records", then_the_server_goes_on)
+    assert store.status().vms[0].damage == []

@@ -22,7 +22,16 @@ from hvreplica.errors import (
 )
 from hvreplica.files import OS_FILES
 from hvreplica.store import DiskSpec, Store
-from tests.store.world import NOTHING, Primary, guid, ram_folder, read_replica, send_disks, small_disk
+from tests.store.world import (
+    NOTHING,
+    Primary,
+    guid,
+    ram_folder,
+    read_replica,
+    send_disks,
+    send_logs,
+    small_disk,
+)
 from tests.support.fakeclock import FakeClock
 from tests.support.faultfile import FaultFiles
 
@@ -158,19 +167,47 @@ def test_newer_claim_ends_every_call_of_the_older_session(store: Store) -> None:
     assert new.transfer == guid(100)
 
 
-def test_fenced_session_cannot_commit_through_the_catalog_either(store: Store) -> None:
-    """Even with its own handle open, as a second process would have it."""
+def claim_elsewhere(store: Store) -> None:
+    """Let a newer session own the VM as far as the catalog knows, as a second process would."""
+    catalog = store._parts.catalog
+    with catalog.transaction():
+        row = catalog.vm("web01")
+        assert row is not None
+        newer = dataclasses.replace(row.owner, generation=row.owner.generation + 1)
+        catalog.set_owner(row.id, newer, 1.0)
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+def test_fenced_session_cannot_commit_disks_through_the_catalog_either(
+    store: Store, *, flushed: bool
+) -> None:
     primary = Primary(FakeClock(seed=1), [small_disk()])
-    replica = primary.claim(store)
-    sink = primary.begin_initial(replica)
+    sink = primary.begin_initial(primary.claim(store))
     send_disks(sink, primary.image())
-    with store._parts.catalog.transaction():
-        row = store._parts.catalog.vm("web01")
-        store._parts.catalog.set_owner(row.id, dataclasses.replace(row.owner, generation=9), 1.0)
-    for call in (sink.flush, sink.commit):
-        with pytest.raises(Fenced):
-            call()
+    if flushed:
+        sink.flush()
+    claim_elsewhere(store)
+    with pytest.raises(Fenced):
+        sink.commit()
     assert store.points("web01") == []
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+def test_fenced_session_cannot_commit_logs_through_the_catalog_either(store: Store, *, flushed: bool) -> None:
+    primary = Primary(FakeClock(seed=1), [small_disk()])
+    replica = primary.replicate(store)
+    primary.write(0, 0, b"a" * 512)
+    cycle = primary.cut()
+    sink = primary.begin_logs(replica, cycle)
+    send_logs(sink, cycle)
+    if flushed:
+        sink.flush()
+    claim_elsewhere(store)
+    with pytest.raises(Fenced):
+        sink.commit()
+    assert [point.kind for point in store.points("web01")] == ["initial"]
+    with pytest.raises(Fenced):
+        primary.begin_logs(replica, dataclasses.replace(cycle, transfer_id=guid(5)))
 
 
 def test_claims_of_one_vm_from_many_threads_leave_one_owner(store: Store) -> None:

@@ -178,7 +178,9 @@ class Catalog:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code == sqlite3.SQLITE_CANTOPEN:
             return _no_store(self._path)
-        free_bytes = self._files.free_bytes(self._path.parent)
+        free_bytes = 0
+        with contextlib.suppress(OSError):
+            free_bytes = self._files.free_bytes(self._path.parent)
         if code == sqlite3.SQLITE_FULL or (code == sqlite3.SQLITE_IOERR and free_bytes < 1 << 20):
             return StoreFull(
                 "no room left for the catalog",

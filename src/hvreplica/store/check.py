@@ -2,37 +2,70 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import uuid
     from pathlib import Path
 
     from hvreplica.files import FileSystem
     from hvreplica.store.home import VmHome
+    from hvreplica.store.records import DiskRow, LogSpec
 
 _HINT = "put the file back as it was, or replicate the VM from the start again"
+_LOOKS_MAX = 5
+
+
+@dataclass(frozen=True, slots=True)
+class _Records:
+    """What the catalog says of a VM's files at one moment."""
+
+    disks: list[DiskRow]
+    states: dict[uuid.UUID, str]
+    is_renaming: bool
+    logs: list[LogSpec]
 
 
 def find_damage(home: VmHome) -> list[str]:
     """Return a sentence for each file of the VM that is missing or of the wrong length; reads no content."""
+    records = _records(home)
+    found = _compare(home, records)
+    for _ in range(_LOOKS_MAX):
+        again = _records(home)
+        if not found or again == records:
+            break  # else the VM moved on between catalog and files, in this process or in another
+        records, found = again, _compare(home, again)
+    return found
+
+
+def _records(home: VmHome) -> _Records:
     with home.catalog.snapshot():
-        disks = home.catalog.disks(home.vm_id)
-        points = home.catalog.points(home.vm_id)
         transfer = home.catalog.transfer(home.vm_id)
-        logs = [log for point in points for log in home.catalog.logs(home.vm_id, point.id)]
-    found = []
-    if transfer is not None and transfer.state == "renaming":
+        points = home.catalog.points(home.vm_id)
+        return _Records(
+            disks=home.catalog.disks(home.vm_id),
+            states={point.id: point.state for point in points},
+            is_renaming=transfer is not None and transfer.state == "renaming",
+            logs=[log for point in points for log in home.catalog.logs(home.vm_id, point.id)],
+        )
+
+
+def _compare(home: VmHome, records: _Records) -> list[str]:
+    paths, files = home.paths, home.files
+    if records.is_renaming:
         return [
-            f"{home.paths.disk(row.spec.index)} is missing"
-            for row in disks
-            if not home.files.exists(home.paths.partial_disk(row.spec.index))
-            and not home.files.exists(home.paths.disk(row.spec.index))
+            f"{paths.disk(row.spec.index)} is missing"
+            for row in records.disks
+            if not files.exists(paths.partial_disk(row.spec.index))
+            and not files.exists(paths.disk(row.spec.index))
         ]
-    for row in disks if points else []:
-        applying = any(point.state == "applying" for point in points)
-        expected = None if applying else row.file_bytes
-        found.append(_look(home.files, home.paths.disk(row.spec.index), expected))
-    found += [_look(home.files, home.paths.log(log.log_id), log.log_bytes) for log in logs]
+    is_moving = "applying" in records.states.values()
+    found = [
+        _look(files, paths.disk(row.spec.index), None if is_moving else row.file_bytes)
+        for row in (records.disks if records.states else [])
+    ]
+    found += [_look(files, paths.log(log.log_id), log.log_bytes) for log in records.logs]
     return [sentence for sentence in found if sentence is not None]
 
 
@@ -53,11 +86,10 @@ def file_length(files: FileSystem, path: Path) -> int:
 
 
 def _look(files: FileSystem, path: Path, expected_bytes: int | None) -> str | None:
-    if not files.exists(path):
+    try:
+        actual_bytes = file_length(files, path)
+    except FileNotFoundError:
         return f"{path} is missing"
-    if expected_bytes is None:
-        return None
-    actual_bytes = file_length(files, path)
-    if actual_bytes == expected_bytes:
+    if expected_bytes in {None, actual_bytes}:
         return None
     return f"{path} has {actual_bytes} bytes, {expected_bytes} are recorded"
