@@ -32,7 +32,7 @@ def test_meter_gives_rate_ratio_and_time_left() -> None:
     report = Progress("ship", 20 * MIB, 100 * MIB, raw_bytes=30 * MIB, wire_bytes=10 * MIB)
     meter.add(report, 12.0)
     assert meter.rate_bytes_per_s() == 10 * MIB
-    assert meter.figures(report) == "20.0 MiB of 100.0 MiB · 10.0 MiB/s · wire 10.0 MiB (3.0:1) · ETA 0:08"
+    assert meter.figures(report) == "20.0 of 100 MiB · 10.0 MiB/s · wire 10.0 MiB (3.0:1) · ETA 0:08"
 
 
 def test_meter_rate_forgets_what_is_long_ago_and_other_phases() -> None:
@@ -42,7 +42,7 @@ def test_meter_rate_forgets_what_is_long_ago_and_other_phases() -> None:
     assert meter.rate_bytes_per_s() == 0.0
     meter.add(Progress("apply", 5 * MIB, 99 * MIB), 20.0)
     assert meter.rate_bytes_per_s() == 0.0
-    assert meter.figures(Progress("apply", 5 * MIB, 99 * MIB)) == "5.0 MiB of 99.0 MiB"
+    assert meter.figures(Progress("apply", 5 * MIB, 99 * MIB)) == "5.0 of 99.0 MiB"
 
 
 @pytest.mark.parametrize(
@@ -53,6 +53,18 @@ def test_duration_is_short(seconds: float, text: str) -> None:
     assert progress.format_duration(seconds) == text
 
 
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1 << 20, "1.0 MiB"), (1023 << 20, "1023 MiB"), (3 << 39, "1.5 TiB")],
+)
+def test_short_size_is_short(size: int, text: str) -> None:
+    assert progress.short_size(size) == text
+
+
+def test_figures_of_different_units_name_both() -> None:
+    assert progress.Meter().figures(Progress("ship", 1 << 20, 1 << 30)) == "1.0 MiB of 1.0 GiB"
+
+
 def test_lines_come_every_few_seconds(clock: FakeClock, capsys: pytest.CaptureFixture[str]) -> None:
     with progress.progress_shown(Output()) as report:
         assert report is not None
@@ -61,7 +73,7 @@ def test_lines_come_every_few_seconds(clock: FakeClock, capsys: pytest.CaptureFi
             clock.advance(1.0)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
-    assert lines[0].startswith("ship\\x1b 41% · 5.0 MiB of 12.0 MiB · 1.0 MiB/s")
+    assert lines[0].startswith("ship\\x1b 41% · 5.0 of 12.0 MiB · 1.0 MiB/s")
 
 
 @pytest.mark.parametrize("output", [Output(quiet=True), Output(json=True)])

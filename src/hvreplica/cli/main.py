@@ -48,6 +48,8 @@ class Program(click.Group):
         arguments = list(sys.argv[1:] if args is None else args)
         self._main_shell_completion(extra, PROGRAM, complete_var)
         output = Output(json="--json" in arguments)
+        # numpy starts a thread for each processor that only linear algebra would use; there is none here.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         with _signals_raised():
             code = self._run(arguments, output, extra)
         sys.exit(code)

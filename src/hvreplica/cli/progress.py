@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 RATE_WINDOW_S = 5.0
 LINE_INTERVAL_S = 5.0
 _REDRAW_INTERVAL_S = 0.1
+_FIGURES_WIDTH = 59  # of the longest usual ones, so that the bar keeps its length
 
 
 class Meter:
@@ -53,14 +54,18 @@ class Meter:
 
     def figures(self, report: Progress) -> str:
         """Return the figures of `report` in one short line: way, rate, wire and ratio, time left."""
+        if report.total_bytes <= 1:  # a phase that counts no bytes
+            return ""
         rate = self.rate_bytes_per_s()
-        parts = [f"{format_size(report.done_bytes)} of {format_size(report.total_bytes)}"]
+        done, total = short_size(report.done_bytes), short_size(report.total_bytes)
+        if done.partition(" ")[2] == total.partition(" ")[2]:
+            done = done.partition(" ")[0]
+        parts = [f"{done} of {total}"]
         if rate:
-            parts.append(f"{format_size(rate)}/s")
-        if report.wire_bytes:
-            parts.append(
-                f"wire {format_size(report.wire_bytes)} ({report.raw_bytes / report.wire_bytes:.1f}:1)"
-            )
+            parts.append(f"{short_size(rate)}/s")
+        if report.wire_bytes and report.raw_bytes:
+            ratio = report.raw_bytes / report.wire_bytes
+            parts.append(f"wire {short_size(report.wire_bytes)} ({ratio:.1f}:1)")
         left = report.total_bytes - report.done_bytes
         if rate and left > 0:
             parts.append(f"ETA {format_duration(left / rate)}")
@@ -77,6 +82,13 @@ def progress_shown(output: Output) -> Iterator[ProgressCallback | None]:
             yield _guarded(_BarView(bars).report)
     else:
         yield _guarded(_LineView().report)
+
+
+def short_size(size_bytes: float) -> str:
+    """Return a size in at most eight characters: no decimal where three digits stand before it."""
+    text = format_size(size_bytes)
+    number, _, unit = text.partition(" ")
+    return f"{float(number):.0f} {unit}" if len(number) > 4 else text
 
 
 def format_duration(duration_s: float) -> str:
@@ -133,7 +145,7 @@ class _BarView:
             self._task,
             completed=report.done_bytes,
             total=max(report.total_bytes, report.done_bytes) or None,
-            figures=self._meter.figures(report),
+            figures=self._meter.figures(report).ljust(_FIGURES_WIDTH),
         )
 
 

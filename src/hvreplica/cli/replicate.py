@@ -9,6 +9,7 @@ import click
 import hvreplica
 from hvreplica.cli.options import ADDRESS, PATH, option, tls_option, verb, vm_option
 from hvreplica.cli.progress import progress_shown
+from hvreplica.cli.render import plain
 from hvreplica.units import format_size
 
 if TYPE_CHECKING:
@@ -17,11 +18,7 @@ if TYPE_CHECKING:
     from hvreplica.cli.render import Output
     from hvreplica.replication.results import ReplicateResult
 
-_HEADLINES = {
-    "initial": "initial replication",
-    "delta": "delta",
-    "none": "nothing changed",
-}
+_HEADLINES = {"initial": "initial replication", "delta": "changes replicated"}
 
 
 @click.command(short_help="Bring the replica of a VM up to date.")
@@ -110,17 +107,20 @@ def _check(vm: str, disks: tuple[Path, ...]) -> None:
 
 
 def show_result(output: Output, result: ReplicateResult) -> None:
-    """Show a result to a person: one line, and a table where something was shipped."""
-    changed = sum(disk.changed_bytes for disk in result.disks)
+    """Show a result to a person: what was done, the point, and the disks where something was shipped."""
     if result.kind == "none":
-        output.line(f"{result.vm}: nothing changed · {result.seconds:.1f} s · point {result.point}")
+        output.line(f"{plain(result.vm)}: nothing changed · {result.seconds:.1f} s")
+        output.line(f"recovery point {result.point}")
         return
+    changed = sum(disk.changed_bytes for disk in result.disks)
     ratio = f" ({changed / result.wire_bytes:.1f}:1)" if result.wire_bytes else ""
+    words = _HEADLINES.get(result.kind, result.kind)
     output.line(
-        f"{result.vm}: {_HEADLINES.get(result.kind, result.kind)} · {format_size(changed)} changed"
-        f" · {format_size(result.wire_bytes)} on the wire{ratio} · {result.seconds:.1f} s"
-        f" · point {result.point}"
+        f"{plain(result.vm)}: {words} in {result.seconds:.1f} s · {format_size(changed)} changed"
+        f" · {format_size(result.wire_bytes)} sent{ratio}"
     )
+    output.line(f"recovery point {result.point}")
+    output.line()
     output.table(
         ("disk", ">size", ">changed"),
         [
