@@ -1,11 +1,6 @@
-"""How this software names itself to the other side and to people."""
+"""How this software names itself to the other side and to people; pyproject.toml reads it from here."""
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
-
-try:
-    VERSION = version("hvreplica")
-except PackageNotFoundError:  # run from a source tree that was never installed
-    VERSION = "0"
-SOFTWARE = f"hvreplica {VERSION}"
+VERSION = "0.1.0"
+SOFTWARE = "hvreplica " + VERSION
