@@ -160,6 +160,7 @@ TARGET static void xxh3_accumulate(uint64_t *lanes, const uint8_t *buf, size_t l
         size_t batch = smaller(stripe_count, XXH3_STRIPES_PER_BLOCK);
         for (size_t stripe = 0; stripe < batch; stripe += 1, at += XXH3_STRIPE_BYTES) {
             const uint8_t *secret = hvr_xxh3_secret + stripe * XXH3_SECRET_STEP_BYTES;
+            prefetch_ahead(at);
             low = xxh3_half(low, at, secret);
             high = xxh3_half(high, at + 32, secret + 32);
         }

@@ -175,6 +175,7 @@ TARGET static void xxh3_accumulate(uint64_t *lanes, const uint8_t *buf, size_t l
     while (stripe_count > 0) {
         size_t batch = smaller(stripe_count, XXH3_STRIPES_PER_BLOCK);
         for (size_t stripe = 0; stripe < batch; stripe += 1, at += XXH3_STRIPE_BYTES) {
+            prefetch_ahead(at);
             sums = xxh3_stripe(sums, at, hvr_xxh3_secret + stripe * XXH3_SECRET_STEP_BYTES);
         }
         stripe_count -= batch;
