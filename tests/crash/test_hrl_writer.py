@@ -205,6 +205,31 @@ def test_recovery_that_is_cut_is_repeated(seed: int) -> None:
             assert len(found) >= durable_count
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_recovery_makes_durable_what_only_the_killed_writer_had_written(seed: int) -> None:
+    """The page cache outlives a process, and not a power cut that follows recovery."""
+    files = new_files()
+    data = random.Random(seed).randbytes(160 << 10)
+    writer = new_writer(files, metadata_bytes=512)
+    files.sync_directory(FOLDER)
+    for index in range(17):
+        writer.append(rows((index * len(data), len(data))), data)
+    writer.abort()
+    assert recover_log(files, LOG).entries == 15
+    files.acknowledge("recovered")
+    outcomes = set()
+    for _, world in crash_states(files.trace(), seed=seed, subsets_per_prefix=12, limit=240):
+        try:
+            LogReader(world, LOG).close()
+        except (NotClosed, FormatError, FileNotFoundError) as error:
+            assert not world.acknowledged
+            outcomes.add(type(error))
+            continue
+        assert verify_log(world, LOG).entries == 15, world.story
+        outcomes.add(None)
+    assert {None, NotClosed} <= outcomes
+
+
 def test_capacity_that_runs_out_leaves_an_unclosed_log() -> None:
     for capacity_bytes in range(8192, 80 << 10, 4096):
         files = FaultFiles(FOLDER, capacity_bytes=capacity_bytes)

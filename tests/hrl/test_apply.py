@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from itertools import pairwise
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,7 +32,6 @@ from tests.support.build import random_bytes, random_extents
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from random import Random
 
     from hvreplica.progress import Progress
     from tests.support.faultfile import FaultFiles
@@ -233,7 +233,7 @@ def sectors_of(columns: tuple[Any, ...]) -> set[tuple[int, int]]:
     st.lists(st.tuples(st.integers(1, 600), st.integers(0, 40)), min_size=1, max_size=8),
     st.lists(st.tuples(st.integers(0, 300), st.integers(128, 900)), max_size=5),
     st.sampled_from([512, 4096]),
-    st.randoms(use_true_random=False),
+    st.integers(0, 1 << 32).map(Random),
 )
 def test_split_covers_every_sector_once_and_zeroes_only_holes(
     pieces: list[tuple[int, int]], gaps: list[tuple[int, int]], sector_bytes: int, random: Random
@@ -277,7 +277,7 @@ step = st.one_of(
 )
 
 
-@given(st.lists(step, max_size=60), st.integers(1, 60), st.randoms(use_true_random=False))
+@given(st.lists(step, max_size=60), st.integers(1, 60), st.integers(0, 1 << 32).map(Random))
 def test_any_history_equals_the_model(history: list[Any], per_pass: int, random: Random) -> None:
     disk_bytes = 168 * 512
     model = bytearray(b"\x11" * disk_bytes)

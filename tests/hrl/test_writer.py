@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import threading
 import uuid
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,7 +35,6 @@ from tests.support.fakeclock import FakeClock
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from random import Random
 
     from tests.support.faultfile import FaultFiles
 
@@ -338,7 +338,7 @@ step = st.one_of(
 )
 
 
-@given(st.lists(step, max_size=12), st.sampled_from([512, 1024, 4096]), st.randoms(use_true_random=False))
+@given(st.lists(step, max_size=12), st.sampled_from([512, 1024, 4096]), st.integers(0, 1 << 32).map(Random))
 def test_any_history_is_read_back_by_the_plain_reader(
     history: list[tuple[str, Any]], metadata_bytes: int, random: Random
 ) -> None:
