@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from functools import partial
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from hvreplica.clock import SYSTEM
 from hvreplica.disk import open_disk
 from hvreplica.files import OS_FILES
 from hvreplica.hrl import LogWriter, apply_log
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 BLOCK = 4096
 BATCH = 2048

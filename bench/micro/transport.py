@@ -34,12 +34,12 @@ from hvreplica.transport import (
     Listener,
     client_context,
     connect,
-    init_tls,
     server_context,
 )
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
+from hvreplica.transport.certificates import init_tls
 
 FRAME_BYTES = 2 << 20
 PLAIN_BYTES = 1 << 20

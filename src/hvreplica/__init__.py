@@ -11,25 +11,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hvreplica.progress import Progress
-    from hvreplica.replication.offline import (
+    from hvreplica.replication.disk_verbs import (
         disk_compare,
         disk_convert,
         disk_create,
         disk_info,
         disk_map,
-        log_apply,
-        log_dump,
-        log_info,
-        log_recover,
-        log_verify,
-        point_export,
-        point_list,
-        store_status,
-        tls_init,
-        tls_trust,
     )
+    from hvreplica.replication.log_verbs import log_apply, log_dump, log_info, log_recover, log_verify
     from hvreplica.replication.results import DiskChange, ReplicateResult, ShippedLog
     from hvreplica.replication.serve import Server
+    from hvreplica.replication.store_verbs import point_export, point_list, store_status
+    from hvreplica.replication.tls_verbs import tls_init, tls_trust
     from hvreplica.replication.verbs import replicate
     from hvreplica.replication.version import VERSION as __version__  # noqa: N811 - the name that Python tools look for
 
@@ -67,13 +60,21 @@ _HOMES = {
     "__version__": "replication.version",
     "replicate": "replication.verbs",
 }
+_FAMILIES = {
+    "disk": "disk_verbs",
+    "log": "log_verbs",
+    "point": "store_verbs",
+    "store": "store_verbs",
+    "tls": "tls_verbs",
+}
 
 
 def __getattr__(name: str) -> object:
     if name not in __all__:
         message = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(message)
-    module = import_module(f"{__name__}.{_HOMES.get(name, 'replication.offline')}")
+    home = _HOMES.get(name) or f"replication.{_FAMILIES[name.partition('_')[0]]}"
+    module = import_module(f"{__name__}.{home}")
     value: object = getattr(module, "VERSION" if name == "__version__" else name)
     globals()[name] = value
     return value

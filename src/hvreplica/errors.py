@@ -246,7 +246,7 @@ class StoreFull(StoreError):
 
 
 class Fenced(StoreError):
-    """Another primary, or a newer generation, owns this VM. generation: the owner's, 0 where it is not known."""
+    """Another primary, or a newer generation, owns this VM. generation: the owner's, 0 where unknown."""
 
     exit_code = 56
     generation: int = 0

@@ -8,7 +8,6 @@ import logging
 import os
 import socket
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -27,6 +26,7 @@ from tests.replication.sites import DISK, MIB, STATE, VM, Guest, Served
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 
 class Line:

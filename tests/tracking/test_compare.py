@@ -71,7 +71,7 @@ def compare(files: FaultFiles, table: FingerprintTable, *, workers: int = 2) -> 
 
 
 def expect_exact(before: bytearray, after: bytearray, sink: Sink, changed: int) -> None:
-    """The touched blocks are exactly the ones that differ, with the new content."""
+    """Check that the touched blocks are the ones that differ, with the new content."""
     total = 0
     for at in range(0, len(after), BLOCK_BYTES):
         end = min(at + BLOCK_BYTES, len(after))
@@ -135,7 +135,7 @@ def test_compare_failure_in_a_worker_reaches_the_caller() -> None:
     files = files_with(bytes(SIZE - 1) + b"x")
     table = table_of(files, bytes(SIZE))
     files.fail("read", path="/p/0.fp", at=2)
-    with pytest.raises(OSError, match="0.fp"):
+    with pytest.raises(OSError, match=r"0\.fp"):
         compare(files, table, workers=3)
 
 

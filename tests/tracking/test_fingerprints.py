@@ -87,7 +87,7 @@ def test_table_with_a_damaged_header_is_refused(offset: int, error: type[FormatE
     new_table(files).close()
     file = files.open(PATH, writable=True)
     file.write(bytes([file.read(offset, 1)[0] ^ 0xFF]), offset)
-    with pytest.raises(error, match="/state/0.fp"):
+    with pytest.raises(error, match=r"/state/0\.fp"):
         FingerprintTable.open(files, PATH)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from hvreplica.clock import SYSTEM
 from hvreplica.files import OS_FILES
-from hvreplica.transport import init_tls
+from hvreplica.transport.certificates import init_tls
 
 if TYPE_CHECKING:
     from pathlib import Path

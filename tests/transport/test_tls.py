@@ -17,7 +17,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from hvreplica.clock import SYSTEM
 from hvreplica.errors import AuthenticationFailed
 from hvreplica.files import OS_FILES
-from hvreplica.transport import client_context, connect, init_tls, issue, server_context
+from hvreplica.transport import client_context, connect, server_context
+from hvreplica.transport.certificates import init_tls, issue
 from hvreplica.transport.tls import identify
 from hvreplica.transport.trust import TrustList
 from tests.support.fakeclock import FakeClock

@@ -40,12 +40,14 @@ def cut(work: Work) -> bool:
     state.transfer = transfer
     work.save()
     progress = _CompareProgress(work)
-    transfer.logs = [_cut_disk(work, index, progress) for index in range(len(work.disks))]
-    if not any(log.changed_bytes for log in transfer.logs):
+    logs = [_cut_disk(work, index, progress) for index in range(len(work.disks))]
+    transfer.logs = [log for log in logs if log.changed_bytes]
+    if not transfer.logs:
         state.transfer = None
         work.save()
         work.folder.discard_logs()
         return False
+    work.folder.discard_logs(keep=transfer.logs)
     work.files.sync_directory(work.folder.logs)
     transfer.positions = [0] * len(transfer.logs)
     transfer.stage = "cut"
@@ -83,10 +85,11 @@ def settle(work: Work, transfer: Transfer) -> None:
     state = work.state
     for log in transfer.logs:
         follow_log(work.files, work.folder.log_path(log.log_id), work.tables[log.disk_index])
-        work.tables[log.disk_index].mark(transfer.point_id)
         state.disks[log.disk_index].last_log_id = log.log_id
         work.tally.changed_bytes[log.disk_index] += log.changed_bytes
         work.tally.shipped.append(ShippedLog(str(log.log_id), str(work.folder.log_path(log.log_id))))
+    for table in work.tables:
+        table.mark(transfer.point_id)
     work.tally.kind = "delta"
     state.last_point, state.transfer = transfer.point_id, None
     work.save()

@@ -28,7 +28,7 @@ from hvreplica.formats import messages
 from hvreplica.replication.answers import AnswerSession, refusal
 from hvreplica.replication.version import SOFTWARE
 from hvreplica.store import DiskSpec, Store
-from hvreplica.transport import Listener, TrustList, server_context
+from hvreplica.transport import TRUST_FILE, Listener, TrustList, server_context
 
 if TYPE_CHECKING:
     import os
@@ -44,7 +44,6 @@ _QUESTIONS = msgspec.msgpack.Decoder(messages.Question)
 _CONNECTIONS_MAX = 64
 _DATA_CONNECTIONS_MAX = 16
 _CONTROL_SILENCE_S = 300.0  # the longest a primary thinks between two questions
-TRUST_FILE = "trust.toml"
 
 
 class Server:

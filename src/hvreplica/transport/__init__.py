@@ -1,28 +1,27 @@
 """Channels between the two sites: TLS 1.3 with mutual certificates, verified frames, a codec for each frame.
 
 Only this package (and later capture/) knows sockets. docs/formats/wire.md has the bytes, docs/tls.md the
-certificates.
+certificates. Making certificates is transport.certificates, which nothing else needs.
 """
 
 from hvreplica.transport.address import Address, parse_address
-from hvreplica.transport.certificates import IssuedCertificate, init_tls, issue
 from hvreplica.transport.channel import Channel
 from hvreplica.transport.codec import COMPRESSIONS, CodecPolicy
 from hvreplica.transport.connect import connect
 from hvreplica.transport.frame import Frame, FrameDecoder, FrameEncoder
 from hvreplica.transport.listen import Listener
-from hvreplica.transport.tls import PeerIdentity, client_context, server_context
+from hvreplica.transport.tls import TRUST_FILE, PeerIdentity, client_context, server_context
 from hvreplica.transport.trust import TrustEntry, TrustList, allow
 
 __all__ = [
     "COMPRESSIONS",
+    "TRUST_FILE",
     "Address",
     "Channel",
     "CodecPolicy",
     "Frame",
     "FrameDecoder",
     "FrameEncoder",
-    "IssuedCertificate",
     "Listener",
     "PeerIdentity",
     "TrustEntry",
@@ -30,8 +29,6 @@ __all__ = [
     "allow",
     "client_context",
     "connect",
-    "init_tls",
-    "issue",
     "parse_address",
     "server_context",
 ]
