@@ -11,6 +11,7 @@ import xxhash
 
 from hvreplica.errors import FieldOutOfRange, NoSuchPoint
 from hvreplica.store import Store
+from hvreplica.store.blocks import BlockReader
 from tests.store.world import MIB, Primary, guid, ram_folder, small_disk
 from tests.support.fakeclock import FakeClock
 from tests.support.faultfile import FaultFiles
@@ -74,13 +75,20 @@ def test_fingerprints_are_those_of_xxhash(primary: Primary, replica: VmReplica, 
         assert replica.fingerprints(0, first, count, block_bytes) == part
 
 
-def test_only_what_is_there_is_read(files: FaultFiles, replica: VmReplica) -> None:
-    replica.fingerprints(0, 0, 1, 4096)
-    reads: list[Any] = []
-    files.hook = lambda operation, path: reads.append((operation, path)) if operation == "read" else None
+def test_only_what_may_hold_data_is_read(replica: VmReplica, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[tuple[int, int]] = []
+    read = BlockReader._read
+
+    def counted(self: BlockReader, disk_offset: int, length: int) -> Any:
+        reads.append((disk_offset, length))
+        return read(self, disk_offset, length)
+
+    monkeypatch.setattr(BlockReader, "_read", counted)
     assert replica.fingerprints(0, 0, 256, 4096) == bytes(256 * 16)  # the first block was never allocated
-    files.hook = None
     assert reads == []
+    assert any(replica.fingerprints(0, 0, 2304, 4096))
+    assert all(offset >= MIB and length <= 4 * MIB for offset, length in reads)
+    assert sum(length for _, length in reads) <= 7 * MIB
 
 
 def test_waiting_points_are_applied_first(primary: Primary, replica: VmReplica) -> None:

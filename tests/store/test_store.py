@@ -208,6 +208,7 @@ def test_fenced_session_cannot_commit_logs_through_the_catalog_either(store: Sto
     assert [point.kind for point in store.points("web01")] == ["initial"]
     with pytest.raises(Fenced):
         primary.begin_logs(replica, dataclasses.replace(cycle, transfer_id=guid(5)))
+    assert replica.transfer == cycle.transfer_id  # nothing of the newer session's was dropped
 
 
 def test_claims_of_one_vm_from_many_threads_leave_one_owner(store: Store) -> None:
