@@ -89,7 +89,7 @@ def test_second_apply_changes_nothing() -> None:
 def test_writes_go_up_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     files, expected = overlapping_log()
     disk = MemoryDisk(len(expected), content=b"\xee" * len(expected))
-    monkeypatch.setattr("hvreplica.hrl.parallel.WORKERS", 1)
+    monkeypatch.setattr("hvreplica.disk.parallel.WORKER_COUNT", 1)
     monkeypatch.setattr(apply, "_EXTENTS_PER_STEP", 7)
     apply_log(files, LOG, disk)
     assert disk.copied == sorted(disk.copied)

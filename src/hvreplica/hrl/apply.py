@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from hvreplica import native
+from hvreplica.disk.parallel import map_ordered
 from hvreplica.formats.hrl import SECTOR_BYTES
 from hvreplica.hrl.data import HOLE_BYTES_MIN, HoleFinder
-from hvreplica.hrl.parallel import in_order
 from hvreplica.hrl.reader import LogReader
 from hvreplica.hrl.report import ApplyReport
 from hvreplica.hrl.verify import check_log
@@ -155,7 +155,7 @@ class _Apply:
             self._disk.write_zeroes(disk_offset, length)
             done_bytes += length
         # Steps are disjoint parts of the disk, and a disk takes those from many threads.
-        for step_bytes in in_order(self._copy, _steps(pieces)):
+        for step_bytes in map_ordered(self._copy, _steps(pieces)):
             done_bytes += step_bytes
             self._tell(done_bytes)
         self._extents += len(pieces[0]) + len(zeros)

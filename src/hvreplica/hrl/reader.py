@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import contextlib
 from array import array
+from bisect import bisect_right
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -28,6 +30,7 @@ from hvreplica.formats.hrl import (
     MetadataHeader,
 )
 from hvreplica.formats.hrl_entries import entry_offset, find_entry_fault, parse_entries
+from hvreplica.native import HRL_ENTRY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,11 +39,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hvreplica.files import BlockFile, FileSystem
+    from hvreplica.formats.hrl_entries import EntryFault
 
 # 2**22 blocks of 127 entries of 4 KiB are 2 TiB of changes in one log; the locations then take 48 MiB.
 METADATA_BLOCKS_MAX = 1 << 22
 ENTRIES_PER_BATCH = 1 << 16
 _ENTRIES_PER_CHECK = 1 << 13
+_BLOCKS_PER_TABLE = 1 << 12  # blocks may be empty, so their entries alone bound nothing
 
 
 @contextlib.contextmanager
@@ -117,26 +122,24 @@ class LogReader:
         return self.log_bytes - HEADER_BYTES - self.block_count * self._header.metadata_size
 
     def blocks(self, *, disk_bytes: int | None = None) -> Iterator[NDArray[Any]]:
-        """Yield the entries of each metadata block, oldest first, as arrays of native.HRL_ENTRY; some may be
-        empty.
+        """Yield the entries of each metadata block, oldest first, as arrays of native.HRL_ENTRY, some empty.
 
         disk_bytes: the guest's disk size, where entries beyond it shall be refused. Raises: FormatError.
         """
-        for group in self._groups(_ENTRIES_PER_CHECK, disk_bytes):
-            yield from group
+        for table, ends in self._tables(_ENTRIES_PER_CHECK, disk_bytes):
+            for start, end in pairwise([0, *ends]):
+                yield table[start:end]
 
     def entries(
         self, max_count: int = ENTRIES_PER_BATCH, *, disk_bytes: int | None = None
     ) -> Iterator[NDArray[Any]]:
-        """Yield all entries, oldest first, in arrays of at most `max_count`, but always at least one whole
-        block.
+        """Yield all entries, oldest first, at most `max_count` at a time, but no less than a whole block.
 
         Raises: FormatError, as blocks().
         """
-        for group in self._groups(max_count, disk_bytes):
-            batch = np.concatenate(group)
-            if len(batch):
-                yield batch
+        for table, _ in self._tables(max_count, disk_bytes):
+            if len(table):
+                yield table
 
     def close(self) -> None:
         """Close the file. May be called twice."""
@@ -148,39 +151,49 @@ class LogReader:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _groups(self, max_count: int, disk_bytes: int | None) -> Iterator[list[NDArray[Any]]]:
-        block = bytearray(self._header.metadata_size)
-        data_offset = HEADER_BYTES
-        group: list[NDArray[Any]] = []
-        places: list[int] = []
-        gathered = 0
-        for location, count in zip(self._locations, self._counts, strict=True):
-            if group and gathered + count > max_count:
-                self._check(group, places, disk_bytes)
-                yield group
-                group, places, gathered = [], [], 0
-            self._file.read_into(block, location)
-            with naming(self._path):
-                group.append(
-                    parse_entries(block, count=count, data_offset=data_offset, block_offset=location)
-                )
-            places.append(location)
-            gathered += count
-            data_offset = location + len(block)
-        self._check(group, places, disk_bytes)
-        yield group
+    def _tables(self, max_count: int, disk_bytes: int | None) -> Iterator[tuple[NDArray[Any], list[int]]]:
+        """Yield the checked entries of a few blocks as one table, and where in it each block ends."""
+        first = 0
+        while first < self.block_count:
+            stop, total = first + 1, self._counts[first]
+            stop_max = min(first + _BLOCKS_PER_TABLE, self.block_count)
+            while stop < stop_max and total + self._counts[stop] <= max_count:
+                total += self._counts[stop]
+                stop += 1
+            yield self._read_table(first, stop, total, disk_bytes)
+            first = stop
 
-    def _check(self, group: list[NDArray[Any]], places: list[int], disk_bytes: int | None) -> None:
-        fault = find_entry_fault(np.concatenate(group), disk_bytes=disk_bytes)
-        if fault is None:
-            return
-        ends = np.cumsum([len(entries) for entries in group])
-        block = int(np.searchsorted(ends, fault.index, side="right"))
-        index = fault.index - int(ends[block]) + len(group[block])
+    def _read_table(
+        self, first: int, stop: int, total: int, disk_bytes: int | None
+    ) -> tuple[NDArray[Any], list[int]]:
+        size = self._header.metadata_size
+        block = bytearray(size)
+        table = np.empty(total, HRL_ENTRY)
+        ends: list[int] = []
+        start = 0
+        data_offset = self._locations[first - 1] + size if first else HEADER_BYTES
+        with naming(self._path):
+            for index in range(first, stop):
+                location, count = self._locations[index], self._counts[index]
+                self._file.read_into(block, location)
+                table[start : start + count] = parse_entries(
+                    block, count=count, data_offset=data_offset, block_offset=location
+                )
+                start += count
+                ends.append(start)
+                data_offset = location + size
+        fault = find_entry_fault(table, disk_bytes=disk_bytes)
+        if fault is not None:
+            number = bisect_right(ends, fault.index)
+            row = fault.index - (ends[number - 1] if number else 0)
+            self._raise_fault(fault, entry_offset(self._locations[first + number], row, fault.field))
+        return table, ends
+
+    def _raise_fault(self, fault: EntryFault, offset: int) -> NoReturn:
         raise FieldOutOfRange(
             fault.message,
             path=self._path,
-            offset=entry_offset(places[block], index, fault.field),
+            offset=offset,
             field=fault.field,
             expected=fault.expected,
             actual=fault.actual,

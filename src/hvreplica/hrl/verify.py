@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hvreplica.clock import HRL_EPOCH_S
+from hvreplica.disk.parallel import map_ordered
 from hvreplica.errors import ChecksumMismatch
 from hvreplica.formats.hrl import DATA_CHECKSUM_ABSENT, METADATA_ENTRY
 from hvreplica.hrl.data import DataChecker, DataFault, HoleFinder
-from hvreplica.hrl.parallel import in_order
 from hvreplica.hrl.reader import LogReader
 from hvreplica.hrl.report import LogEnd, LogReport
 from hvreplica.progress import Progress
@@ -95,7 +95,7 @@ def _checked_data(reader: LogReader, batches: Iterator[NDArray[Any]]) -> Iterato
             _raise_fault(reader, entries, fault)
         return entries
 
-    return in_order(check, ((entries, finder.find_under(entries)) for entries in batches))
+    return map_ordered(check, ((entries, finder.find_under(entries)) for entries in batches))
 
 
 def _raise_fault(reader: LogReader, entries: NDArray[Any], fault: DataFault) -> NoReturn:
