@@ -1,6 +1,7 @@
 """Replica logs: write, read, check, recover and apply them. Spec: [MS-HRL]."""
 
 from hvreplica.hrl.apply import apply_log
+from hvreplica.hrl.data import HoleFinder
 from hvreplica.hrl.dump import dump_entries, log_info
 from hvreplica.hrl.reader import LogReader
 from hvreplica.hrl.recover import recover_log
@@ -10,6 +11,7 @@ from hvreplica.hrl.writer import LogWriter
 
 __all__ = [
     "ApplyReport",
+    "HoleFinder",
     "LogEnd",
     "LogEntry",
     "LogInfo",

@@ -12,7 +12,7 @@ import numpy as np
 
 from hvreplica import native
 from hvreplica.formats.fingerprint import FINGERPRINT_BYTES
-from hvreplica.hrl import LogReader
+from hvreplica.hrl import HoleFinder, LogReader
 from hvreplica.units import MIB
 
 if TYPE_CHECKING:
@@ -33,9 +33,10 @@ def follow_log(files: FileSystem, path: Path, table: FingerprintTable) -> None:
     Raises: FormatError for a damaged log; the table may then hold a part of it.
     """
     with LogReader(files, path) as log:
+        holes = HoleFinder(log.file)
         for entries in log.blocks():
             for group in _contiguous(entries):
-                _follow_group(log.file, group, table)
+                _follow_group(log.file, group, table, holes)
 
 
 def _contiguous(entries: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
@@ -45,12 +46,14 @@ def _contiguous(entries: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
     return [group for group in np.split(entries, cuts) if len(group)]
 
 
-def _follow_group(file: BlockFile, group: npt.NDArray[Any], table: FingerprintTable) -> None:
+def _follow_group(
+    file: BlockFile, group: npt.NDArray[Any], table: FingerprintTable, holes: HoleFinder
+) -> None:
     lengths = group["data_length"].astype(np.int64)
     counts = -(-lengths // table.block_bytes)
     firsts = group["byte_offset"].astype(np.int64) // table.block_bytes
     start, total_bytes = int(group["log_offset"][0]), int(lengths.sum())
-    if next(file.data_extents(start, start + total_bytes), None) is None:
+    if holes.find_under(group)[:, 1].sum() == total_bytes:
         for first, count in zip(firsts.tolist(), counts.tolist(), strict=True):
             table.clear(first, count)
         return
