@@ -408,7 +408,7 @@ def write_durably(files: FileSystem, path: Path, data: bytes, *, clock: Clock, m
 
 
 def map_private(file: BlockFile, file_offset: int, length: int) -> mmap.mmap | None:
-    """Map a range of `file`, to be read and changed in memory alone; None where there is no descriptor to map.
+    """Map a range of `file`, to be read and changed in memory alone; None where there is no descriptor.
 
     Pages come from the file when they are first touched and stay as they are once changed here. The caller
     makes sure that the file never becomes shorter than the range, because touching a lost page ends the
