@@ -51,6 +51,10 @@ class AnswerSession:
             except (HvReplicaError, OSError) as error:
                 _LOG.warning("%s: %s", self._control.address, error)
                 answer = refusal(error)
+            except Exception as error:
+                # A bug of ours must not leave the primary waiting, nor end the server for the other VMs.
+                _LOG.exception("%s: cannot answer", self._control.address)
+                answer = refusal(error)
             self._control.send_message(answer)
 
     def receive(
@@ -72,8 +76,10 @@ class AnswerSession:
             channel.send_message(messages.Attached())
             while (frame := channel.receive_frame()) is not None:
                 incoming.write(frame)
-        except (HvReplicaError, OSError) as error:
+        except Exception as error:
             failure = error
+            if not isinstance(error, (HvReplicaError, OSError)):
+                raise
             if not isinstance(error, (PeerClosed, Fenced)):
                 _LOG.warning("%s: %s", channel.address, error)
         finally:

@@ -118,7 +118,7 @@ class Channel(Generic[MessageT]):
         self._receive(body, "inside a message")
         try:
             return self._decoder.decode(body)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ProtocolViolation(
                 f"a message is not what the protocol allows: {error}",
                 path=str(self.address),

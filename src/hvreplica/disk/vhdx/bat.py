@@ -145,14 +145,16 @@ class Bat:
             for at in range(first, last, _SCAN_SECTOR_COUNT):
                 stop = min(last, at + _SCAN_SECTOR_COUNT)
                 low, high = at * _ENTRIES_PER_SECTOR, stop * _ENTRIES_PER_SECTOR
-                indices = low + np.flatnonzero(self.entries[low:high])
+                # A copy: numpy counts and then collects, and refuses what another thread changes meanwhile.
+                window = self.entries[low:high].copy()
+                indices = low + np.flatnonzero(window)
                 indices = indices[self.geometry.is_payload(indices)]
                 if len(indices):
-                    yield indices, self.entries[indices]
+                    yield indices, window[indices - low]
 
     def places(self, chosen: Any) -> NDArray[np.int64]:
         """Return the sorted file offsets of the entries for which `chosen(entries)` is true."""
-        parts = [offsets_of(e[chosen(e)]) for _, e in self._windows(np.flatnonzero(self._occupied))]
+        parts = [offsets_of(e[chosen(e)]) for _, e in self._windows(np.flatnonzero(self._occupied.copy()))]
         return np.sort(np.concatenate(parts)) if parts else np.empty(0, np.int64)
 
     def anchors(self) -> NDArray[np.int64]:
@@ -198,7 +200,7 @@ class Bat:
 
     def _sectors(self, first_block: int, last_block: int) -> NDArray[np.int64]:
         ends = self.geometry.index_of(np.array([first_block, last_block])) >> _SECTOR_SHIFT
-        sectors: NDArray[np.int64] = ends[0] + np.flatnonzero(self._occupied[ends[0] : ends[1] + 1])
+        sectors: NDArray[np.int64] = ends[0] + np.flatnonzero(self._occupied[ends[0] : ends[1] + 1].copy())
         return sectors
 
     def place(self, blocks: NDArray[np.int64], file_offsets: NDArray[np.int64]) -> None:
