@@ -38,7 +38,6 @@ class Line:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.cut_after: list[int] = []  # for each new connection; none left: never
         self.carried = 0
-        self._sockets: list[socket.socket] = []
         self._threads = [threading.Thread(target=self._accept)]
         self._threads[0].start()
 
@@ -51,8 +50,6 @@ class Line:
         self._listener.close()
         for thread in self._threads:
             thread.join()
-        for end in self._sockets:
-            end.close()
 
     def _accept(self) -> None:
         while True:
@@ -60,13 +57,17 @@ class Line:
                 near, _ = self._listener.accept()
             except OSError:
                 return
-            far = socket.create_connection(self._target)
-            self._sockets += [near, far]
             limit = self.cut_after.pop(0) if self.cut_after else None
-            for source, sink, bound in ((near, far, limit), (far, near, None)):
-                thread = threading.Thread(target=self._carry, args=(source, sink, bound))
-                thread.start()
-                self._threads.append(thread)
+            thread = threading.Thread(target=self._pair, args=(near, limit))
+            thread.start()
+            self._threads.append(thread)
+
+    def _pair(self, near: socket.socket, limit: int | None) -> None:
+        with near, socket.create_connection(self._target) as far:
+            back = threading.Thread(target=self._carry, args=(far, near, None))
+            back.start()
+            self._carry(near, far, limit)
+            back.join()
 
     def _carry(self, source: socket.socket, sink: socket.socket, limit: int | None) -> None:
         carried = 0
