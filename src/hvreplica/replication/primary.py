@@ -10,6 +10,7 @@ first; killed anywhere, the next call goes on from there. A connection that brea
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from hvreplica.replication.session import ReplicaSession
     from hvreplica.replication.work import Work
 
+_LOG = logging.getLogger("hvreplica.replicate")
 RETRY_AFTER_S = (1.0, 2.0, 4.0)  # a line that is gone for longer is for the next call
 _RESYNC_HINT = "--resync compares both sides by fingerprints and sends only what differs"
 
@@ -62,6 +64,7 @@ class Primary:
                 wait_s = next(waits, None) if error.retryable and self._met else None
                 if wait_s is None:
                     raise
+                _LOG.warning("%s; trying again in %g s", error, wait_s)
                 threading.Event().wait(wait_s)
 
     def _catch_up(self) -> None:
