@@ -10,11 +10,12 @@ import json
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
-from bench.harness import Report, machine, save
+from bench.harness import RESULTS, Report, machine, save
 
 END_TO_END = ("initial", "delta", "fill", "memory")
-MICRO = ("kernels", "transport")
+MICRO = {"kernels": ("--smoke",), "transport": ("--mib", "4", "--rounds", "1")}  # with their smoke options
 
 
 def main() -> int:
@@ -24,20 +25,21 @@ def main() -> int:
     parser.add_argument(
         "names", nargs="*", choices=[[], *END_TO_END, *MICRO], help="which ones; all without a name"
     )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder that keeps the figures")
     arguments = parser.parse_args()
     sys.stdout.write(json.dumps(machine()) + "\n")
     reports: list[Report] = []
     for name in arguments.names or (*MICRO, *END_TO_END):
         if name in MICRO:
-            options = ["--smoke"] if arguments.smoke else []
             sys.stdout.flush()
+            options = MICRO[name] if arguments.smoke else ()
             subprocess.run([sys.executable, "-m", f"bench.micro.{name}", *options], check=True)
             continue
         report = import_module(f"bench.e2e.{name}").run(smoke=arguments.smoke)
         report.print()
         reports.append(report)
     if reports:
-        sys.stdout.write(f"\nkept in {save(reports)}\n")
+        sys.stdout.write(f"\nkept in {save(reports, arguments.results)}\n")
     return 0
 
 

@@ -134,10 +134,10 @@ def machine() -> dict[str, object]:
     }
 
 
-def save(reports: Sequence[Report]) -> Path:
-    """Write machine, samples and figures to bench/results as JSON."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
+def save(reports: Sequence[Report], folder: Path) -> Path:
+    """Write machine, samples and figures to a new JSON file in `folder`."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
     rows = [
         {
             "title": report.title,
