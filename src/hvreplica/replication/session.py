@@ -34,6 +34,7 @@ class ReplicaSession:
         self._address = address
         self._context = context
         self._token = b""
+        self.connections_max = 1
         self._control = self._connect()
         self._channels = [self._control]
 
@@ -60,6 +61,7 @@ class ReplicaSession:
                 "the replica answered for other disks than it was asked for", path=self._address
             )
         self._token = claimed.session
+        self.connections_max = claimed.connections_max
         return claimed
 
     def attach(self, transfer_id: uuid.UUID) -> Channel[messages.Answer]:

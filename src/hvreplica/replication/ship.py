@@ -6,6 +6,7 @@ between threads, so memory is N windows. The caller's thread asks for checkpoint
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import TYPE_CHECKING
 
@@ -62,28 +63,28 @@ class Shipment:
         record: called after each checkpoint, when the source's positions have moved; must make them durable.
         Raises: whatever the replica refused with, or TransportError.
         """
-        channels = [self._session.attach(transfer_id) for _ in range(self._connections)]
-        threads = [
-            threading.Thread(target=self._send, args=(channel,), name=f"ship-{index}")
-            for index, channel in enumerate(channels)
-        ]
-        self._running = len(threads)
-        for thread in threads:
-            thread.start()
-        try:
-            self._watch(phase, record)
-            self._session.ask(messages.EndTransfer(frame_count=self._source.count), messages.Committed)
-        except BaseException:
-            with self._lock:
-                self._failure = self._failure or TransportError("the transfer was given up")
-            for channel in channels:
-                channel.abort()
-            raise
-        finally:
+        with contextlib.ExitStack() as stack:
+            channels = []
+            for _ in range(min(self._connections, self._session.connections_max)):
+                channels.append(self._session.attach(transfer_id))
+                stack.callback(channels[-1].close)
+            threads = [
+                threading.Thread(target=self._send, args=(channel,), name=f"ship-{index}")
+                for index, channel in enumerate(channels)
+            ]
+            self._running = len(threads)
             for thread in threads:
-                thread.join()
-            for channel in channels:
-                channel.close()
+                thread.start()
+                stack.callback(thread.join)
+            try:
+                self._watch(phase, record)
+                self._session.ask(messages.EndTransfer(frame_count=self._source.count), messages.Committed)
+            except BaseException:
+                with self._lock:
+                    self._failure = self._failure or TransportError("the transfer was given up")
+                for channel in channels:
+                    channel.abort()
+                raise
         self._report(phase)
 
     def _watch(self, phase: str, record: Callable[[], None]) -> None:
