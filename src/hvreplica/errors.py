@@ -20,10 +20,25 @@ AssertionError and stand outside the tree. Exit codes live on the classes; docs/
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+import copy
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 if TYPE_CHECKING:
     import os
+
+_Error = TypeVar("_Error", bound=BaseException)
+
+
+def kept(error: _Error) -> _Error:
+    """Return a copy of `error` without its traceback: for an object that keeps it and raises it again later.
+
+    An exception that is kept as it was raised keeps every frame that it passed, and those keep the object: a
+    cycle with all the buffers in it. CPython before 3.12.7 crashes when it collects a memoryview that is in
+    use in such a cycle (gh-77894). Keep kept(error), and raise kept(error): raising grows a traceback anew.
+    """
+    copied = copy.copy(error)
+    copied.__traceback__ = copied.__context__ = copied.__cause__ = None
+    return copied
 
 
 class HvReplicaError(Exception):

@@ -23,7 +23,7 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self
 
-from hvreplica.errors import Locked, Truncated
+from hvreplica.errors import Locked, Truncated, kept
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -267,7 +267,7 @@ class OsBlockFile:
             os.fdatasync(self._descriptor)
         except OSError as error:
             error.add_note(f"sync {self._path}: nothing written since its last sync is certain")
-            self._poison = error
+            self._poison = kept(error)
             raise
 
     def close(self) -> None:
@@ -283,7 +283,7 @@ class OsBlockFile:
 
     def _check(self) -> None:
         if self._poison is not None:
-            raise self._poison
+            raise kept(self._poison)
         if self._descriptor < 0:
             message = f"{self._path} is closed"
             raise ValueError(message)

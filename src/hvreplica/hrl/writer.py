@@ -20,7 +20,7 @@ import numpy as np
 
 from hvreplica import native
 from hvreplica.clock import hrl_timestamp
-from hvreplica.errors import LogError
+from hvreplica.errors import LogError, kept
 from hvreplica.formats.hrl import (
     COOKIE,
     DISK_BYTES_MAX,
@@ -275,11 +275,11 @@ class LogWriter:
                     "an earlier write to this log failed, so nothing more can be logged",
                     path=self.path,
                     hint="abort it; what was flushed is found by recovery, the rest only by a comparison",
-                ) from self._failure
+                ) from kept(self._failure)
             try:
                 yield
             except BaseException as error:
-                self._failure = error
+                self._failure = kept(error)
                 raise
 
     def _time_stamp(self, time_s: float | None) -> int:

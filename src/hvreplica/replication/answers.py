@@ -12,7 +12,15 @@ import threading
 from functools import partial
 from typing import TYPE_CHECKING
 
-from hvreplica.errors import Fenced, HvReplicaError, PeerClosed, ProtocolViolation, StateError
+from hvreplica.errors import (
+    Fenced,
+    HvReplicaError,
+    PeerClosed,
+    ProtocolViolation,
+    ReplicaDiverged,
+    StateError,
+    kept,
+)
 from hvreplica.formats import messages
 from hvreplica.store import AlreadyHave, LogSpec
 
@@ -71,24 +79,24 @@ class AnswerSession:
                 "a data connection for a transfer that did not begin", actual=str(transfer_id)
             )
         incoming.enter(channel, connections_max)
-        failure: BaseException | None = None
         try:
             channel.send_message(messages.Attached())
             while (frame := channel.receive_frame()) is not None:
                 incoming.write(frame)
-        except Exception as error:
-            failure = error
-            if not isinstance(error, (HvReplicaError, OSError)):
-                raise
+        except (HvReplicaError, OSError) as error:
+            incoming.fail(error)
             if not isinstance(error, (PeerClosed, Fenced)):
                 _LOG.warning("%s: %s", channel.address, error)
+        except Exception as error:
+            incoming.fail(error)
+            _LOG.exception("%s: cannot take a frame", channel.address)
         finally:
-            incoming.leave(channel, failure)
+            incoming.leave(channel)
 
     def abort(self, reason: HvReplicaError) -> None:
         """End the session from any thread; its questions and frames fail with `reason`."""
         with self._lock:
-            self._aborted = self._aborted or reason
+            self._aborted = self._aborted or kept(reason)
         self._fail_incoming(reason)
         self._control.abort()
 
@@ -105,7 +113,7 @@ class AnswerSession:
 
     def _answer(self, question: messages.Question) -> messages.Message:
         if self._aborted is not None:
-            raise self._aborted
+            raise kept(self._aborted)
         match question:
             case messages.BeginInitial():
                 return self._begin_initial(question)
@@ -174,12 +182,25 @@ class AnswerSession:
         incoming.wait_complete(question.frame_count)
         incoming.sink.commit()
         self._incoming = None
+        _LOG.info(
+            "%s: VM %r: point %s received in %d frames",
+            self._control.address,
+            self._replica.vm,
+            incoming.point_id,
+            question.frame_count,
+        )
         return messages.Committed(incoming.point_id)
 
     def _apply(self, question: messages.Apply) -> messages.Message:
         point_id = self._replica.apply()
         if point_id != question.point_id:
             raise StateError("the replica is on another point", expected=question.point_id, actual=point_id)
+        damage = self._replica.damage
+        if damage:
+            raise ReplicaDiverged(
+                f"the replica's copy of VM {self._replica.vm!r} is damaged: {'; '.join(damage)}",
+                hint="replicate with --reseed sends a whole copy again and puts it in its place",
+            )
         return messages.Applied(point_id)
 
     def _fingerprints(self, question: messages.FingerprintsRequest) -> messages.Fingerprints:
@@ -196,7 +217,7 @@ class AnswerSession:
             try:
                 outcome.append(work())
             except BaseException as error:  # carried to the control thread below
-                outcome.append(error)
+                outcome.append(kept(error))
 
         thread = threading.Thread(target=run, name="answer")
         thread.start()
@@ -208,9 +229,9 @@ class AnswerSession:
                 thread.join()  # the work must end before its store is closed under it
                 raise
             thread.join(_WORKING_EVERY_S)
-        result = outcome[0]
+        result = outcome.pop()
         if isinstance(result, BaseException):
-            raise result
+            raise kept(result)
         return result
 
 
@@ -231,15 +252,13 @@ class _Incoming:
         """Let one more connection send. Raises: the failure that ended the transfer, ProtocolViolation."""
         with self._changed:
             if self._failure is not None:
-                raise self._failure
+                raise kept(self._failure)
             if len(self._channels) >= connections_max:
                 raise ProtocolViolation("too many data connections", expected=f"at most {connections_max}")
             self._channels.append(channel)
 
-    def leave(self, channel: Channel[messages.Question], failure: BaseException | None) -> None:
-        """Take note that a connection has ended, and how."""
-        if failure is not None:
-            self.fail(failure)
+    def leave(self, channel: Channel[messages.Question]) -> None:
+        """Take note that a connection has ended."""
         with self._changed:
             self._channels.remove(channel)
             self._changed.notify_all()
@@ -248,7 +267,7 @@ class _Incoming:
         """Give a frame to the sink, then count it. Raises: whatever the sink raises, ProtocolViolation."""
         with self._changed:
             if self._failure is not None:
-                raise self._failure
+                raise kept(self._failure)
             if frame.sequence < self._watermark or frame.sequence in self._ahead:
                 raise ProtocolViolation("a frame came twice", field="sequence", actual=frame.sequence)
         self.sink.write(frame.target, frame.window_offset, frame.window_bytes, frame.extents, frame.data)
@@ -265,7 +284,7 @@ class _Incoming:
         """Return the watermark of what is durable. Raises: the failure that ended the transfer."""
         with self._changed:
             if self._failure is not None:
-                raise self._failure
+                raise kept(self._failure)
             watermark = self._watermark
         self.sink.flush()
         return watermark
@@ -280,7 +299,7 @@ class _Incoming:
                 lambda: self._failure is not None or self._watermark >= frame_count or not self._channels
             )
             if self._failure is not None:
-                raise self._failure
+                raise kept(self._failure)
             if self._watermark != frame_count:
                 raise PeerClosed(
                     "the data connections ended before all frames were there",
@@ -292,7 +311,7 @@ class _Incoming:
     def fail(self, failure: BaseException) -> None:
         """End the transfer; the first reason stays. Wakes every connection of it."""
         with self._changed:
-            self._failure = self._failure or failure
+            self._failure = self._failure or kept(failure)
             channels = list(self._channels)
             self._changed.notify_all()
         for channel in channels:

@@ -10,7 +10,7 @@ import contextlib
 import threading
 from typing import TYPE_CHECKING
 
-from hvreplica.errors import TransportError
+from hvreplica.errors import TransportError, kept
 from hvreplica.formats import messages
 from hvreplica.progress import Progress
 from hvreplica.replication.sources import new_buffer
@@ -115,7 +115,7 @@ class Shipment:
         """Raise the replica's own reason where it has one: a closed data connection alone says little."""
         if isinstance(failure, (TransportError, OSError)):
             self._session.ask(messages.Checkpoint(), messages.Durable)
-        raise failure
+        raise kept(failure)
 
     def _send(self, channel: Channel[messages.Answer]) -> None:
         buffer = new_buffer()
@@ -140,7 +140,7 @@ class Shipment:
                     self._data_bytes += len(loaded.data)
         except BaseException as failure:
             with self._lock:
-                self._failure = self._failure or failure
+                self._failure = self._failure or kept(failure)
         finally:
             with self._lock:
                 self._running -= 1

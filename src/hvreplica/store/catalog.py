@@ -16,7 +16,7 @@ import uuid
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from hvreplica.errors import BadSignature, Locked, StoreError, StoreFull, UnsupportedVersion
+from hvreplica.errors import BadSignature, Locked, StoreError, StoreFull, UnsupportedVersion, kept
 from hvreplica.store.records import NIL, DiskRow, DiskSpec, LogSpec, Owner, PointRow, TransferRow, VmRow
 from hvreplica.store.schema import APPLICATION_ID, SCHEMA_VERSION, TABLES
 
@@ -134,7 +134,7 @@ class Catalog:
         """
         with self._lock:
             if self._failure is not None:
-                raise self._failure
+                raise kept(self._failure)
             if self._changing:
                 message = "transactions do not nest"
                 raise AssertionError(message)
@@ -202,7 +202,7 @@ class Catalog:
             hint="look at the disk it is on, then start again",
         )
         if code == sqlite3.SQLITE_IOERR:
-            self._failure = failure
+            self._failure = kept(failure)
         return failure
 
     def _rows(self, statement: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

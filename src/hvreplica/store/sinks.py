@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from hvreplica import native
-from hvreplica.errors import FieldOutOfRange, FormatError, LogError, ResumeRefused, StoreError
+from hvreplica.errors import FieldOutOfRange, FormatError, LogError, ResumeRefused, StoreError, kept
 from hvreplica.hrl import verify_log
 from hvreplica.store.apply import finish_initial
 from hvreplica.store.coverage import Coverage
@@ -134,7 +134,7 @@ class TransferSink(ABC, Generic[C]):
         """
         with self._gate:
             if self._failure is not None:
-                raise self._failure
+                raise kept(self._failure)
             spot = self._target(target)
             validate_window(
                 window_offset, window_bytes, total_bytes=spot.total_bytes, grain_bytes=spot.grain_bytes
@@ -199,7 +199,7 @@ class TransferSink(ABC, Generic[C]):
 
     def _flush(self) -> None:
         if self._failure is not None:
-            raise self._failure
+            raise kept(self._failure)
         positions = {number: target.coverage.prefix_bytes for number, target in self._targets.items()}
         try:
             for target in self._targets.values():
@@ -208,7 +208,7 @@ class TransferSink(ABC, Generic[C]):
                     with room(self._home.files, target.path):
                         self._sync(target)
         except BaseException as error:
-            self._failure = error
+            self._failure = kept(error)
             raise
         moved = {number: done for number, done in positions.items() if done > self._positions.get(number, 0)}
         if moved:
@@ -324,7 +324,7 @@ class LogSink(TransferSink["BlockFile"]):
             for number, log in enumerate(self._transfer.logs):
                 self._verify(self._targets[number].path, log, disks[log.disk_index])
         except (FormatError, LogError) as error:
-            self._failure = error
+            self._failure = kept(error)
             self._drop()
             raise
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from hvreplica import native
+from hvreplica.errors import kept
 from hvreplica.tracking.window import WINDOW_BYTES, runs_of, windows_with_data
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class _Comparison:
         for thread in threads:
             thread.join()
         if self._failure is not None:
-            raise self._failure
+            raise kept(self._failure)
         return self._changed_bytes
 
     def _work(self) -> None:
@@ -108,7 +109,7 @@ class _Comparison:
                     self._on_read(window[1])
         except BaseException as failure:  # carried to the caller's thread by run()
             with self._lock:
-                self._failure = self._failure or failure
+                self._failure = self._failure or kept(failure)
 
     def _compare(self, disk_offset: int, window: npt.NDArray[np.uint8]) -> int:
         block_bytes = self._table.block_bytes

@@ -22,6 +22,7 @@ import numpy as np
 
 from hvreplica.disk.vhdx.ring import FileSizes, LogRing
 from hvreplica.disk.vhdx.space import Space
+from hvreplica.errors import kept
 from hvreplica.formats.vhdx_bat import PayloadState, is_present, offsets_of, states_of
 from hvreplica.units import MIB
 
@@ -73,7 +74,7 @@ class WriteSession:
         Does nothing later. Raises: the error that ended the session.
         """
         if self._failure is not None:
-            raise self._failure
+            raise kept(self._failure)
         if self._space is None:
             with self._lock:
                 self._begin_once()
@@ -85,7 +86,7 @@ class WriteSession:
         try:
             self._space = self._begin()
         except BaseException as error:
-            self._failure = error
+            self._failure = kept(error)
             raise
 
     def _begin(self) -> Space:
@@ -164,13 +165,13 @@ class WriteSession:
         """
         with self._flush_lock:
             if self._failure is not None:
-                raise self._failure
+                raise kept(self._failure)
             if self._space is None or not (self._unsynced or self._bat.is_dirty):
                 return
             try:
                 self._flush(self._space)
             except BaseException as error:
-                self._failure = error
+                self._failure = kept(error)
                 raise
 
     def _flush(self, space: Space) -> None:
