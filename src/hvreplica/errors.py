@@ -21,6 +21,7 @@ AssertionError and stand outside the tree. Exit codes live on the classes; docs/
 from __future__ import annotations
 
 import copy
+import traceback
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 if TYPE_CHECKING:
@@ -30,14 +31,20 @@ _Error = TypeVar("_Error", bound=BaseException)
 
 
 def kept(error: _Error) -> _Error:
-    """Return a copy of `error` without its traceback: for an object that keeps it and raises it again later.
+    """Return a copy of `error` without its traceback, and let go of what the traceback's frames hold.
 
-    An exception that is kept as it was raised keeps every frame that it passed, and those keep the object: a
-    cycle with all the buffers in it. CPython before 3.12.7 crashes when it collects a memoryview that is in
-    use in such a cycle (gh-77894). Keep kept(error), and raise kept(error): raising grows a traceback anew.
+    For whoever ends an error's way: an object that keeps it and raises it again later, a thread that tells
+    it. A frame that raised a local variable is in a cycle with its exception, and so are all buffers of all
+    frames on the way. CPython before 3.12.7 crashes when its collector meets a memoryview that is in use in
+    such a cycle (gh-77894), so none may be left to it. Keep kept(error), and raise kept(error): raising grows
+    a traceback anew. Frames that still run are left alone.
     """
     copied = copy.copy(error)
     copied.__traceback__ = copied.__context__ = copied.__cause__ = None
+    chain: BaseException | None = error
+    while chain is not None:
+        traceback.clear_frames(chain.__traceback__)
+        chain = chain.__cause__ or chain.__context__
     return copied
 
 

@@ -1,4 +1,4 @@
-"""A server whose files may not grow: each error is told, the process lives on, and the work continues later."""
+"""A server whose disk is full: each error is told, the process lives on, and the work continues later."""
 
 from __future__ import annotations
 
@@ -15,24 +15,31 @@ from pathlib import Path
 import pytest
 
 import hvreplica
-from hvreplica.errors import FormatError, HvReplicaError, Truncated, kept
+from hvreplica.errors import FormatError, StoreFull, Truncated, kept
 
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
 
 
-def serve(store: Path, tls: Path, *, file_kib_max: int) -> tuple[subprocess.Popen[str], str]:
-    """Start a server whose every file ends, with an error, at so many KiB."""
-    limit = "unlimited" if file_kib_max == 0 else str(file_kib_max)
-    command = (
-        f'ulimit -f {limit}; exec "$0" -m hvreplica serve --store "$1" --tls "$2" --listen 127.0.0.1:0 --json'
-    )
+def serve(store: Path, tls: Path, *, room_bytes: int) -> tuple[subprocess.Popen[str], str]:
+    """Start a server whose disk takes so many bytes of payload."""
+    command = [
+        "-m",
+        "tests.replication.full",
+        str(room_bytes),
+        "serve",
+        "--store",
+        str(store),
+        "--tls",
+        str(tls),
+    ]
     process = subprocess.Popen(
-        ["bash", "-c", command, sys.executable, str(store), str(tls)],
+        [sys.executable, *command, "--listen", "127.0.0.1:0", "--json"],
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}"},
     )
     assert process.stdout is not None
     answer = json.loads(process.stdout.readline())
@@ -43,16 +50,16 @@ def test_server_survives_writes_that_fail_in_several_threads(tmp_path: Path, tls
     disk = tmp_path / "a.raw"
     disk.write_bytes(random.Random(seed).randbytes(64 * MIB))
     options = {"tls": tls, "state": tmp_path / "state", "compression": "none", "connections": 4}
-    process, address = serve(tmp_path / "store", tls, file_kib_max=24 * 1024)
+    process, address = serve(tmp_path / "store", tls, room_bytes=24 * MIB)
     for _ in range(3):
-        with pytest.raises(HvReplicaError):
+        with pytest.raises(StoreFull):
             hvreplica.replicate("web01", [disk], to=address, **options)
     assert process.poll() is None, process.stderr.read() if process.stderr else ""
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate()
     assert process.returncode == 0, err
     assert "Traceback" not in err
-    process, address = serve(tmp_path / "store", tls, file_kib_max=0)
+    process, address = serve(tmp_path / "store", tls, room_bytes=1 << 40)
     assert hvreplica.replicate("web01", [disk], to=address, **options).kind == "initial"
     process.send_signal(signal.SIGTERM)
     process.communicate()

@@ -58,11 +58,11 @@ class AnswerSession:
                 answer = self._while_working(partial(self._answer, question))
             except (HvReplicaError, OSError) as error:
                 _LOG.warning("%s: %s", self._control.address, error)
-                answer = refusal(error)
+                answer = refusal(kept(error))
             except Exception as error:
                 # A bug of ours must not leave the primary waiting, nor end the server for the other VMs.
                 _LOG.exception("%s: cannot answer", self._control.address)
-                answer = refusal(error)
+                answer = refusal(kept(error))
             self._control.send_message(answer)
 
     def receive(

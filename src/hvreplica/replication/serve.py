@@ -22,6 +22,7 @@ from hvreplica.errors import (
     PeerClosed,
     ProtocolViolation,
     UnsupportedVersion,
+    kept,
 )
 from hvreplica.files import OS_FILES
 from hvreplica.formats import messages
@@ -134,7 +135,7 @@ class Server:
             _LOG.info("%s: %s", channel.address, error.message)
         except (HvReplicaError, OSError) as error:
             _LOG.warning("%s (%s): %s", channel.address, channel.peer.common_name, error)
-            _refuse(channel, error)
+            _refuse(channel, kept(error))
 
     def _control(self, channel: Channel[messages.Question], claim: messages.Claim) -> None:
         if claim.protocol != messages.PROTOCOL_VERSION:

@@ -14,7 +14,7 @@ import threading
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from hvreplica.clock import SYSTEM
-from hvreplica.errors import HvReplicaError, Unreachable
+from hvreplica.errors import HvReplicaError, Unreachable, kept
 from hvreplica.transport.address import Address, parse_address
 from hvreplica.transport.channel import DEFAULT_TIMEOUT_S, Channel
 from hvreplica.transport.pipe import TlsPipe
@@ -196,10 +196,12 @@ class Listener(Generic[MessageT]):
             self._handler(channel)
         except HvReplicaError as error:
             log.warning("%s (%s): %s", channel.address, channel.peer.common_name, error)
-        except Exception:
+            kept(error)
+        except Exception as error:
             log.exception(
                 "%s (%s): the connection's handler failed", channel.address, channel.peer.common_name
             )
+            kept(error)
         finally:
             channel.close()
             self._forget(channel)
