@@ -11,60 +11,73 @@ import subprocess
 import sys
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 import hvreplica
 from hvreplica.errors import FormatError, StoreFull, Truncated, kept
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
 
 
-def serve(store: Path, tls: Path, *, room_bytes: int) -> tuple[subprocess.Popen[str], str]:
-    """Start a server whose disk takes so many bytes of payload."""
-    command = [
-        "-m",
-        "tests.replication.full",
-        str(room_bytes),
-        "serve",
-        "--store",
-        str(store),
-        "--tls",
-        str(tls),
-    ]
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Return a file system of 40 MiB of its own; it takes root to make one."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=40M", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if made.returncode:
+        pytest.skip(
+            f"NOT TESTED: a server on a full file system; no tmpfs can be mounted: {made.stderr.strip()}"
+        )
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def serve(store: Path, tls: Path) -> tuple[subprocess.Popen[str], str]:
     process = subprocess.Popen(
-        [sys.executable, *command, "--listen", "127.0.0.1:0", "--json"],
-        cwd=ROOT,
+        [sys.executable, "-m", "hvreplica", "serve", "--store", str(store), "--tls", str(tls)]
+        + ["--listen", "127.0.0.1:0", "--json"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}"},
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
     )
     assert process.stdout is not None
     answer = json.loads(process.stdout.readline())
     return process, answer.get("address") or f"{answer['host']}:{answer['port']}"
 
 
-def test_server_survives_writes_that_fail_in_several_threads(tmp_path: Path, tls: Path, seed: int) -> None:
+def test_server_on_a_full_file_system_lives_on_and_continues_in_a_larger_one(
+    tmp_path: Path, small_disk: Path, tls: Path, seed: int
+) -> None:
     disk = tmp_path / "a.raw"
-    disk.write_bytes(random.Random(seed).randbytes(64 * MIB))
+    disk.write_bytes(random.Random(seed).randbytes(96 * MIB))
     options = {"tls": tls, "state": tmp_path / "state", "compression": "none", "connections": 4}
-    process, address = serve(tmp_path / "store", tls, room_bytes=24 * MIB)
+    store = small_disk / "store"
+    process, address = serve(store, tls)
     for _ in range(3):
         with pytest.raises(StoreFull):
             hvreplica.replicate("web01", [disk], to=address, **options)
     assert process.poll() is None, process.stderr.read() if process.stderr else ""
+    subprocess.run(["mount", "-o", "remount,size=400M", str(small_disk)], check=True)
+    assert hvreplica.replicate("web01", [disk], to=address, **options).kind == "initial"
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate()
     assert process.returncode == 0, err
     assert "Traceback" not in err
-    process, address = serve(tmp_path / "store", tls, room_bytes=1 << 40)
-    assert hvreplica.replicate("web01", [disk], to=address, **options).kind == "initial"
-    process.send_signal(signal.SIGTERM)
-    process.communicate()
     export = tmp_path / "export.raw"
-    hvreplica.point_export(tmp_path / "store", "web01", export, format="raw")
+    hvreplica.point_export(store, "web01", export, format="raw")
     assert export.read_bytes() == disk.read_bytes()
 
 
