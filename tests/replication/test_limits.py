@@ -46,8 +46,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def serve(store: Path, tls: Path) -> tuple[subprocess.Popen[str], str]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "hvreplica", "serve", "--store", str(store), "--tls", str(tls)]
-        + ["--listen", "127.0.0.1:0", "--json"],
+        [
+            *(sys.executable, "-m", "hvreplica", "serve", "--store", str(store), "--tls", str(tls)),
+            *("--listen", "127.0.0.1:0", "--json"),
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

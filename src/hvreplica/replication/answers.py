@@ -310,8 +310,9 @@ class _Incoming:
 
     def fail(self, failure: BaseException) -> None:
         """End the transfer; the first reason stays. Wakes every connection of it."""
+        failure = kept(failure)
         with self._changed:
-            self._failure = self._failure or kept(failure)
+            self._failure = self._failure or failure
             channels = list(self._channels)
             self._changed.notify_all()
         for channel in channels:

@@ -139,8 +139,9 @@ class Shipment:
                     self._covered_bytes += window.length
                     self._data_bytes += len(loaded.data)
         except BaseException as failure:
+            ended = kept(failure)
             with self._lock:
-                self._failure = self._failure or kept(failure)
+                self._failure = self._failure or ended
         finally:
             with self._lock:
                 self._running -= 1

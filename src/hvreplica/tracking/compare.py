@@ -108,8 +108,9 @@ class _Comparison:
                     self._changed_bytes += changed
                     self._on_read(window[1])
         except BaseException as failure:  # carried to the caller's thread by run()
+            ended = kept(failure)
             with self._lock:
-                self._failure = self._failure or kept(failure)
+                self._failure = self._failure or ended
 
     def _compare(self, disk_offset: int, window: npt.NDArray[np.uint8]) -> int:
         block_bytes = self._table.block_bytes
