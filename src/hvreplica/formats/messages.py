@@ -91,7 +91,9 @@ class DiskState(msgspec.Struct, frozen=True):
 class Claimed(Message, frozen=True, tag="claimed"):
     """The claim stands.
 
-    session: proves that a data connection belongs to it. phase: empty, initial or ready.
+    session: proves that a data connection belongs to it. phase: empty, initial or ready. last_point: the
+    newest one that is there whole. transfer: the unfinished one. damage: why the replica's copy cannot be
+    built upon, a sentence for each file; only a new initial replication mends it.
     """
 
     protocol: int
@@ -101,6 +103,7 @@ class Claimed(Message, frozen=True, tag="claimed"):
     last_point: uuid.UUID | None
     transfer: uuid.UUID | None
     disks: Annotated[list[DiskState], Meta(max_length=DISKS_MAX)]
+    damage: Annotated[list[Text], Meta(max_length=4 * DISKS_MAX)]
     connections_max: Annotated[int, Meta(ge=1, le=64)]
 
 

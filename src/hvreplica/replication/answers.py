@@ -17,7 +17,6 @@ from hvreplica.errors import (
     HvReplicaError,
     PeerClosed,
     ProtocolViolation,
-    ReplicaDiverged,
     StateError,
     kept,
 )
@@ -195,12 +194,6 @@ class AnswerSession:
         point_id = self._replica.apply()
         if point_id != question.point_id:
             raise StateError("the replica is on another point", expected=question.point_id, actual=point_id)
-        damage = self._replica.damage
-        if damage:
-            raise ReplicaDiverged(
-                f"the replica's copy of VM {self._replica.vm!r} is damaged: {'; '.join(damage)}",
-                hint="replicate with --reseed sends a whole copy again and puts it in its place",
-            )
         return messages.Applied(point_id)
 
     def _fingerprints(self, question: messages.FingerprintsRequest) -> messages.Fingerprints:

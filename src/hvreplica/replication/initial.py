@@ -17,10 +17,26 @@ if TYPE_CHECKING:
     from hvreplica.replication.work import Work
 
 
+def prepare_initial(work: Work) -> None:
+    """Where an initial replication is unfinished, go back to where the disks are no longer what was sent.
+
+    Reads and hashes all that was sent. Raises: TrackingLost without the tables.
+    """
+    transfer = work.state.transfer
+    if transfer is None or transfer.kind != "initial":
+        return
+    work.open_tables()
+    transfer.positions = [
+        unchanged_until(disk, table, position)
+        for disk, table, position in zip(work.disks, work.tables, transfer.positions, strict=True)
+    ]
+    transfer.instant_s = work.clock.now_s()
+    work.save()
+
+
 def replicate_initially(work: Work, session: ReplicaSession) -> None:
     """Send a whole copy, or the rest of one, and record that the replica has it."""
-    transfer = work.state.transfer
-    transfer = _begin(work) if transfer is None else _continue(work, transfer)
+    transfer = work.state.transfer or _begin(work)
     question = messages.BeginInitial(
         transfer_id=transfer.transfer_id,
         point_id=transfer.point_id,
@@ -68,17 +84,5 @@ def _begin(work: Work) -> Transfer:
         positions=[0] * len(work.disks),
     )
     work.state.transfer = transfer
-    work.save()
-    return transfer
-
-
-def _continue(work: Work, transfer: Transfer) -> Transfer:
-    if not work.tables:
-        work.open_tables()
-    transfer.positions = [
-        unchanged_until(disk, table, position)
-        for disk, table, position in zip(work.disks, work.tables, transfer.positions, strict=True)
-    ]
-    transfer.instant_s = work.clock.now_s()
     work.save()
     return transfer

@@ -14,11 +14,11 @@ import logging
 import threading
 from typing import TYPE_CHECKING
 
-from hvreplica.errors import Fenced, HvReplicaError, ReplicaDiverged
+from hvreplica.errors import Fenced, HvReplicaError, Locked, ReplicaDiverged, kept
 from hvreplica.formats import messages
 from hvreplica.progress import Progress
 from hvreplica.replication import cycle
-from hvreplica.replication.initial import replicate_initially, settle_initial
+from hvreplica.replication.initial import prepare_initial, replicate_initially, settle_initial
 from hvreplica.replication.resync import resync
 from hvreplica.replication.state import NIL, shapes
 from hvreplica.replication.version import SOFTWARE
@@ -50,6 +50,7 @@ class Primary:
         Raises: what stands in the way, once retries are used up.
         """
         waits = iter(RETRY_AFTER_S)
+        durable_bytes = 0
         compared = False
         while True:
             try:
@@ -61,14 +62,24 @@ class Primary:
                 if not cycle.cut(self._work):
                     return
             except HvReplicaError as error:
+                if self._durable_bytes() > durable_bytes:
+                    durable_bytes, waits = self._durable_bytes(), iter(RETRY_AFTER_S)  # it gets on, if slowly
                 wait_s = next(waits, None) if error.retryable and self._met else None
                 if wait_s is None:
                     raise
                 _LOG.warning("%s; trying again in %g s", error, wait_s)
+                kept(error)
                 threading.Event().wait(wait_s)
+
+    def _durable_bytes(self) -> int:
+        transfer = self._work.state.transfer
+        return 0 if transfer is None else sum(transfer.positions)
 
     def _catch_up(self) -> None:
         """Finish in one session whatever is unfinished on either side."""
+        if not self._with_resync and not self._met:
+            # What earlier calls sent is hashed again, before the session: the replica does not wait for that.
+            prepare_initial(self._work)
         try:
             self._meet()
         except Fenced as error:
@@ -84,9 +95,10 @@ class Primary:
                 state = self._work.state
                 claimed = session.claim(state, shapes(state), software=SOFTWARE)
                 self._met = True
-                self._agree(claimed)
                 if self._with_resync:
                     self._resync(session, claimed)
+                else:
+                    self._agree(claimed)
                 if self._work.state.phase == "ready":
                     self._finish_cycle(session)
                 else:
@@ -98,6 +110,14 @@ class Primary:
         """Bring our record in line with what the replica says that it holds, or refuse to go on."""
         state = self._work.state
         transfer = state.transfer
+        if transfer is not None and transfer.kind == "initial" and claimed.transfer == transfer.transfer_id:
+            return  # an unfinished initial replication; what it replaces does not matter
+        if claimed.damage:
+            raise ReplicaDiverged(
+                f"the replica's copy of this VM is damaged: {'; '.join(claimed.damage)}",
+                path=self._work.link.address,
+                hint="--resync sends a whole copy again and puts it in its place",
+            )
         if transfer is not None and transfer.stage != "cutting" and claimed.last_point == transfer.point_id:
             # It was committed there, and the answer was lost on its way to us.
             if transfer.kind == "initial":
@@ -105,29 +125,32 @@ class Primary:
             else:
                 transfer.stage = "acknowledged"
                 self._work.save()
-        elif self._with_resync or claimed.last_point == state.last_point:
-            return
-        elif claimed.last_point is None:
-            raise ReplicaDiverged(
+        elif claimed.last_point != state.last_point:
+            raise self._diverged(claimed)
+
+    def _diverged(self, claimed: messages.Claimed) -> ReplicaDiverged:
+        address, last_point = self._work.link.address, self._work.state.last_point
+        if claimed.last_point is None:
+            return ReplicaDiverged(
                 "the replica no longer has its copy of this VM",
-                path=self._work.link.address,
-                expected=f"point {state.last_point}",
+                path=address,
+                expected=f"point {last_point}",
                 actual=f"phase {claimed.phase}",
                 hint="is this the right replica? if so, --resync sends a whole copy again",
             )
-        else:
-            raise ReplicaDiverged(
-                "the replica is on another point than the one that this state folder sent last",
-                path=self._work.link.address,
-                expected=state.last_point or "no point",
-                actual=claimed.last_point,
-                hint=_RESYNC_HINT,
-            )
+        return ReplicaDiverged(
+            "the replica is on another point than the one that this state folder sent last",
+            path=address,
+            expected=last_point or "no point",
+            actual=claimed.last_point,
+            hint=_RESYNC_HINT,
+        )
 
     def _resync(self, session: ReplicaSession, claimed: messages.Claimed) -> None:
-        if claimed.last_point is not None:
+        """Forget what we believed: take the replica's fingerprints, or begin anew if it has nothing sound."""
+        if claimed.last_point is not None and not claimed.damage:
             resync(self._work, session, claimed)
-        elif self._work.state.phase == "ready":
+        else:
             state = self._work.state
             state.phase, state.last_point, state.transfer = "new", None, None
             self._work.save()
@@ -147,5 +170,9 @@ class Primary:
             cycle.settle(work, transfer)
         work.check_tables()
         work.on_progress(Progress("apply", 0, 1))
-        session.ask(messages.Apply(work.state.last_point or NIL), messages.Applied)
+        try:
+            session.ask(messages.Apply(work.state.last_point or NIL), messages.Applied)
+        except Locked as error:
+            # An export holds the disks. The point is durable in the spool, further ones queue up behind it.
+            _LOG.warning("the replica has the point and applies it later: %s", error)
         work.on_progress(Progress("apply", 1, 1))

@@ -15,6 +15,7 @@ from hvreplica.errors import ProtocolViolation, ReplicaDiverged
 from hvreplica.formats import messages
 from hvreplica.formats.fingerprint import FINGERPRINT_BYTES
 from hvreplica.progress import Progress
+from hvreplica.tracking.fingerprints import BLOCK_BYTES
 
 if TYPE_CHECKING:
     from hvreplica.replication.session import ReplicaSession
@@ -25,6 +26,8 @@ def resync(work: Work, session: ReplicaSession, claimed: messages.Claimed) -> No
     """Make tables and state say what the replica really holds, whatever was believed before. Repeatable."""
     if claimed.last_point is None:
         raise ReplicaDiverged("the replica has no point to compare with", path=work.link.address)
+    # The first answer comes before anything is forgotten: a refusal must leave things as they were.
+    session.ask(messages.FingerprintsRequest(0, 0, 1, BLOCK_BYTES), messages.Fingerprints)
     work.create_tables()
     state = work.state
     state.phase, state.transfer, state.last_point = "ready", None, claimed.last_point

@@ -44,6 +44,7 @@ _LOG = logging.getLogger("hvreplica.serve")
 _QUESTIONS = msgspec.msgpack.Decoder(messages.Question)
 _CONNECTIONS_MAX = 64
 _DATA_CONNECTIONS_MAX = 16
+_DATA_SILENCE_S = 3600.0  # a slow disk is no dead primary: that one is found on the control connection
 _CONTROL_SILENCE_S = 300.0  # the longest a primary thinks between two questions
 
 
@@ -194,6 +195,7 @@ class Server:
             session = self._by_token.get(attach.session)
         if session is None or session.peer != channel.peer:
             raise ProtocolViolation("a data connection for a session that is not open")
+        channel.set_idle_timeout(_DATA_SILENCE_S)
         session.receive(channel, attach.transfer_id, connections_max=_DATA_CONNECTIONS_MAX)
 
 
@@ -206,6 +208,7 @@ def _claimed(replica: VmReplica, token: bytes) -> messages.Claimed:
         last_point=replica.last_point,
         transfer=replica.transfer,
         disks=[messages.DiskState(disk.spec.index, disk.last_log_id) for disk in replica.disks],
+        damage=[sentence[: messages.TEXT_CHARS_MAX] for sentence in replica.damage],
         connections_max=_DATA_CONNECTIONS_MAX,
     )
 

@@ -78,6 +78,8 @@ class Shipment:
                 stack.callback(thread.join)
             try:
                 self._watch(phase, record)
+                # After the commit our record is all that says what the replica holds: it must not be younger.
+                self._source.sync()
                 self._session.ask(messages.EndTransfer(frame_count=self._source.count), messages.Committed)
             except BaseException:
                 with self._lock:
@@ -138,6 +140,8 @@ class Shipment:
                 with self._lock:
                     self._covered_bytes += window.length
                     self._data_bytes += len(loaded.data)
+            # Others may need long for their last windows: an idle connection must not pass for a dead one.
+            channel.finish_sending()
         except BaseException as failure:
             ended = kept(failure)
             with self._lock:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 from hvreplica.clock import SYSTEM
 from hvreplica.disk import open_disk
-from hvreplica.errors import StateError
+from hvreplica.errors import FieldOutOfRange, StateError
 from hvreplica.files import OS_FILES
 from hvreplica.formats import messages
+from hvreplica.formats.hrl import SECTOR_BYTES
 from hvreplica.replication.primary import Primary
 from hvreplica.replication.results import DiskChange, ReplicateResult
 from hvreplica.replication.state import StateFolder, check_same, track
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from hvreplica.disk import Disk
     from hvreplica.files import FileSystem
     from hvreplica.progress import Progress, ProgressCallback
+    from hvreplica.replication.state import PrimaryState
 
     PathLike = str | os.PathLike[str]
 
@@ -70,19 +72,16 @@ def replicate(  # noqa: PLR0913 - a verb with its options, all but two by keywor
     link = Link(to, client_context(Path(tls)), compression, connections)
     start_s = clock.monotonic_s()
     with contextlib.ExitStack() as stack:
-        folder = StateFolder(files, Path(state), clock=clock)
+        folder = StateFolder(files, Path(state).absolute(), clock=clock)
         stack.callback(folder.release)
         opened: list[Disk] = []
         for path in disks:
             disk = open_disk(files, Path(path).absolute(), clock=clock)
             stack.callback(disk.close)
             opened.append(disk)
-        known = folder.load()
-        if known is not None:
-            check_same(known, vm, opened, folder.folder)
         work = Work(
             folder=folder,
-            state=known or track(vm, opened, clock=clock),
+            state=_state(folder, vm, opened, clock),
             disks=opened,
             link=link,
             files=files,
@@ -91,10 +90,33 @@ def replicate(  # noqa: PLR0913 - a verb with its options, all but two by keywor
             tally=Tally("none", [0] * len(opened)),
         )
         stack.callback(work.close_tables)
-        if known is None:
-            work.save()
+        work.save()
         Primary(work, with_resync=resync, takeover=takeover).run()
         return _result(work, round(clock.monotonic_s() - start_s, 3))
+
+
+def _state(folder: StateFolder, vm: str, disks: Sequence[Disk], clock: Clock) -> PrimaryState:
+    """Return the folder's state, checked against the call; a new one where nothing was replicated yet."""
+    for disk in disks:
+        if disk.virtual_bytes == 0 or disk.virtual_bytes % SECTOR_BYTES:
+            raise FieldOutOfRange(
+                "a disk must have whole sectors",
+                path=disk.path,
+                field="length",
+                expected=f"a multiple of {SECTOR_BYTES} bytes, not 0",
+                actual=disk.virtual_bytes,
+                hint="extend a raw file with `truncate -s %512 FILE`",
+            )
+    known = folder.load()
+    if known is None:
+        return track(vm, disks, clock=clock)
+    if known.phase == "new":
+        # Nothing was sent: the call may name another VM or other disks. The replica may know the identity.
+        fresh = track(vm, disks, clock=clock)
+        fresh.relationship_id, fresh.generation = known.relationship_id, known.generation
+        return fresh
+    check_same(known, vm, disks, folder.folder)
+    return known
 
 
 def _result(work: Work, seconds: float) -> ReplicateResult:
