@@ -14,7 +14,7 @@ from hvreplica.clock import SYSTEM
 from hvreplica.disk import open_disk
 from hvreplica.errors import FieldOutOfRange, ReplicaDiverged, TrackingLost, Unreachable
 from hvreplica.files import OS_FILES
-from hvreplica.replication import initial, primary, ship, sources
+from hvreplica.replication import cycle, initial, primary, ship, sources, work
 from tests.replication.sites import DISK, MIB, STATE, VM, Guest, Served
 from tests.support.crash import worlds_after
 from tests.support.faultfile import Killed
@@ -77,10 +77,6 @@ def test_power_lost_after_the_commit_finds_later_zeros(
     guest: Guest, served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the replica committed must be in the fingerprints, or what becomes zero later looks unchanged."""
-
-    def dead(*_: object) -> None:
-        raise Killed
-
     with monkeypatch.context() as patch:
         patch.setattr(initial, "settle_initial", dead)
         with pytest.raises(Killed):
@@ -205,3 +201,53 @@ def test_failed_first_call_does_not_bind_the_state_folder(guest: Guest, served: 
     )
     assert result.kind == "initial"
     assert served.content("another") == guest.model
+
+
+def test_resync_that_died_early_does_not_make_an_empty_table_believed(
+    guest: Guest, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cut log waits, a resync dies while it empties the tables, the guest zeroes what the log does not hold."""
+    guest.replicate(served)
+    guest.write(8 * 4096)
+    with monkeypatch.context() as patch:
+        patch.setattr(cycle, "ship", dead)
+        with pytest.raises(Killed):
+            guest.replicate(served)
+    for name in ("save", "create_tables", "close_tables"):
+        with monkeypatch.context() as patch:
+            patch.setattr(work.Work, name, dead)
+            with pytest.raises(Killed):
+                guest.replicate(served, resync=True)
+        guest.files = guest.files.after_kill()
+        guest.zero(guest.rng.randrange(16) * MIB, MIB)
+        with contextlib.suppress(TrackingLost):
+            guest.replicate(served)
+            assert served.content() == guest.model, name
+        guest.write(4096)
+    guest.replicate(served, resync=True)
+    assert served.content() == guest.model
+
+
+def test_primary_rolled_back_in_its_initial_transfer_sends_again_what_changed(
+    served: Served, seed: int
+) -> None:
+    """Disk and state folder go back to a backup; meanwhile the replica took newer windows of the same transfer."""
+    resumed = 0
+    for event_count in range(20, 100, 8):
+        guest = Guest(seed, vm=f"web{event_count}", disk_bytes=64 * MIB)
+        guest.write(24 * MIB, piece_bytes=MIB)
+        if not kill_after(guest, served, event_count):
+            continue
+        backup, model = guest.files.after_kill(), bytes(guest.model)
+        guest.files = guest.files.after_kill()
+        guest.write(40 * 4096)
+        resumed += kill_after(guest, served, event_count // 2)
+        guest.files, guest.model = backup, bytearray(model)
+        guest.replicate(served)
+        assert served.content(guest.vm) == guest.model, event_count
+    assert resumed > 2
+
+
+def dead(*_: object, **__: object) -> None:
+    """Die here."""
+    raise Killed

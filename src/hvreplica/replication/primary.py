@@ -159,6 +159,7 @@ class Primary:
     def _finish_cycle(self, session: ReplicaSession) -> None:
         work = self._work
         work.open_tables()
+        work.check_tables()
         transfer = work.state.transfer
         if transfer is not None and transfer.stage == "cutting":
             work.state.transfer = None
@@ -168,7 +169,6 @@ class Primary:
             if transfer.stage == "cut":
                 cycle.ship(work, session, transfer)
             cycle.settle(work, transfer)
-        work.check_tables()
         work.on_progress(Progress("apply", 0, 1))
         try:
             session.ask(messages.Apply(work.state.last_point or NIL), messages.Applied)

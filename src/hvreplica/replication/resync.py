@@ -28,12 +28,13 @@ def resync(work: Work, session: ReplicaSession, claimed: messages.Claimed) -> No
         raise ReplicaDiverged("the replica has no point to compare with", path=work.link.address)
     # The first answer comes before anything is forgotten: a refusal must leave things as they were.
     session.ask(messages.FingerprintsRequest(0, 0, 1, BLOCK_BYTES), messages.Fingerprints)
-    work.create_tables()
     state = work.state
     state.phase, state.transfer, state.last_point = "ready", None, claimed.last_point
     for disk, held in zip(state.disks, claimed.disks, strict=True):
         disk.last_log_id = held.last_log_id
     work.save()
+    # Only now: as long as the state names a transfer, its tables are still needed as they are.
+    work.create_tables()
     work.folder.discard_logs()
     for index in range(len(work.disks)):
         _fetch(work, session, index)

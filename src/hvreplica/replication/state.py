@@ -38,9 +38,9 @@ class TrackedDisk(msgspec.Struct, forbid_unknown_fields=True):
 
     path: str
     virtual_bytes: Annotated[int, Meta(ge=512, le=messages.DISK_BYTES_MAX)]
-    logical_sector_bytes: int
-    physical_sector_bytes: int
-    block_bytes: int
+    logical_sector_bytes: messages.SectorBytes
+    physical_sector_bytes: messages.SectorBytes
+    block_bytes: Annotated[int, Meta(ge=0, le=256 << 20)]
     last_log_id: uuid.UUID = NIL
 
 

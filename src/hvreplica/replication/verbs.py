@@ -139,8 +139,8 @@ def _result(work: Work, seconds: float) -> ReplicateResult:
 
 
 def _check_arguments(vm: str, disks: Sequence[PathLike], compression: str, connections: int) -> None:
-    if not 1 <= len(vm) <= messages.VM_NAME_CHARS_MAX:
-        message = f"the VM's name must have 1 to {messages.VM_NAME_CHARS_MAX} characters"
+    if not 1 <= len(vm) <= messages.VM_NAME_CHARS_MAX or not vm.isprintable():
+        message = f"the VM's name must have 1 to {messages.VM_NAME_CHARS_MAX} printable characters"
         raise ValueError(message)
     if not 1 <= len(disks) <= messages.DISKS_MAX:
         message = f"a VM has 1 to {messages.DISKS_MAX} disks"

@@ -148,15 +148,20 @@ class Work:
                 )
 
     def check_tables(self) -> None:
-        """Refuse tables that do not describe the point that the replica is on. Raises: TrackingLost."""
-        expected = self.state.last_point or NIL
+        """Refuse tables that do not describe the point that the replica was on before a pending transfer.
+
+        One that was acknowledged may have taken some of them further already. Raises: TrackingLost.
+        """
+        expected = {self.state.last_point or NIL}
+        if self.state.transfer is not None and self.state.transfer.stage == "acknowledged":
+            expected.add(self.state.transfer.point_id)
         for table, index in zip(self.tables, range(len(self.disks)), strict=True):
-            if table.header.point_id != expected:
+            if table.header.point_id not in expected:
                 raise TrackingLost(
                     "the fingerprint table describes another point than the replica's",
                     path=self.folder.table_path(index),
                     field="point_id",
-                    expected=expected,
+                    expected=self.state.last_point or NIL,
                     actual=table.header.point_id,
                     hint=_RESYNC_HINT,
                 )

@@ -109,9 +109,11 @@ class TransferSink(ABC, Generic[C]):
     def resume_from(self, target: int, position: int) -> None:
         """Take the bytes of a target before `position` as received; the windows must tile the rest.
 
-        Raises: ResumeRefused if they are not durable here, or once a window came.
+        What lies behind it will be written anew, so it no longer counts as received: a primary that was
+        rolled back must not build on it. Durable on return. Raises: ResumeRefused if the bytes before
+        `position` are not durable here, or once a window came; Fenced, StoreFull.
         """
-        with self._gate:
+        with self._gate, self._flushing:
             spot = self._target(target)
             if not 0 <= position <= self.position(target):
                 raise ResumeRefused(
@@ -122,6 +124,8 @@ class TransferSink(ABC, Generic[C]):
                     hint="send this target from its start",
                 )
             spot.coverage.resume(position)
+            if position < self.position(target):
+                self._record({target: position})
 
     def write(
         self, target: int, window_offset: int, window_bytes: int, extents: NDArray[Any], data: Buffer
