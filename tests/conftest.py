@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,11 @@ settings.register_profile(
 )
 _PROFILE = os.environ.get("HVREPLICA_PROFILE") or ("ci" if os.environ.get("CI") else "dev")
 settings.load_profile(_PROFILE)
+
+# Run with nohup, or in the background of a script, some signals come ignored; processes under test inherit that.
+for _signal in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_signal) is signal.SIG_IGN:
+        signal.signal(_signal, signal.default_int_handler if _signal == signal.SIGINT else signal.SIG_DFL)
 
 SEED = int(os.environ.get("HVREPLICA_SEED", "42"))
 

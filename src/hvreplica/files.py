@@ -290,12 +290,15 @@ class OsBlockFile:
 
 
 class _OsLock:
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, *, shared: bool) -> None:
         self._descriptor = descriptor
+        self._shared = shared
 
     def release(self) -> None:
         if self._descriptor >= 0:
             descriptor, self._descriptor = self._descriptor, -1
+            if not self._shared:
+                os.ftruncate(descriptor, 0)  # or the next shared holder would be taken for us
             os.close(descriptor)
 
 
@@ -341,7 +344,7 @@ class OsFiles:
             folder = folder.parent
         with _noted("make directory", path):
             for folder in reversed(missing):
-                folder.mkdir(mode=0o755, exist_ok=True)
+                folder.mkdir(mode=0o700 if folder == Path(path) else 0o755, exist_ok=True)
                 self.sync_directory(folder.parent)
             if not Path(path).is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, "not a directory", os.fspath(path))
@@ -372,6 +375,7 @@ class OsFiles:
         try:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
+            # Only an exclusive holder writes its number, and it removes it again unless it was killed.
             holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip("\0 \n")
             os.close(descriptor)
             raise Locked(
@@ -385,7 +389,7 @@ class OsFiles:
         if not shared:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-        return _OsLock(descriptor)
+        return _OsLock(descriptor, shared=shared)
 
 
 def write_durably(files: FileSystem, path: Path, data: bytes, *, clock: Clock, mode: int = 0o644) -> None:

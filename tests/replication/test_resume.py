@@ -12,7 +12,7 @@ import pytest
 import hvreplica
 from hvreplica.clock import SYSTEM
 from hvreplica.disk import open_disk
-from hvreplica.errors import FieldOutOfRange, ReplicaDiverged, TrackingLost, Unreachable
+from hvreplica.errors import Fenced, FieldOutOfRange, ReplicaDiverged, TrackingLost, Unreachable
 from hvreplica.files import OS_FILES
 from hvreplica.replication import cycle, initial, primary, ship, sources, work
 from tests.replication.sites import DISK, MIB, STATE, VM, Guest, Served
@@ -228,9 +228,7 @@ def test_resync_that_died_early_does_not_make_an_empty_table_believed(
     assert served.content() == guest.model
 
 
-def test_primary_rolled_back_in_its_initial_transfer_sends_again_what_changed(
-    served: Served, seed: int
-) -> None:
+def test_primary_rolled_back_in_its_initial_transfer_is_fenced(served: Served, seed: int) -> None:
     """Disk and state folder go back to a backup; meanwhile the replica took newer windows of the same transfer."""
     resumed = 0
     for event_count in range(20, 100, 8):
@@ -243,7 +241,9 @@ def test_primary_rolled_back_in_its_initial_transfer_sends_again_what_changed(
         guest.write(40 * 4096)
         resumed += kill_after(guest, served, event_count // 2)
         guest.files, guest.model = backup, bytearray(model)
-        guest.replicate(served)
+        with pytest.raises(Fenced, match="newer session of the same primary"):
+            guest.replicate(served)
+        guest.replicate(served, takeover=True)
         assert served.content(guest.vm) == guest.model, event_count
     assert resumed > 2
 

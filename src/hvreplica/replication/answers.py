@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from hvreplica.errors import (
     Fenced,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     Sink = InitialSink | LogSink
 
+_Done = TypeVar("_Done")
 _LOG = logging.getLogger("hvreplica.serve")
 _WORKING_EVERY_S = 5.0
 _OUT_OF_ORDER_MAX = 4096  # frames ahead of a missing one; N connections are never that far apart
@@ -54,7 +55,7 @@ class AnswerSession:
         while True:
             question = self._control.receive_message()
             try:
-                answer = self._while_working(partial(self._answer, question))
+                answer = while_working(self._control, partial(self._answer, question))
             except (HvReplicaError, OSError) as error:
                 _LOG.warning("%s: %s", self._control.address, error)
                 answer = refusal(kept(error))
@@ -202,30 +203,35 @@ class AnswerSession:
         )
         return messages.Fingerprints(data if any(data) else b"")
 
-    def _while_working(self, work: Callable[[], messages.Message]) -> messages.Message:
-        """Return what `work` returns, telling the primary meanwhile that we live."""
-        outcome: list[messages.Message | BaseException] = []
 
-        def run() -> None:
-            try:
-                outcome.append(work())
-            except BaseException as error:  # carried to the control thread below
-                outcome.append(kept(error))
+def while_working(channel: Channel[messages.Question], work: Callable[[], _Done]) -> _Done:
+    """Return what `work` returns, telling the primary on `channel` meanwhile that we live.
 
-        thread = threading.Thread(target=run, name="answer")
-        thread.start()
+    Runs in the thread that owns the channel. Raises: what `work` raises; the channel's error, once `work` is
+    done.
+    """
+    outcome: list[_Done] = []
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            outcome.append(work())
+        except BaseException as error:  # carried to the channel's thread below
+            failure.append(kept(error))
+
+    thread = threading.Thread(target=run, name="answer")
+    thread.start()
+    thread.join(_WORKING_EVERY_S)
+    while thread.is_alive():
+        try:
+            channel.send_message(messages.Working())
+        except HvReplicaError:
+            thread.join()  # the work must end before its store is closed under it
+            raise
         thread.join(_WORKING_EVERY_S)
-        while thread.is_alive():
-            try:
-                self._control.send_message(messages.Working())
-            except HvReplicaError:
-                thread.join()  # the work must end before its store is closed under it
-                raise
-            thread.join(_WORKING_EVERY_S)
-        result = outcome.pop()
-        if isinstance(result, BaseException):
-            raise kept(result)
-        return result
+    if failure:
+        raise failure.pop()
+    return outcome.pop()
 
 
 class _Incoming:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -26,7 +27,7 @@ from hvreplica.errors import (
 )
 from hvreplica.files import OS_FILES
 from hvreplica.formats import messages
-from hvreplica.replication.answers import AnswerSession, refusal
+from hvreplica.replication.answers import AnswerSession, refusal, while_working
 from hvreplica.replication.version import SOFTWARE
 from hvreplica.store import DiskSpec, Store
 from hvreplica.transport import TRUST_FILE, Listener, TrustList, server_context
@@ -83,6 +84,7 @@ class Server:
             self._store.close()
             raise
         self._lock = threading.Lock()
+        self._claiming: dict[str, threading.Lock] = {}
         self._by_vm: dict[str, AnswerSession] = {}
         self._by_token: dict[bytes, AnswerSession] = {}
 
@@ -148,15 +150,13 @@ class Server:
                 hint=f"the replica runs {SOFTWARE}, the primary {claim.software}: update the older one",
             )
         self._authorise(channel, claim.vm)
-        replica = self._store.claim(
-            claim.vm,
-            relationship_id=claim.relationship_id,
-            generation=claim.generation,
-            certificate=f"{channel.peer.common_name} sha256:{channel.peer.fingerprint_sha256}",
-            disks=[DiskSpec(**msgspec.structs.asdict(shape)) for shape in claim.disks],
-        )
-        session = AnswerSession(replica, channel, token=self._clock.random_bytes(messages.SESSION_BYTES))
-        self._register(claim.vm, session)
+        with self._lock:
+            claiming = self._claiming.setdefault(claim.vm, threading.Lock())
+        with claiming:  # sessions must be registered in the order in which the store took their claims
+            # A claim waits for what the session before it is writing: that may take long.
+            replica = while_working(channel, partial(self._claim, channel, claim))
+            session = AnswerSession(replica, channel, token=self._clock.random_bytes(messages.SESSION_BYTES))
+            self._register(claim.vm, session)
         try:
             channel.send_message(_claimed(replica, session.token))
             channel.set_idle_timeout(_CONTROL_SILENCE_S)
@@ -165,6 +165,15 @@ class Server:
         finally:
             self._forget(claim.vm, session)
             session.close()
+
+    def _claim(self, channel: Channel[messages.Question], claim: messages.Claim) -> VmReplica:
+        return self._store.claim(
+            claim.vm,
+            relationship_id=claim.relationship_id,
+            generation=claim.generation,
+            certificate=f"{channel.peer.common_name} sha256:{channel.peer.fingerprint_sha256}",
+            disks=[DiskSpec(**msgspec.structs.asdict(shape)) for shape in claim.disks],
+        )
 
     def _authorise(self, channel: Channel[messages.Question], vm: str) -> None:
         # Read anew for each session: an entry that is taken away must hold at once.
@@ -194,7 +203,7 @@ class Server:
         with self._lock:
             session = self._by_token.get(attach.session)
         if session is None or session.peer != channel.peer:
-            raise ProtocolViolation("a data connection for a session that is not open")
+            raise Fenced("a data connection for a session that has ended; a newer one may have taken over")
         channel.set_idle_timeout(_DATA_SILENCE_S)
         session.receive(channel, attach.transfer_id, connections_max=_DATA_CONNECTIONS_MAX)
 
