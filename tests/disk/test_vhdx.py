@@ -274,3 +274,34 @@ def test_vhd_is_refused_with_a_hint_unless_raw_is_asked_for(path: Path, where: s
     assert caught.value.path == path
     with open_disk(OS_FILES, path, format="raw", clock=FakeClock()) as disk:
         assert disk.virtual_bytes == MIB
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "signature"),
+    [
+        ("qcow2", 0, b"QFI\xfb\0\0\0\x03"),
+        ("VMDK", 0, b"KDMV\1\0\0\0"),
+        ("VMDK", 0, b"COWD\1\0\0\0"),
+        ("VMDK", 0, b"# Disk DescriptorFile\nversion=1\n"),
+        ("VDI", 0x40, (0x7F10DABE).to_bytes(4, "little")),
+        ("QED", 0, b"QED\0"),
+    ],
+)
+def test_other_formats_are_refused_by_name_unless_raw_is_asked_for(
+    path: Path, name: str, at: int, signature: bytes
+) -> None:
+    for size in (at + len(signature), MIB):
+        path.write_bytes((bytes(at) + signature).ljust(size, b"\0"))
+        with pytest.raises(UnsupportedVersion, match=name) as caught:
+            open_disk(OS_FILES, path, clock=FakeClock())
+        assert "qemu-img convert -O vhdx" in str(caught.value.hint)
+        assert caught.value.path == path
+        with open_disk(OS_FILES, path, format="raw", clock=FakeClock()) as disk:
+            assert disk.virtual_bytes == size
+
+
+@pytest.mark.parametrize("start", [b"", b"QFI", b"QED\1", bytes(0x40) + b"\xbe\xda\x10", b"# Disk Desc"])
+def test_part_of_a_signature_is_raw(path: Path, start: bytes) -> None:
+    path.write_bytes(start)
+    with open_disk(OS_FILES, path, clock=FakeClock()) as disk:
+        assert disk.format == "raw"

@@ -25,6 +25,15 @@ DiskType = Literal["dynamic", "fixed"]
 _VHD_COOKIE = b"conectix"
 _VHD_FOOTER_BYTES = 512
 _RAW_SECTOR_BYTES = 512
+_FOREIGN_SIGNATURES = (  # name, offset in the file, signature
+    ("a qcow2 image", 0, b"QFI\xfb"),
+    ("a VMDK", 0, b"KDMV"),
+    ("a VMDK", 0, b"COWD"),
+    ("the descriptor of a VMDK", 0, b"# Disk DescriptorFile"),
+    ("a VDI", 0x40, b"\xbe\xda\x10\x7f"),
+    ("a QED image", 0, b"QED\0"),
+)
+_HEAD_BYTES = max(offset + len(signature) for _, offset, signature in _FOREIGN_SIGNATURES)
 
 
 def open_disk(
@@ -40,7 +49,7 @@ def open_disk(
     format: None tells by signature; give "raw" for images whose guest may write what looks like a signature.
     Opening for writing takes a lock that the file keeps until close. A clean file is not changed by being
     opened. Raises: Locked, FormatError of the kind that fits, UnsupportedVersion for what is known and not
-    supported.
+    supported, which takes in the signatures of qcow2, QED, VDI, VHD and VMDK.
     """
     file = files.open(Path(path), writable=writable)
     try:
@@ -55,20 +64,29 @@ def open_disk(
 
 def _format_of(file: BlockFile) -> Format:
     size = file.size()
-    start = file.read(0, min(size, len(FILE_SIGNATURE)))
-    if start == FILE_SIGNATURE:
+    head = file.read(0, min(size, _HEAD_BYTES))
+    if head.startswith(FILE_SIGNATURE):
         return "vhdx"
     footer = file.read(size - _VHD_FOOTER_BYTES, len(_VHD_COOKIE)) if size >= _VHD_FOOTER_BYTES else b""
-    if _VHD_COOKIE in (start, footer):
-        raise UnsupportedVersion(
-            "this is a VHD; only VHDX and raw disks can be opened",
-            path=file.path,
-            field="cookie",
-            expected=FILE_SIGNATURE,
-            actual=_VHD_COOKIE,
-            hint="convert it with `qemu-img convert -O vhdx`, or give the format raw if it is no VHD",
-        )
+    if head.startswith(_VHD_COOKIE) or footer == _VHD_COOKIE:
+        raise _foreign(file, "a VHD", _VHD_COOKIE)
+    for name, offset, signature in _FOREIGN_SIGNATURES:
+        if head.startswith(signature, offset):
+            raise _foreign(file, name, signature)
     return "raw"
+
+
+def _foreign(file: BlockFile, name: str, signature: bytes) -> UnsupportedVersion:
+    """Return the refusal of a file that would be taken for raw, its container's bytes for the guest's."""
+    return UnsupportedVersion(
+        f"this is {name}; only VHDX and raw disks can be opened",
+        path=file.path,
+        field="signature",
+        expected=FILE_SIGNATURE,
+        actual=signature,
+        hint="convert it first with `qemu-img convert -O vhdx`, or give open_disk() the format raw if the"
+        " guest itself wrote this",
+    )
 
 
 def create_disk(  # noqa: PLR0913 - each is a choice that a user may make
