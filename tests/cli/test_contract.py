@@ -225,6 +225,19 @@ def test_disk_verbs(site: Site) -> None:
     assert (answer.code, answer.answer["equal"], answer.answer["first_difference"]) == (1, False, 7 * MIB)
 
 
+@pytest.mark.parametrize(
+    ("size", "told"), [("4G", "100.0 MiB and 4.0 GiB"), ("104858112", "104857600 and 104858112 bytes")]
+)
+def test_equal_disks_of_different_sizes_are_told(
+    size: str, told: str, invoke: Callable[..., Run], tmp_path: Path
+) -> None:
+    a, b = tmp_path / "a.vhdx", tmp_path / "b.img"
+    assert invoke("disk", "create", a, "--size", "100M").code == 0
+    assert invoke("disk", "create", b, "--size", size, "--format", "raw").code == 0
+    run = invoke("disk", "compare", a, b)
+    assert (run.code, run.out) == (0, f"equal content, different sizes: {told}; the rest is zero\n")
+
+
 def write_log(path: Path) -> Path:
     """Write a log of three entries, the last of which replaces half of the first."""
     import uuid  # noqa: PLC0415

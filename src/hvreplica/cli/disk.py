@@ -123,12 +123,19 @@ def convert(
 @click.argument("second", type=PATH, metavar="B")
 @verb
 def compare(output: Output, first: Path, second: Path) -> None:
-    """Compare what a guest sees in A and B; where they differ, tell the first offset and exit with 1."""
+    """Compare what a guest sees in A and B; where they differ, tell the first offset and exit with 1.
+
+    Disks of different sizes are equal, with exit code 0, if the longer one has only zeros where the shorter
+    one has ended, as `qemu-img compare` has it without -s. That is told; --json answers both sizes.
+    """
     with progress_shown(output) as progress:
         report = hvreplica.disk_compare(first, second, progress=progress)
 
     def show() -> None:
-        if report.equal:
+        if report.equal and report.a_virtual_bytes != report.b_virtual_bytes:
+            sizes = _sizes_apart(report.a_virtual_bytes, report.b_virtual_bytes)
+            output.line(f"equal content, different sizes: {sizes}; the rest is zero")
+        elif report.equal:
             output.line(f"equal: {format_size(report.bytes_compared)} compared")
         else:
             output.line(f"different: the first difference is at offset {report.first_difference}")
@@ -136,3 +143,9 @@ def compare(output: Output, first: Path, second: Path) -> None:
     output.answer(report, show)
     if not report.equal:
         click.get_current_context().exit(DIFFERENT)
+
+
+def _sizes_apart(a_bytes: int, b_bytes: int) -> str:
+    """Return both sizes, to the byte where they would look the same."""
+    a, b = format_size(a_bytes), format_size(b_bytes)
+    return f"{a} and {b}" if a != b else f"{a_bytes} and {b_bytes} bytes"
