@@ -36,7 +36,8 @@ def validate_claim(row: VmRow, claim: Owner) -> None:
             field="generation",
             expected=f"at least {owner.generation}",
             actual=claim.generation,
-            hint="this state folder is an old copy; use the newer one, or take the VM over",
+            hint="this state folder is an old copy: use the newer one, or make this the primary with"
+            " `hvreplica replicate --takeover`",
         )
     else:
         error = Fenced(
@@ -45,7 +46,8 @@ def validate_claim(row: VmRow, claim: Owner) -> None:
             field="generation",
             expected=f"above {owner.generation} for a takeover",
             actual=claim.generation,
-            hint="stop the other primary first; a takeover needs a higher generation than its own",
+            hint="stop the other primary first; then `hvreplica replicate --takeover` makes this one the"
+            " primary",
         )
     error.generation = owner.generation
     raise error
