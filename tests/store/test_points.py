@@ -174,6 +174,8 @@ def test_full_disk_leaves_nothing_half_exported(
         assert files.files() == before
     store.export_point("web01", None, 0, out, overwrite=True)
     assert read_disk(files, out, primary.clock) == primary.image()[0]
+    assert "exported disk" in caught.value.message
+    assert "run the same command again" in str(caught.value.hint)
 
 
 def test_qemu_agrees_with_the_replica_and_its_exports(root: Path, out: Path) -> None:

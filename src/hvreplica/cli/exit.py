@@ -107,11 +107,7 @@ def _describe_system(error: OSError) -> Failure:
         path = os.fsdecode(error.filename)
     message = error.strerror or _first_line(error)
     tried = [_without(_first_line(note), path) for note in getattr(error, "__notes__", ())]
-    hint = (
-        "free some space and run the same command again; it goes on from there"
-        if error.errno in _NO_SPACE
-        else None
-    )
+    hint = "make room, then run the same command again" if error.errno in _NO_SPACE else None
     return Failure(
         type(error).__name__,
         f"{message[:1].lower()}{message[1:]}" + (f" ({'; '.join(tried)})" if tried else ""),

@@ -115,7 +115,12 @@ def _export(
     overwrite: bool,
 ) -> ExportReport:
     spec = next(row.spec for row in home.catalog.disks(home.vm_id) if row.spec.index == disk_index)
-    with room(home.files, output):
+    with room(
+        home.files,
+        output,
+        message="no room left for the exported disk",
+        hint="make room, then run the same command again",
+    ):
         convert_disk(
             home.files,
             home.paths.disk(disk_index),

@@ -16,10 +16,14 @@ if TYPE_CHECKING:
     from hvreplica.files import FileSystem
 
 _FULL_CODES = (errno.ENOSPC, errno.EDQUOT)
+_MESSAGE = "no room left for the replica"
+_HINT = "make room in the store's file system; nothing is lost, the next try continues"
 
 
 @contextlib.contextmanager
-def room(files: FileSystem, path: Path, needed_bytes: int = 0) -> Iterator[None]:
+def room(
+    files: FileSystem, path: Path, needed_bytes: int = 0, *, message: str = _MESSAGE, hint: str = _HINT
+) -> Iterator[None]:
     """Turn "no space" inside the block into StoreFull naming `path`; every other error passes.
 
     needed_bytes: what the block writes, 0 where that is not known.
@@ -29,18 +33,20 @@ def room(files: FileSystem, path: Path, needed_bytes: int = 0) -> Iterator[None]
     except OSError as error:
         if error.errno not in _FULL_CODES:
             raise
-        raise full(files, path, needed_bytes) from error
+        raise full(files, path, needed_bytes, message=message, hint=hint) from error
 
 
-def full(files: FileSystem, path: Path, needed_bytes: int = 0) -> StoreFull:
+def full(
+    files: FileSystem, path: Path, needed_bytes: int = 0, *, message: str = _MESSAGE, hint: str = _HINT
+) -> StoreFull:
     """Return the error that says so."""
     free_bytes = files.free_bytes(path.parent)
     return StoreFull(
-        "no room left for the replica",
+        message,
         path=path,
         expected=f"room for {format_size(needed_bytes)}" if needed_bytes else "room",
         actual=f"{format_size(free_bytes)} free",
-        hint="make room in the store's file system; nothing is lost, the next try continues",
+        hint=hint,
     )
 
 
