@@ -238,6 +238,25 @@ def test_equal_disks_of_different_sizes_are_told(
     assert (run.code, run.out) == (0, f"equal content, different sizes: {told}; the rest is zero\n")
 
 
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        ("c.raw", "raw"),
+        ("c.IMG", "raw"),
+        ("c.vhdx", "vhdx"),
+        ("c", "vhdx"),
+        ("c.raw --format vhdx --type fixed", "vhdx"),
+        ("c.vhdx --format raw", "raw"),
+    ],
+)
+def test_name_chooses_the_format_of_a_new_disk(
+    line: str, kind: str, invoke: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = invoke("disk", "create", *line.split(), "--size", "16M", "--json")
+    assert (made.code, made.answer["format"]) == (0, kind)
+
+
 def write_log(path: Path) -> Path:
     """Write a log of three entries, the last of which replaces half of the first."""
     import uuid  # noqa: PLC0415
@@ -307,8 +326,16 @@ def test_unclosed_log_is_refused_until_it_is_recovered(invoke: Callable[..., Run
         ("disk map absent.vhdx", 70),
         ("disk compare absent.vhdx absent.img", 70),
         ("disk convert absent.vhdx b.img", 70),
-        ("disk create a.vhdx --size 1000", 15),
-        ("disk create a.vhdx --size 1G --block-size 3M", 15),
+        ("disk create a.vhdx --size 1000", 2),
+        ("disk create a.vhdx --size 0", 2),
+        ("disk create a.vhdx --size 65T", 2),
+        ("disk create a.raw --size 1000", 2),
+        ("disk create a.vhdx --size 1G --block-size 3M", 2),
+        ("disk create a.vhdx --size 1G --block-size 512M", 2),
+        ("disk create a.raw --size 1G --block-size 2M", 2),
+        ("disk create a.img --size 1G --type dynamic", 2),
+        ("disk create a.vhdx --size 1G --type fixed --format raw", 2),
+        ("disk convert absent.img b.vhdx --block-size 3M", 2),
         ("disk create no/folder/a.vhdx --size 1G", 70),
         ("log info absent.hrl", 70),
         ("log verify absent.hrl", 70),

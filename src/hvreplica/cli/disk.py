@@ -8,15 +8,28 @@ import click
 
 import hvreplica
 from hvreplica.cli.exit import DIFFERENT
-from hvreplica.cli.options import DISK_FORMAT, DISK_TYPE, PATH, SIZE, option, overwrite_option, verb
+from hvreplica.cli.options import (
+    DISK_FORMAT,
+    DISK_TYPE,
+    PATH,
+    SIZE,
+    block_size_option,
+    format_for,
+    option,
+    overwrite_option,
+    verb,
+)
 from hvreplica.cli.progress import progress_shown
-from hvreplica.units import format_size
+from hvreplica.units import TIB, format_size
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from hvreplica.cli.render import Output
     from hvreplica.disk import DiskType, Format
+
+_SECTOR_BYTES = 512
+_VHDX_BYTES_MAX = 64 * TIB
 
 
 @click.group()
@@ -57,16 +70,20 @@ def map_(output: Output, file: Path) -> None:
 @disk.command()
 @click.argument("file", type=PATH)
 @option("--size", "size_bytes", type=SIZE, required=True, help="Size of the disk, as in 10G.")
-@option("--format", "format_", type=DISK_FORMAT, default="vhdx", show_default=True, help="Format of FILE.")
+@option(
+    "--format",
+    "format_",
+    type=DISK_FORMAT,
+    help="Format of FILE.  [default: by its name, raw for .raw and .img, else vhdx]",
+)
 @option(
     "--type",
     "type_",
     type=DISK_TYPE,
-    default="dynamic",
-    show_default=True,
-    help="dynamic grows as it is written; fixed holds every block from the start.",
+    help="Type of a VHDX: dynamic grows as it is written; fixed holds every block from the start."
+    "  [default: dynamic]",
 )
-@option("--block-size", "block_bytes", type=SIZE, help="Block of a VHDX: a power of 2 from 1M to 256M.")
+@block_size_option
 @overwrite_option
 @verb
 def create(
@@ -74,16 +91,34 @@ def create(
     *,
     file: Path,
     size_bytes: int,
-    format_: Format,
-    type_: DiskType,
+    format_: Format | None,
+    type_: DiskType | None,
     block_bytes: int | None,
     overwrite: bool,
 ) -> None:
     """Make an empty disk."""
+    kind = format_for(file, format_)
+    _check(kind, size_bytes, type_, block_bytes)
     made = hvreplica.disk_create(
-        file, size_bytes, format=format_, type=type_, block_bytes=block_bytes, overwrite=overwrite
+        file, size_bytes, format=kind, type=type_ or "dynamic", block_bytes=block_bytes, overwrite=overwrite
     )
     output.answer(made, lambda: output.structure(made))
+
+
+def _check(kind: Format, size_bytes: int, type_: DiskType | None, block_bytes: int | None) -> None:
+    """Refuse what no new disk of this format can be. Raises: UsageError."""
+    context = click.get_current_context()
+    if kind == "raw":
+        for given, name in ((type_, "--type"), (block_bytes, "--block-size")):
+            if given is not None:
+                message = f"a raw disk has no {name}; leave it out, or pass --format vhdx"
+                raise click.UsageError(message, context)
+    if size_bytes <= 0 or size_bytes % _SECTOR_BYTES:
+        message = f"the size of a disk is a multiple of its sectors of {_SECTOR_BYTES} bytes, above 0"
+        raise click.BadParameter(message, context, param_hint="'--size'")
+    if kind == "vhdx" and size_bytes > _VHDX_BYTES_MAX:
+        message = "a VHDX has at most 64T"
+        raise click.BadParameter(message, context, param_hint="'--size'")
 
 
 @disk.command(short_help="Copy a disk to another format or type.")
@@ -91,7 +126,7 @@ def create(
 @click.argument("target", type=PATH, metavar="B")
 @option("--format", "format_", type=DISK_FORMAT, help="Format of B.  [default: by its name, .vhdx or raw]")
 @option("--type", "type_", type=DISK_TYPE, default="dynamic", show_default=True, help="Type of a VHDX.")
-@option("--block-size", "block_bytes", type=SIZE, help="Block of a VHDX: a power of 2 from 1M to 256M.")
+@block_size_option
 @overwrite_option
 @verb
 def convert(

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
 
-from hvreplica.units import parse_size
+from hvreplica.units import MIB, parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hvreplica.cli.render import Output
+    from hvreplica.disk import Format
 
     IntParameter = click.ParamType[int]
     TextParameter = click.ParamType[str]
@@ -86,6 +87,12 @@ ADDRESS = AddressType()
 PATH = click.Path(path_type=Path)
 DISK_FORMAT = click.Choice(["vhdx", "raw"])
 DISK_TYPE = click.Choice(["dynamic", "fixed"])
+_RAW_ENDINGS = (".raw", ".img")
+
+
+def format_for(path: Path, chosen: Format | None) -> Format:
+    """Return the format of a new disk: as chosen, else raw for a name that ends in .raw or .img."""
+    return chosen or ("raw" if path.suffix.lower() in _RAW_ENDINGS else "vhdx")
 
 
 def verb(function: Callable[..., R]) -> Callable[..., R]:
@@ -155,6 +162,24 @@ def vm_option(function: Callable[P, R]) -> Callable[P, R]:
 def overwrite_option(function: Callable[P, R]) -> Callable[P, R]:
     """Add --overwrite."""
     return option("--overwrite", is_flag=True, help="Replace a file that is already there.")(function)
+
+
+def block_size_option(function: Callable[P, R]) -> Callable[P, R]:
+    """Add --block-size."""
+    return option(
+        "--block-size",
+        "block_bytes",
+        type=SIZE,
+        callback=_checked_block_size,
+        help="Block of a VHDX: a power of 2 from 1M to 256M.",
+    )(function)
+
+
+def _checked_block_size(ctx: click.Context, param: click.Parameter, value: int | None) -> int | None:
+    if value is not None and (value & (value - 1) or not MIB <= value <= 256 * MIB):
+        message = "a block of a VHDX is a power of 2 from 1M to 256M"
+        raise click.BadParameter(message, ctx, param)
+    return value
 
 
 def _switch(name: str) -> Callable[[click.Context, click.Parameter, bool], None]:

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING
 import click
 
 import hvreplica
-from hvreplica.cli.options import DISK_FORMAT, PATH, option, overwrite_option, store_option, verb, vm_option
+from hvreplica.cli.options import (
+    DISK_FORMAT,
+    PATH,
+    format_for,
+    option,
+    overwrite_option,
+    store_option,
+    verb,
+    vm_option,
+)
 from hvreplica.cli.progress import progress_shown
 from hvreplica.cli.render import moment, plain
 from hvreplica.units import format_size
@@ -55,7 +64,10 @@ def _show(output: Output, vm: str, points: list[PointStatus]) -> None:
 @option("--disk", type=click.IntRange(min=0), default=0, show_default=True, help="Which disk of the VM.")
 @option("--output", "target", type=PATH, required=True, metavar="FILE", help="The new disk.")
 @option(
-    "--format", "format_", type=DISK_FORMAT, default="vhdx", show_default=True, help="Format of the new disk."
+    "--format",
+    "format_",
+    type=DISK_FORMAT,
+    help="Format of the new disk.  [default: by its name, raw for .raw and .img, else vhdx]",
 )
 @overwrite_option
 @verb
@@ -67,12 +79,19 @@ def export(
     point: str | None,
     disk: int,
     target: Path,
-    format_: Format,
+    format_: Format | None,
     overwrite: bool,
 ) -> None:
     """Copy a disk, as it was at a recovery point, to a file of its own. Works while `serve` runs."""
     with progress_shown(output) as progress:
         report = hvreplica.point_export(
-            store, vm, target, point=point, disk=disk, format=format_, overwrite=overwrite, progress=progress
+            store,
+            vm,
+            target,
+            point=point,
+            disk=disk,
+            format=format_for(target, format_),
+            overwrite=overwrite,
+            progress=progress,
         )
     output.answer(report, lambda: output.structure(report))
