@@ -185,9 +185,9 @@ def export_and_compare(site: Site, point: str) -> None:
     site.done(
         f"point export --store store --vm web01 --point {point} --disk 1 --output data.out --format raw"
     )
-    assert site.run("point export --store store --vm web01 --output out.vhdx").code == 50, (
-        "never overwrites unasked"
-    )
+    refused = site.run("point export --store store --vm web01 --output out.vhdx")
+    assert refused.code == 50, "never overwrites unasked"
+    assert "--overwrite" in refused.err
     site.done("disk compare out.vhdx web01.vhdx")
     site.done("disk compare data.out data.img")
     qemu_img = require_tool("qemu-img")
@@ -255,6 +255,17 @@ def test_name_chooses_the_format_of_a_new_disk(
     monkeypatch.chdir(tmp_path)
     made = invoke("disk", "create", *line.split(), "--size", "16M", "--json")
     assert (made.code, made.answer["format"]) == (0, kind)
+
+
+def test_existing_output_is_kept_and_the_option_named(invoke: Callable[..., Run], tmp_path: Path) -> None:
+    source, target = tmp_path / "a.vhdx", tmp_path / "b.vhdx"
+    assert invoke("disk", "create", source, "--size", "16M").code == 0
+    target.write_bytes(b"mine")
+    for arguments in (("create", target, "--size", "16M"), ("convert", source, target)):
+        error = invoke("disk", *arguments, "--json").error
+        assert (error["class"], error["exit_code"], error["path"]) == ("FileExistsError", 70, str(target))
+        assert "--overwrite" in error["hint"]
+        assert target.read_bytes() == b"mine"
 
 
 def write_log(path: Path) -> Path:

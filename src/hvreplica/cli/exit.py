@@ -107,7 +107,9 @@ def _describe_system(error: OSError) -> Failure:
         path = os.fsdecode(error.filename)
     message = error.strerror or _first_line(error)
     tried = [_without(_first_line(note), path) for note in getattr(error, "__notes__", ())]
-    hint = "make room, then run the same command again" if error.errno in _NO_SPACE else None
+    hint = getattr(error, "hint", None)  # of a verb that knows what to do
+    if error.errno in _NO_SPACE:
+        hint = "make room, then run the same command again"
     return Failure(
         type(error).__name__,
         f"{message[:1].lower()}{message[1:]}" + (f" ({'; '.join(tried)})" if tried else ""),

@@ -160,8 +160,18 @@ def vm_option(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def overwrite_option(function: Callable[P, R]) -> Callable[P, R]:
-    """Add --overwrite."""
-    return option("--overwrite", is_flag=True, help="Replace a file that is already there.")(function)
+    """Add --overwrite, and name it where the file is there and it was not given."""
+
+    @option("--overwrite", is_flag=True, help="Replace a file that is already there.")
+    @functools.wraps(function)
+    def with_hint(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except FileExistsError as error:
+            vars(error)["hint"] = "choose another name, or replace the file with --overwrite"
+            raise
+
+    return with_hint
 
 
 def block_size_option(function: Callable[P, R]) -> Callable[P, R]:

@@ -79,7 +79,11 @@ def _validate_output(home: VmHome, output: Path, format_name: str, *, overwrite:
             "an export must not go into the store itself", path=output, hint="choose another folder"
         )
     if not overwrite and home.files.exists(output):
-        raise StoreError("the output exists", path=output, hint="choose another name, or allow overwriting")
+        raise StoreError(
+            "a file of this name exists; it was not touched",
+            path=output,
+            hint="choose another name, or replace the file with --overwrite",
+        )
 
 
 def _choose_point(home: VmHome, point_id: uuid.UUID | None, disk_index: int) -> PointRow:
