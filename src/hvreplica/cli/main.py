@@ -166,7 +166,7 @@ def _show_version(ctx: click.Context, param: click.Parameter, value: bool) -> No
     help="Show the version.",
 )
 def cli() -> None:
-    """Keep a second, bootable copy of a virtual machine's VHDX disks at another site, seconds behind.
+    """Keep a second, bootable copy of a virtual machine's disks at another site.
 
     Start with `hvreplica demo`: it replicates a real disk on this machine and proves both sides equal.
     """
