@@ -177,7 +177,9 @@ def look_at_the_store(site: Site, point: str) -> None:
     listed = site.done("point list --store store --vm web01 --json").answer
     assert listed[-1]["id"] == point
     assert point in site.done("point list --store store --vm web01").out
-    assert "web01" in site.done("store status --store store").out
+    shown = site.done("store status --store store").out
+    assert "web01" in shown
+    assert "store: 1 VM, " in shown
 
 
 def export_and_compare(site: Site, point: str) -> None:

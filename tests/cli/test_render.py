@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hvreplica.cli.exit import Failure, OutputClosed
-from hvreplica.cli.render import Output, encode_json, failure_text, make_table, plain, rendered
+from hvreplica.cli.render import Output, encode_json, failure_text, make_table, plain, ratio, rendered
 
 
 class Sample(msgspec.Struct):
@@ -128,3 +128,18 @@ def test_output_that_nobody_reads_ends_the_verb_quietly(monkeypatch: pytest.Monk
     monkeypatch.setattr("sys.stdout", Closed())
     with pytest.raises(OutputClosed):
         Output().line("x")
+
+
+@pytest.mark.parametrize(
+    ("raw_bytes", "wire_bytes", "text"),
+    [
+        (3 << 20, 1 << 20, "3.0:1"),
+        (1 << 20, 4 << 20, "0.2:1"),
+        ((1 << 20) - 1, 100, None),
+        (1 << 30, 0, None),
+    ],
+)
+def test_ratio_is_told_only_where_it_says_something(
+    raw_bytes: int, wire_bytes: int, text: str | None
+) -> None:
+    assert ratio(raw_bytes, wire_bytes) == text

@@ -11,6 +11,7 @@ import click
 
 from hvreplica.cli.exit import DIFFERENT
 from hvreplica.cli.options import PATH, SIZE, option, verb
+from hvreplica.cli.render import ratio
 from hvreplica.errors import StateError
 from hvreplica.files import OS_FILES
 from hvreplica.units import MIB, align_up, format_size
@@ -71,7 +72,7 @@ def _show(output: Output, result: DemoResult) -> None:
                 format_size(step.on_disk_bytes),
                 format_size(step.changed_bytes),
                 format_size(step.wire_bytes),
-                f"{step.changed_bytes / step.wire_bytes:.1f}:1" if step.changed_bytes else None,
+                ratio(step.changed_bytes, step.wire_bytes),
                 f"{step.seconds:.2f}",
             )
             for step in result.steps

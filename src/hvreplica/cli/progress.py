@@ -10,7 +10,7 @@ import sys
 from collections import deque
 from typing import TYPE_CHECKING
 
-from hvreplica.cli.render import console_for, is_terminal, plain, write_error
+from hvreplica.cli.render import console_for, is_terminal, plain, ratio, write_error
 from hvreplica.clock import SYSTEM
 from hvreplica.units import format_size
 
@@ -64,8 +64,8 @@ class Meter:
         if rate:
             parts.append(f"{short_size(rate)}/s")
         if report.wire_bytes and report.raw_bytes:
-            ratio = report.raw_bytes / report.wire_bytes
-            parts.append(f"wire {short_size(report.wire_bytes)} ({ratio:.1f}:1)")
+            shrunk = ratio(report.raw_bytes, report.wire_bytes)
+            parts.append(f"wire {short_size(report.wire_bytes)}" + (f" ({shrunk})" if shrunk else ""))
         left = report.total_bytes - report.done_bytes
         if rate and left > 0:
             parts.append(f"ETA {format_duration(left / rate)}")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from hvreplica.cli.exit import Failure, OutputClosed
 from hvreplica.clock import iso_time
-from hvreplica.units import format_size
+from hvreplica.units import MIB, format_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -258,6 +258,11 @@ def moment(unix_s: float) -> str:
         return f"{iso_time(unix_s)[:19]}Z"
     except (OverflowError, ValueError, OSError):  # a damaged clock's year is no reason to fail
         return str(unix_s)
+
+
+def ratio(raw_bytes: int, wire_bytes: int) -> str | None:
+    """Return how far data shrank on the wire; None below 1 MiB, where greetings and tables weigh more."""
+    return f"{raw_bytes / wire_bytes:.1f}:1" if wire_bytes and raw_bytes >= MIB else None
 
 
 def plain(value: object) -> str:

@@ -9,7 +9,7 @@ import click
 import hvreplica
 from hvreplica.cli.options import ADDRESS, PATH, option, tls_option, verb, vm_option
 from hvreplica.cli.progress import progress_shown
-from hvreplica.cli.render import plain
+from hvreplica.cli.render import plain, ratio
 from hvreplica.units import format_size
 
 if TYPE_CHECKING:
@@ -113,11 +113,11 @@ def show_result(output: Output, result: ReplicateResult) -> None:
         output.line(f"recovery point {result.point}")
         return
     changed = sum(disk.changed_bytes for disk in result.disks)
-    ratio = f" ({changed / result.wire_bytes:.1f}:1)" if result.wire_bytes else ""
+    shrunk = ratio(changed, result.wire_bytes)
     words = _HEADLINES.get(result.kind, result.kind)
     output.line(
         f"{plain(result.vm)}: {words} in {result.seconds:.1f} s · {format_size(changed)} changed"
-        f" · {format_size(result.wire_bytes)} sent{ratio}"
+        f" · {format_size(result.wire_bytes)} sent" + (f" ({shrunk})" if shrunk else "")
     )
     output.line(f"recovery point {result.point}")
     output.line()

@@ -33,7 +33,8 @@ def status(output: Output, store: Path) -> None:
 
 
 def _show(output: Output, found: StoreStatus) -> None:
-    output.line(f"{plain(found.root)}: {len(found.vms)} VMs, {format_size(found.free_bytes)} free")
+    count = f"{len(found.vms)} VM" + ("" if len(found.vms) == 1 else "s")
+    output.line(f"{plain(found.root)}: {count}, {format_size(found.free_bytes)} free")
     if not found.vms:
         return
     output.line()
