@@ -87,7 +87,7 @@ class StoreModel(RuleBasedStateMachine):
         identity, generation = guid(relationship), max(self.owner[1] + change, 0)
         rival = Primary(self.clock, [small_disk(0, 1)], relationship_id=identity, generation=generation)
         same = identity == self.owner[0]
-        if not (generation > self.owner[1] or (same and generation == self.owner[1])):
+        if generation <= self.owner[1]:
             with contextlib.suppress(Fenced):
                 rival.claim(self.store)
                 raise AssertionError("a claim that is not newer was accepted")

@@ -66,9 +66,10 @@ def store(files: FaultFiles, root: Path, clock: FakeClock) -> Iterator[Store]:
 
 
 def claim(store: Store, vm: str = "web01", **changes: Any) -> VmReplica:
+    known = {status.name: status.owners[-1].generation for status in store.status().vms}
     values: dict[str, Any] = {
         "relationship_id": guid(1),
-        "generation": 5,
+        "generation": known.get(vm, 4) + 1,
         "certificate": "sha256:aa",
         "disks": [small_disk()],
     }
@@ -95,7 +96,7 @@ def test_first_claim_makes_the_vm_and_lasts(
 
 @pytest.mark.parametrize(
     ("relationship", "generation", "accepted"),
-    [(1, 4, False), (1, 5, True), (1, 6, True), (2, 4, False), (2, 5, False), (2, 6, True)],
+    [(1, 4, False), (1, 5, False), (1, 6, True), (2, 4, False), (2, 5, False), (2, 6, True)],
 )
 def test_fencing_rule(store: Store, relationship: int, generation: int, *, accepted: bool) -> None:
     first = claim(store)
@@ -118,7 +119,7 @@ def test_fencing_rule(store: Store, relationship: int, generation: int, *, accep
 def test_fenced_error_names_the_owner(store: Store) -> None:
     claim(store)
     with pytest.raises(Fenced) as caught:
-        claim(store, relationship_id=guid(2))
+        claim(store, relationship_id=guid(2), generation=5)
     text = str(caught.value)
     assert str(guid(1)) in text
     assert "sha256:aa" in text
@@ -365,7 +366,7 @@ def test_other_disks_begin_anew_while_nothing_was_replicated(
 ) -> None:
     primary = Primary(FakeClock(seed=1), [SPEC])
     primary.begin_initial(primary.claim(store))
-    larger = Primary(FakeClock(seed=2), [small_disk(0, 8), small_disk(1)])
+    larger = Primary(FakeClock(seed=2), [small_disk(0, 8), small_disk(1)], generation=2)
     replica = larger.claim(store)
     assert (replica.phase, replica.transfer) == ("empty", None)
     larger.scribble(random.Random(1))
@@ -448,7 +449,7 @@ def test_store_on_the_real_file_system_works_the_same(root: Path) -> None:
 
 def test_every_refusal_has_a_hint(store: Store) -> None:
     claim(store)
-    for changes in ({"relationship_id": guid(2)}, {"generation": 1}):
+    for changes in ({"relationship_id": guid(2), "generation": 1}, {"generation": 1}):
         with pytest.raises(HvReplicaError) as caught:
             claim(store, **changes)
         assert caught.value.hint

@@ -77,6 +77,7 @@ class Primary:
     changes: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     last_log: dict[int, uuid.UUID] = field(default_factory=dict)
     last_point: uuid.UUID | None = None
+    has_claimed: bool = False
 
     def __post_init__(self) -> None:
         """Begin with empty disks, or with copies of those that were given."""
@@ -87,7 +88,9 @@ class Primary:
         self.last_log = {index: self.last_log.get(index, NIL) for index in indexes}
 
     def claim(self, store: Store) -> VmReplica:
-        """Become the writer."""
+        """Become the writer; each claim but the first is a new generation."""
+        self.generation += self.has_claimed
+        self.has_claimed = True
         return store.claim(
             self.vm,
             relationship_id=self.relationship_id,

@@ -39,7 +39,7 @@ Instant = Annotated[float, Meta(ge=0, lt=1e11)]
 Text = Annotated[str, Meta(max_length=TEXT_CHARS_MAX)]
 VmName = Annotated[str, Meta(min_length=1, max_length=VM_NAME_CHARS_MAX)]
 Session = Annotated[bytes, Meta(min_length=SESSION_BYTES, max_length=SESSION_BYTES)]
-Generation = Annotated[int, Meta(ge=1, lt=1 << 31)]
+Generation = Annotated[int, Meta(ge=0, lt=1 << 53)]
 SectorBytes = Annotated[int, Meta(ge=512, le=4096)]
 
 

@@ -85,14 +85,16 @@ class Primary:
         except Fenced as error:
             if not self._takeover or error.generation < self._work.state.generation:
                 raise
-            self._work.state.generation = error.generation + 1
-            self._work.save()
+            self._work.state.generation = error.generation
             self._meet()
 
     def _meet(self) -> None:
         with self._work.session() as session:
             try:
+                # Durable before it is used: a state folder that was copied or restored claims what is taken.
                 state = self._work.state
+                state.generation += 1
+                self._work.save()
                 claimed = session.claim(state, shapes(state), software=SOFTWARE)
                 self._met = True
                 if self._with_resync:

@@ -168,8 +168,8 @@ class _Version(msgspec.Struct):
 
 
 def track(vm: str, disks: Sequence[Disk], *, clock: Clock) -> PrimaryState:
-    """Return the state of a relationship that begins now, with a new identity and generation 1."""
-    return PrimaryState(VERSION, vm, clock.guid(), 1, "new", [_tracked(disk) for disk in disks])
+    """Return the state of a relationship that begins now, with a new identity."""
+    return PrimaryState(VERSION, vm, clock.guid(), 0, "new", [_tracked(disk) for disk in disks])
 
 
 def check_same(state: PrimaryState, vm: str, disks: Sequence[Disk], folder: Path) -> None:

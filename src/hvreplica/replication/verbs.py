@@ -90,8 +90,6 @@ def replicate(  # noqa: PLR0913 - a verb with its options, all but two by keywor
             tally=Tally("none", [0] * len(opened)),
         )
         stack.callback(work.close_tables)
-        # Each call is a generation: a state folder that was copied or restored from backup is fenced by it.
-        work.state.generation += 1
         work.save()
         Primary(work, with_resync=resync, takeover=takeover).run()
         return _result(work, round(clock.monotonic_s() - start_s, 3))

@@ -2,10 +2,13 @@
 
     stored               claim                               outcome
     unknown VM           any                                 first owner
-    same relationship    generation >= stored                goes on, the generation is kept
-    same relationship    generation < stored                 Fenced: an older session of the same primary
+    same relationship    generation > stored                 goes on
+    same relationship    generation <= stored                Fenced: a copied or older state folder
     other relationship   generation <= stored                Fenced: another primary owns the VM
     other relationship   generation > stored                 takeover
+
+Each session of a primary is a new generation, recorded at the primary before it claims. So a state folder
+that was copied, or restored from a backup, is fenced even if it lags by a single session.
 
 The certificate is recorded and decides nothing here: it is renewed in the course of time, and who may write
 which VM at all is the trust list's matter.
@@ -28,13 +31,13 @@ def validate_claim(row: VmRow, claim: Owner) -> None:
     """Refuse a claim that is not newer than who owns the VM. Raises: Fenced."""
     owner = row.owner
     same_primary = claim.relationship_id == owner.relationship_id
-    if claim.generation > owner.generation or (same_primary and claim.generation == owner.generation):
+    if claim.generation > owner.generation:
         return
     if same_primary:
         error = Fenced(
             f"a newer session of the same primary owns VM {row.name!r}, claimed {iso_time(row.claimed_s)}",
             field="generation",
-            expected=f"at least {owner.generation}",
+            expected=f"above {owner.generation}",
             actual=claim.generation,
             hint="this state folder is an old copy: use the newer one, or make this the primary with"
             " `hvreplica replicate --takeover`",
