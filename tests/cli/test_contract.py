@@ -190,6 +190,8 @@ def export_and_compare(site: Site, point: str) -> None:
     refused = site.run("point export --store store --vm web01 --output out.vhdx")
     assert refused.code == 50, "never overwrites unasked"
     assert "--overwrite" in refused.err
+    lost = site.run("point export --store store --vm web01 --output no/folder/out.vhdx --json")
+    assert (lost.error["path"], lost.error["message"]) == ("no/folder", "no such folder")
     site.done("disk compare out.vhdx web01.vhdx")
     site.done("disk compare data.out data.img")
     qemu_img = require_tool("qemu-img")
@@ -268,6 +270,21 @@ def test_existing_output_is_kept_and_the_option_named(invoke: Callable[..., Run]
         assert (error["class"], error["exit_code"], error["path"]) == ("FileExistsError", 70, str(target))
         assert "--overwrite" in error["hint"]
         assert target.read_bytes() == b"mine"
+
+
+def test_missing_folder_is_named_and_no_temporary_file(
+    invoke: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert invoke("disk", "create", "a.vhdx", "--size", "16M").code == 0
+    for line in (
+        "disk create no/folder/b.vhdx --size 1G",
+        "disk create no/folder/b.vhdx --size 1G --overwrite",
+        "disk convert a.vhdx no/folder/b.vhdx",
+        "tls trust no/folder --certificate primary --vm web*",
+    ):
+        error = invoke(*line.split(), "--json").error
+        assert (error["exit_code"], error["path"], error["message"]) == (70, "no/folder", "no such folder")
 
 
 def write_log(path: Path) -> Path:

@@ -14,7 +14,7 @@ import numpy as np
 
 from hvreplica import native
 from hvreplica.disk.extents import batches, data_windows, select_runs
-from hvreplica.disk.open import create_disk, open_disk
+from hvreplica.disk.open import create_disk, open_disk, require_folder
 from hvreplica.disk.parallel import Scratch, map_ordered
 from hvreplica.progress import Progress
 from hvreplica.units import MIB, align_up
@@ -69,6 +69,7 @@ def convert_disk(  # noqa: PLR0913 - each is a choice that a user may make
     target = Path(target)
     if not overwrite and files.exists(target):
         raise FileExistsError(17, "a file of this name exists; it was not touched", str(target))
+    require_folder(files, target)
     temporary = target.with_name(f".{target.name}.{clock.guid().hex[:8]}.partial")
     with open_disk(files, source, format=source_format, clock=clock) as reader:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -89,6 +90,12 @@ def _foreign(file: BlockFile, name: str, signature: bytes) -> UnsupportedVersion
     )
 
 
+def require_folder(files: FileSystem, path: Path) -> None:
+    """Name the folder that is missing, not the temporary file in it. Raises: FileNotFoundError."""
+    if not files.exists(path.parent):
+        raise FileNotFoundError(errno.ENOENT, "no such folder", str(path.parent))
+
+
 def create_disk(  # noqa: PLR0913 - each is a choice that a user may make
     files: FileSystem,
     path: str | os.PathLike[str],
@@ -106,11 +113,13 @@ def create_disk(  # noqa: PLR0913 - each is a choice that a user may make
 
     virtual_bytes: multiple of the logical sector, up to 64 TiB for a VHDX. block_bytes: None chooses by size.
     A fixed disk's blocks are holes until they are written: reserving the space is left to the file system.
-    Raises: FileExistsError unless overwrite; FieldOutOfRange for sizes that the format does not allow.
+    Raises: FileExistsError unless overwrite; FileNotFoundError naming a missing folder; FieldOutOfRange for
+    sizes that the format does not allow.
     """
     path = Path(path)
     if not overwrite and files.exists(path):
         raise FileExistsError(17, "a file of this name exists; it was not touched", str(path))
+    require_folder(files, path)
     parameters = None
     if format == "vhdx":
         parameters = parameters_for(

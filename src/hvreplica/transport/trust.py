@@ -9,6 +9,7 @@ A certificate of our CA that no entry names may write nothing.
 
 from __future__ import annotations
 
+import errno
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -88,9 +89,12 @@ class TrustList:
 def allow(files: FileSystem, path: Path, *, certificate: str, vm: list[str], clock: Clock) -> None:
     """Add an entry at the end of the trust list at `path`, keeping what stands there; durable on return.
 
-    Raises: FieldOutOfRange if the file or the new entry is not valid; then nothing is changed.
+    Raises: FieldOutOfRange if the file or the new entry is not valid, FileNotFoundError naming a missing
+    folder; then nothing is changed.
     """
     path = Path(path)
+    if not files.exists(path.parent):
+        raise FileNotFoundError(errno.ENOENT, "no such folder", str(path.parent))
     data = (_read(files, path) or _HEADER.encode()) + entry_text(certificate, vm).encode()
     _parse(data, path)
     write_durably(files, path, data, clock=clock)
