@@ -14,7 +14,10 @@
       StateError                  a verb at the wrong time
         InvalidTransition  FailoverRefused
 
-An OSError is never wrapped: files.py adds path and offset to it as a note. Programmer errors are TypeError or
+An OSError of a file passes as it is: files.py adds path and offset to it as a note. Translated is what has a
+reason of its own: a full disk below the store or an export is StoreFull (store/room.py), a certificate that
+cannot be read is AuthenticationFailed (transport/tls.py), and sockets fail as a TransportError, Unreachable
+where none could be opened (transport/connect.py, listen.py). Programmer errors are TypeError or
 AssertionError and stand outside the tree. Exit codes live on the classes; docs/errors.md is made from them.
 """
 

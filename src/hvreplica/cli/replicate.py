@@ -81,6 +81,9 @@ def replicate(
 
     The first run ships the disks, each later one what changed since, as an [MS-HRL] log. A run that was cut
     off is continued by the next one.
+
+    A log stands in STATE/logs until the replica has acknowledged it, and is removed then: in the JSON
+    answer, logs[].path names where it stood.
     """
     if not once:
         message = "pass --once: it runs one cycle and ends, and is the only mode there is"
