@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import stat
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -453,3 +454,9 @@ def test_every_refusal_has_a_hint(store: Store) -> None:
         with pytest.raises(HvReplicaError) as caught:
             claim(store, **changes)
         assert caught.value.hint
+
+
+def test_folder_of_a_new_store_is_its_owners_alone(tmp_path: Path) -> None:
+    """It holds what the guests wrote."""
+    with Store.create_or_open(OS_FILES, tmp_path / "new" / "store", clock=FakeClock(seed=1)):
+        assert stat.S_IMODE((tmp_path / "new" / "store").stat().st_mode) == 0o700
