@@ -12,7 +12,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from bench.harness import RESULTS, Report, machine, save
+from bench.harness import RESULTS, machine, save
 
 END_TO_END = ("initial", "delta", "fill", "memory")
 MICRO = {"kernels": ("--smoke",), "transport": ("--mib", "4", "--rounds", "1")}  # with their smoke options
@@ -27,19 +27,22 @@ def main() -> int:
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder that keeps the figures")
     arguments = parser.parse_args()
+    names = arguments.names or [*MICRO, *END_TO_END]
+    if len(names) > 1:
+        # Each in a process of its own: what one has in memory must not weigh on the next one's children.
+        options = ["--results", str(arguments.results)] + ["--smoke"] * arguments.smoke
+        for name in names:
+            subprocess.run([sys.executable, "-m", "bench", *options, name], check=True)
+        return 0
+    name = names[0]
+    if name in MICRO:
+        options = list(MICRO[name]) if arguments.smoke else []
+        subprocess.run([sys.executable, "-m", f"bench.micro.{name}", *options], check=True)
+        return 0
     sys.stdout.write(json.dumps(machine()) + "\n")
-    reports: list[Report] = []
-    for name in arguments.names or (*MICRO, *END_TO_END):
-        if name in MICRO:
-            sys.stdout.flush()
-            options = MICRO[name] if arguments.smoke else ()
-            subprocess.run([sys.executable, "-m", f"bench.micro.{name}", *options], check=True)
-            continue
-        report = import_module(f"bench.e2e.{name}").run(smoke=arguments.smoke)
-        report.print()
-        reports.append(report)
-    if reports:
-        sys.stdout.write(f"\nkept in {save(reports, arguments.results)}\n")
+    report = import_module(f"bench.e2e.{name}").run(smoke=arguments.smoke)
+    report.print()
+    sys.stdout.write(f"\nkept in {save([report], arguments.results)}\n")
     return 0
 
 
