@@ -10,6 +10,7 @@ import socket
 import threading
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 
 import hvreplica
@@ -21,7 +22,9 @@ from hvreplica.errors import (
     StoreFull,
 )
 from hvreplica.files import OsBlockFile, OsFiles
-from hvreplica.replication import primary
+from hvreplica.formats import messages
+from hvreplica.replication import primary, serve
+from hvreplica.transport import client_context, connect
 from tests.replication.sites import DISK, MIB, STATE, VM, Guest, Served
 
 if TYPE_CHECKING:
@@ -208,3 +211,13 @@ def test_primary_of_another_ca_is_refused_on_both_sides(
     with caplog.at_level(logging.WARNING), pytest.raises(AuthenticationFailed):
         hvreplica.replicate(VM, [DISK], to=served.address, tls=other, state=STATE, files=guest.files)
     assert guest.replicate(served).kind == "initial"
+
+
+def test_connection_that_says_nothing_is_closed_soon(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "_FIRST_MESSAGE_S", 0.3)
+    decoder = msgspec.msgpack.Decoder(messages.Answer)
+    with (
+        connect(served.address, client_context(served.tls), decoder=decoder, idle_timeout_s=30) as channel,
+        pytest.raises(PeerClosed, match=r"closed|broke"),
+    ):
+        channel.receive_message()

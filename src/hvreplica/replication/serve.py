@@ -45,6 +45,7 @@ _LOG = logging.getLogger("hvreplica.serve")
 _QUESTIONS = msgspec.msgpack.Decoder(messages.Question)
 _CONNECTIONS_MAX = 64
 _DATA_CONNECTIONS_MAX = 16
+_FIRST_MESSAGE_S = 10.0
 _DATA_SILENCE_S = 3600.0  # a slow disk is no dead primary: that one is found on the control connection
 _CONTROL_SILENCE_S = 300.0  # the longest a primary thinks between two questions
 
@@ -124,8 +125,14 @@ class Server:
 
     def _handle(self, channel: Channel[messages.Question]) -> None:
         """Own one connection from its first message to its end."""
+        # A peer that trickles bytes must not hold a place: the timeout of a channel is for silence only.
+        deadline = threading.Timer(_FIRST_MESSAGE_S, channel.abort)
+        deadline.start()
         try:
-            question = channel.receive_message()
+            try:
+                question = channel.receive_message()
+            finally:
+                deadline.cancel()
             if isinstance(question, messages.Claim):
                 self._control(channel, question)
             elif isinstance(question, messages.Attach):
