@@ -1,8 +1,7 @@
 """One replicate call at the primary: what to do next, by what both sides hold.
 
     new ──> initial ──(every window durable, committed)──> ready
-    ready: compare ──> logs closed ("cut") ──> shipped ("acknowledged") ──> fingerprints follow ──> logs
-    removed
+    ready: compare ──> logs closed ("cut") ──> shipped ("acknowledged") ──> fingerprints follow, logs go
 
 Each step is written to the state folder before it is taken. A call that finds an unfinished step finishes it
 first; killed anywhere, the next call goes on from there. A connection that breaks is made again a few times.

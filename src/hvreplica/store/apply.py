@@ -1,8 +1,7 @@
 """Bring a VM's disks to the newest point that was received, in steps that may be cut anywhere and repeated.
 
-    logs     point "spooled" -> commit "applying" -> disks written, flushed -> commit "complete", spool
-    removed initial  transfer "receiving" -> commit "renaming" -> .partial become the disks -> commit
-    "complete"
+    logs     point "spooled" -> commit "applying" -> disks flushed -> commit "complete" -> spool removed
+    initial  transfer "receiving" -> commit "renaming" -> .partial become the disks -> commit "complete"
 
 Until "applying" is committed the disks are whole on the point before, and that one is listed; from there on
 only the spool leads to a whole point, so it is kept, and applying it again gives the same disks. The same

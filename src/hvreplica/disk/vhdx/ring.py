@@ -3,10 +3,10 @@
 One round of commit():
 
     sync                 all payload, and the BAT sectors that the round before wrote in place, are durable
-    write entries        behind the last sequence, which stays whole: it is what a replay finds until the new
-    one stands sync                 from here the new sequence is found header               first round of a
-    session only: LogGuid becomes that of the entries write BAT in place   durable with the next sync, at the
-    latest that of the next round
+    write entries        behind the last sequence, which a replay finds until the new one stands
+    sync                 from here the new sequence is found
+    header               first round of a session only: LogGuid becomes that of the entries
+    write BAT in place   durable with the next sync, at the latest that of the next round
 
 The new sequence starts at its own first entry, because everything before it is durable in place by then. A
 round uses at most half of the ring, so that two sequences always fit side by side.
@@ -43,9 +43,9 @@ _ENTRY_DESCRIPTOR_COUNT_MAX = DESCRIPTORS_IN_HEADER_SECTOR
 
 
 class FileSizes(NamedTuple):
-    """flushed_bytes:
+    """How long the file is, in multiples of 1 MiB.
 
-    Size of the file that is durable. last_bytes: end of what is used. Multiples of 1 MiB.
+    flushed_bytes: the size that is durable. last_bytes: the end of what is used.
     """
 
     flushed_bytes: int
