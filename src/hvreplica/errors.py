@@ -13,6 +13,8 @@
         Locked  NoSuchPoint  PointInUse  ReplicaDiverged  StoreFull  Fenced
       StateError                  a verb at the wrong time
         InvalidTransition  FailoverRefused
+      ParentError                 the parents of a differencing disk
+        ParentMissing  ParentMismatch  ParentLoop
 
 An OSError of a file passes as it is: files.py adds path and offset to it as a note. Translated is what has a
 reason of its own: a full disk below the store or an export is StoreFull (store/room.py), a certificate that
@@ -293,6 +295,30 @@ class FailoverRefused(StateError):
     """A failover would lose or fork data and was not forced."""
 
     exit_code = 62
+
+
+class ParentError(HvReplicaError):
+    """The parents of a differencing disk cannot be used."""
+
+    exit_code = 80
+
+
+class ParentMissing(ParentError):
+    """No file that a differencing disk names as its parent could be found."""
+
+    exit_code = 81
+
+
+class ParentMismatch(ParentError):
+    """The file found is not the parent, or is one that was changed since its child was made."""
+
+    exit_code = 82
+
+
+class ParentLoop(ParentError):
+    """A chain of parents leads back to itself, or has more members than any real one."""
+
+    exit_code = 83
 
 
 IO_ERROR_EXIT_CODE = 70

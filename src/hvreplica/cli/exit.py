@@ -1,6 +1,6 @@
 """From an exception to an exit code and to what a person is told. The only place that knows the numbers.
 
-0 done   1 the disks differ   2 wrong usage   3, 10..62 HvReplicaError (errors.py, one per class)
+0 done   1 the disks differ   2 wrong usage   3, 10..83 HvReplicaError (errors.py, one per class)
 4 a bug in hvreplica   70 the operating system said no   71 no space left
 130 Ctrl-C   141 nobody reads the output   128 + n ended by signal n (143 SIGTERM)
 """
