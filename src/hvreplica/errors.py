@@ -310,7 +310,7 @@ class ParentMissing(ParentError):
 
 
 class ParentMismatch(ParentError):
-    """The file found is not the parent, or is one that was changed since its child was made."""
+    """The file found is not the parent, or its content is not that on which the child rests."""
 
     exit_code = 82
 
