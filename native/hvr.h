@@ -149,15 +149,16 @@ int hvr_coalesce(const struct hvr_source_extents *source, struct hvr_target_exte
 
 /* ---- payload: the bytes of a disk through its block map ---- */
 
-/* Guest block b is entries[b + b / chunk_ratio], or entries[b] where chunk_ratio is 0. It is present where
- * entry & 7 == 6
- * ([MS-VHDX] 2.5.1.1), and then stands at file offset entry & ~0xFFFFF. block_bytes > 0. A NULL map stands
- * for a raw file: file offset = disk offset. */
+/* Guest block b is entries[b + b / chunk_ratio], or entries[b] where chunk_ratio is 0. Its state is entry & 7
+ * ([MS-VHDX] 2.5.1.1): in state 6 it is present, and stands at file offset entry & offset_mask; in state 7 it
+ * has that place too, which is written, and is read as absent, because only a sector bitmap knows what of it
+ * counts. block_bytes > 0. A NULL map stands for a raw file: file offset = disk offset. */
 struct hvr_block_map {
     const uint64_t *entries;
     size_t entry_count;
     uint64_t block_bytes;
     uint64_t chunk_ratio;
+    uint64_t offset_mask;
 };
 
 /* Where a payload function stopped. offset: in the file whose descriptor is named by `file` (0 target, 1
@@ -179,6 +180,15 @@ int hvr_read_extents(int descriptor, const struct hvr_block_map *map, const uint
  * HVR_ABSENT are found before anything is written. */
 int hvr_write_extents(int descriptor, const struct hvr_block_map *map, const uint64_t *extents, size_t count,
                       const uint8_t *data, size_t length, struct hvr_place *place);
+
+/* Pieces are rows of three 64-bit numbers, (file offset, length, buffer offset), all in bytes.
+ *
+ * For each piece fill out[buffer offset .. + length) from the file, or with zeros where the file offset is
+ * 2^64 - 1. Pieces that follow each other in file and buffer are read with one call. HVR_OUT_OF_RANGE with
+ * place->index = row, before anything is read, for a piece beyond out[0 .. length) or 63 bits; HVR_TRUNCATED.
+ */
+int hvr_read_pieces(int descriptor, const uint64_t *pieces, size_t count, uint8_t *out, size_t length,
+                    struct hvr_place *place);
 
 /* Copy source[source_offsets[i] .. + length of extent i) to extent i, in this order. Both files are distinct.
  * The window is filled with as many pieces as it holds, read in order of their source offset, neighbours

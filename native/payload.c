@@ -15,8 +15,9 @@
 #include <unistd.h>
 
 #define BAT_STATE_MASK 7u
-#define BAT_FULLY_PRESENT 6u /* [MS-VHDX] 2.5.1.1 */
-#define BAT_FILE_OFFSET_MASK 0xfffffffffff00000u
+#define BAT_FULLY_PRESENT 6u     /* [MS-VHDX] 2.5.1.1 */
+#define BAT_PARTIALLY_PRESENT 7u /* to be written, not to be read */
+#define ZERO_PIECE UINT64_MAX
 
 enum {
     CALL_BYTES_MAX = 1 << 30, /* Linux moves at most 2^31 - 4096 bytes a call */
@@ -30,6 +31,7 @@ struct piece {
     uint64_t file_offset;
     uint64_t length;
     int present;
+    int has_place;
 };
 
 /* Bytes that follow each other in the buffer and in the file, not yet moved. */
@@ -55,7 +57,7 @@ static int piece_at(const struct hvr_block_map *map, uint64_t disk_offset, uint6
         return HVR_OUT_OF_RANGE;
     }
     if (map == NULL) {
-        *piece = (struct piece){disk_offset, length, 1};
+        *piece = (struct piece){disk_offset, length, 1, 1};
         return HVR_OK;
     }
     uint64_t block = disk_offset / map->block_bytes;
@@ -66,27 +68,28 @@ static int piece_at(const struct hvr_block_map *map, uint64_t disk_offset, uint6
         return HVR_OUT_OF_RANGE;
     }
     uint64_t entry = map->entries[entry_index];
+    uint64_t block_place = entry & map->offset_mask;
     uint64_t room = map->block_bytes - block_offset;
     piece->length = length < room ? length : room;
     piece->present = (entry & BAT_STATE_MASK) == BAT_FULLY_PRESENT;
-    piece->file_offset = (entry & BAT_FILE_OFFSET_MASK) + block_offset;
-    if (!piece->present) {
+    piece->has_place = piece->present || (entry & BAT_STATE_MASK) == BAT_PARTIALLY_PRESENT;
+    piece->file_offset = block_place + block_offset;
+    if (!piece->has_place) {
         return HVR_OK;
     }
-    int beyond = (entry & BAT_FILE_OFFSET_MASK) > INT64_MAX
-                 || block_offset > INT64_MAX - (entry & BAT_FILE_OFFSET_MASK)
+    int beyond = block_place > INT64_MAX || block_offset > INT64_MAX - block_place
                  || piece->length > INT64_MAX - piece->file_offset;
     return beyond ? HVR_OUT_OF_RANGE : HVR_OK;
 }
 
 /* Goes through all pieces without touching the files. */
 static int check_extents(const struct hvr_block_map *map, const uint64_t *extents, size_t count,
-                         int all_present, struct hvr_place *place)
+                         int all_placed, struct hvr_place *place)
 {
     for (size_t row = 0; row < count; row += 1) {
         uint64_t offset = extents[2 * row];
         uint64_t length = extents[2 * row + 1];
-        struct piece piece = {0, 0, 0};
+        struct piece piece = {0, 0, 0, 0};
         if (length == 0 && (offset > INT64_MAX)) {
             return HVR_OUT_OF_RANGE;
         }
@@ -95,7 +98,7 @@ static int check_extents(const struct hvr_block_map *map, const uint64_t *extent
             if (status != HVR_OK) {
                 return status;
             }
-            if (all_present && !piece.present) {
+            if (all_placed && !piece.has_place) {
                 return HVR_ABSENT;
             }
         }
@@ -222,7 +225,7 @@ int hvr_read_extents(int descriptor, const struct hvr_block_map *map, const uint
     for (size_t row = 0; status == HVR_OK && row < count; row += 1) {
         uint64_t offset = extents[2 * row];
         uint64_t rest = extents[2 * row + 1];
-        struct piece piece = {0, 0, 0};
+        struct piece piece = {0, 0, 0, 0};
         for (; status == HVR_OK && rest > 0;
              offset += piece.length, rest -= piece.length, at += (size_t)piece.length) {
             status = piece_at(map, offset, rest, &piece, place);
@@ -240,6 +243,36 @@ int hvr_read_extents(int descriptor, const struct hvr_block_map *map, const uint
     return status == HVR_OK ? read_pending(&file, out, &pending) : status;
 }
 
+/* Zero pieces are filled here; the rest passes through `pending`. */
+int hvr_read_pieces(int descriptor, const uint64_t *pieces, size_t count, uint8_t *out, size_t length,
+                    struct hvr_place *place)
+{
+    const struct file_place file = {descriptor, FILE_TARGET, place};
+    struct pending pending = {0, 0, 0};
+    for (size_t row = 0; row < count; row += 1) {
+        const uint64_t *piece = pieces + 3 * row;
+        place->index = row;
+        if (piece[1] > length || piece[2] > length - piece[1]) {
+            return HVR_OUT_OF_RANGE;
+        }
+        if (piece[0] != ZERO_PIECE && (piece[0] > INT64_MAX || piece[1] > INT64_MAX - piece[0])) {
+            return HVR_OUT_OF_RANGE;
+        }
+    }
+    int status = HVR_OK;
+    for (size_t row = 0; status == HVR_OK && row < count; row += 1) {
+        const uint64_t *piece = pieces + 3 * row;
+        size_t at = (size_t)piece[2];
+        if (piece[0] == ZERO_PIECE) {
+            memset(out + at, 0, (size_t)piece[1]);
+        } else if (!joined(&pending, piece[0], at, (size_t)piece[1])) {
+            status = read_pending(&file, out, &pending);
+            joined(&pending, piece[0], at, (size_t)piece[1]);
+        }
+    }
+    return status == HVR_OK ? read_pending(&file, out, &pending) : status;
+}
+
 /* Writes the window's bytes to the extents of rows [row, ...) from `skip` on into the first one, until
  * `length` are written; what is left unwritten stays in `pending`. */
 static int write_rows(const struct file_place *file, const struct hvr_block_map *map, const uint64_t *extents,
@@ -250,11 +283,11 @@ static int write_rows(const struct file_place *file, const struct hvr_block_map 
     for (size_t at = 0; status == HVR_OK && at < length; extents += 2, skip = 0) {
         uint64_t offset = extents[0] + skip;
         size_t rest = extents[1] - skip < length - at ? (size_t)(extents[1] - skip) : length - at;
-        struct piece piece = {0, 0, 0};
+        struct piece piece = {0, 0, 0, 0};
         for (; status == HVR_OK && rest > 0;
              offset += piece.length, rest -= (size_t)piece.length, at += (size_t)piece.length) {
             status = piece_at(map, offset, rest, &piece, file->place);
-            if (status == HVR_OK && !piece.present) {
+            if (status == HVR_OK && !piece.has_place) {
                 status = HVR_ABSENT;
             }
             if (status != HVR_OK) {

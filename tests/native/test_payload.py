@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random  # noqa: TC003 - hypothesis reads the annotation
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -311,3 +312,54 @@ def test_an_error_of_the_system_names_file_operation_and_offset(tmp_path: Path) 
     file.close()
     with pytest.raises(ValueError, match="closed"):
         native.read_extents(file, None, extents_of([(0, 4)]), bytearray(4))
+
+
+@files_per_example
+@given(
+    rows=st.lists(st.tuples(st.integers(-1, 300_000), st.integers(0, 5000)), max_size=12),
+    order=st.randoms(use_true_random=False),
+)
+def test_read_pieces_fills_each_place_of_the_buffer(
+    opened: Opened, rows: list[tuple[int, int]], order: random.Random
+) -> None:
+    content = pattern(310_000)
+    file = opened("disk", content)
+    pieces, expected, at = [], bytearray(), 0
+    for file_offset, length in rows:
+        pieces.append((file_offset, length, at))
+        expected += bytes(length) if file_offset < 0 else content[file_offset : file_offset + length]
+        at += length
+    order.shuffle(pieces)
+    out = bytearray(b"\xee" * at)
+    native.read_pieces(file, np.array(pieces, np.int64).reshape(-1, 3), out)
+    assert out == expected
+
+
+def test_read_pieces_refuses_what_leaves_buffer_or_file(opened: Opened) -> None:
+    file = opened("disk", pattern(8192))
+    out = bytearray(b"\xee" * 4096)
+    for piece in ((0, 4096, 1), (0, 4097, 0), (0, 1, 1 << 62), ((1 << 63) - 1, 2, 0), (-2, 16, 0)):
+        with pytest.raises(IndexError):
+            native.read_pieces(file, np.array([(0, 16, 0), piece], np.int64), out)
+    assert out == b"\xee" * 4096
+    with pytest.raises(Truncated) as caught:
+        native.read_pieces(file, np.array([(8000, 300, 0)], np.int64), out)
+    assert caught.value.offset == 8192
+
+
+def test_a_partial_block_is_written_in_its_place_and_read_as_absent(opened: Opened) -> None:
+    file = opened("disk", bytes(3 * MIB))
+    block_map = native.BlockMap(np.array([(2 << 20) | 7], np.uint64), BLOCK_BYTES, 0)
+    native.write_extents(file, block_map, extents_of([(512, 4)]), b"data")
+    assert file.read(2 * MIB + 512, 4) == b"data"
+    out = bytearray(b"\xee" * 4)
+    native.read_extents(file, block_map, extents_of([(512, 4)]), out)
+    assert out == bytes(4)
+
+
+def test_an_offset_mask_finds_blocks_on_sectors(opened: Opened) -> None:
+    file = opened("disk", pattern(BLOCK_BYTES + 8192))
+    block_map = native.BlockMap(np.array([4608 | 6], np.uint64), BLOCK_BYTES, 0, ~0x1FF & (1 << 64) - 1)
+    out = bytearray(1000)
+    native.read_extents(file, block_map, extents_of([(24, 1000)]), out)
+    assert out == pattern(BLOCK_BYTES + 8192)[4632:5632]

@@ -8,7 +8,7 @@ for bit.
 from __future__ import annotations
 
 from hvreplica.native.entries import pack_hrl_entries, parse_hrl_entries
-from hvreplica.native.extents import coalesce, copy_extents, read_extents, write_extents
+from hvreplica.native.extents import coalesce, copy_extents, read_extents, read_pieces, write_extents
 from hvreplica.native.kernels import KERNELS
 from hvreplica.native.library import available_variants, kernel_variant
 from hvreplica.native.tables import HRL_ENTRY, BadEntry, BlockAbsent, BlockMap
@@ -38,6 +38,7 @@ __all__ = [
     "pack_hrl_entries",
     "parse_hrl_entries",
     "read_extents",
+    "read_pieces",
     "write_extents",
 ]
 

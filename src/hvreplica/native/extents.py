@@ -15,7 +15,14 @@ import numpy as np
 from hvreplica.errors import Truncated
 from hvreplica.native import reference
 from hvreplica.native.library import ffi, lib, octets, u64s, writable_octets, writable_u64s
-from hvreplica.native.tables import Array, BlockAbsent, BlockMap, checked_column, checked_extents
+from hvreplica.native.tables import (
+    Array,
+    BlockAbsent,
+    BlockMap,
+    checked_column,
+    checked_extents,
+    checked_pieces,
+)
 
 if TYPE_CHECKING:
     from hvreplica.files import BlockFile
@@ -65,6 +72,23 @@ def read_extents(file: BlockFile, block_map: BlockMap | None, extents: Array, ou
     table, kept = _table(block_map)
     status = lib.hvr_read_extents(descriptor, table, u64s(rows), len(rows), view, len(view), place)
     del kept
+    if status != lib.HVR_OK:
+        _fail(status, place, "read", (file,))
+
+
+def read_pieces(file: BlockFile, pieces: Array, out: Octets) -> None:
+    """Fill parts of `out` from anywhere in the file.
+
+    pieces: int64 or uint64 (n, 3) of (file_offset, length, offset in `out`), bytes; a file offset of -1 stands for
+    zeros. Pieces that follow each other in file and buffer are read with one call. Raises: Truncated, IndexError
+    for a piece that does not lie in `out`, before anything is read; OSError.
+    """
+    descriptor = file.fileno()
+    if descriptor is None:
+        reference.read_pieces(file, pieces, out)
+        return
+    rows, view, place = checked_pieces(pieces), writable_octets(out), ffi.new("struct hvr_place *")
+    status = lib.hvr_read_pieces(descriptor, u64s(rows), len(rows), view, len(view), place)
     if status != lib.HVR_OK:
         _fail(status, place, "read", (file,))
 
@@ -122,7 +146,13 @@ def _table(block_map: BlockMap | None) -> tuple[Any, Any]:
     if block_map is None:
         return ffi.NULL, None
     entries = u64s(block_map.entries)
-    fields = [entries, len(block_map.entries), block_map.block_bytes, block_map.chunk_ratio]
+    fields = [
+        entries,
+        len(block_map.entries),
+        block_map.block_bytes,
+        block_map.chunk_ratio,
+        block_map.offset_mask,
+    ]
     return ffi.new("struct hvr_block_map *", fields), entries
 
 
@@ -130,7 +160,7 @@ def _fail(status: int, place: Any, operation: str, files: tuple[BlockFile, ...])
     if status == lib.HVR_ABSENT:
         raise BlockAbsent(place.index)
     if status == lib.HVR_OUT_OF_RANGE:
-        message = f"an extent leaves the disk at block {place.index}, or ends beyond 63 bits"
+        message = f"an extent leaves the disk at block or row {place.index}, or ends beyond 63 bits"
         raise IndexError(message)
     if status == lib.HVR_LENGTH:
         message = "the extents do not add up to the length of the buffer"

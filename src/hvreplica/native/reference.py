@@ -26,6 +26,7 @@ from hvreplica.native.tables import (
     BlockMap,
     checked_column,
     checked_extents,
+    checked_pieces,
     view_of,
 )
 
@@ -49,6 +50,9 @@ _PACKED_ENTRY = np.dtype(
         ("reserved", "V6"),
     ]
 )
+
+
+_ZERO_PIECE = (1 << 64) - 1  # a file offset of -1
 
 
 def _crc32c_table() -> tuple[int, ...]:
@@ -287,7 +291,9 @@ def coalesce(disk_offsets: Array, lengths: Array, log_offsets: Array) -> tuple[A
     return columns[:, 0].copy(), columns[:, 1].copy(), columns[:, 2].copy()
 
 
-def _pieces(block_map: BlockMap | None, extents: Array) -> Iterator[tuple[int, int | None, int, int]]:
+def _pieces(
+    block_map: BlockMap | None, extents: Array, *, for_write: bool = False
+) -> Iterator[tuple[int, int | None, int, int]]:
     """Yield (buffer offset, file offset or None where absent, length, block) for each part of an extent in
     one block.
     """
@@ -303,7 +309,7 @@ def _pieces(block_map: BlockMap | None, extents: Array) -> Iterator[tuple[int, i
             if block_map is not None:
                 block, inside = divmod(offset, block_map.block_bytes)
                 size = min(length, block_map.block_bytes - inside)
-                base = block_map.file_offset(block)
+                base = block_map.file_offset(block, for_write=for_write)
                 file_offset = None if base is None else base + inside
                 if file_offset is not None and file_offset + size > FILE_OFFSET_MAX:
                     message = f"block {block} ends beyond 63 bits in its file"
@@ -320,7 +326,7 @@ def _check_length(extents: Array, length: int) -> None:
 
 
 def _check_present(block_map: BlockMap | None, extents: Array) -> None:
-    for _, file_offset, _, block in _pieces(block_map, extents):
+    for _, file_offset, _, block in _pieces(block_map, extents, for_write=True):
         if file_offset is None:
             raise BlockAbsent(block)
 
@@ -346,12 +352,28 @@ def read_extents(file: BlockFile, block_map: BlockMap | None, extents: Array, ou
             _read_into(file, view[at : at + length], file_offset)
 
 
+def read_pieces(file: BlockFile, pieces: Array, out: Octets) -> None:
+    """See hvreplica.native.read_pieces."""
+    view = view_of(out)
+    rows = checked_pieces(pieces).tolist()
+    for row, (file_offset, length, at) in enumerate(rows):
+        beyond = file_offset != _ZERO_PIECE and file_offset + length > FILE_OFFSET_MAX
+        if at + length > len(view) or beyond:
+            message = f"an extent leaves the disk at block or row {row}, or ends beyond 63 bits"
+            raise IndexError(message)
+    for file_offset, length, at in rows:
+        if file_offset == _ZERO_PIECE:
+            view[at : at + length] = bytes(length)
+        elif length:
+            _read_into(file, view[at : at + length], file_offset)
+
+
 def write_extents(file: BlockFile, block_map: BlockMap | None, extents: Array, data: Octets) -> None:
     """See hvreplica.native.write_extents."""
     view = view_of(data)
     _check_length(extents, len(view))
     _check_present(block_map, extents)
-    for at, file_offset, length, _ in _pieces(block_map, extents):
+    for at, file_offset, length, _ in _pieces(block_map, extents, for_write=True):
         if file_offset is not None:
             file.write(view[at : at + length], file_offset)
 
@@ -372,7 +394,7 @@ def copy_extents(
     _check_present(block_map, rows)
     window = memoryview(bytearray(_WINDOW_BYTES))
     for source_offset, row in zip(offsets, rows, strict=True):
-        for at, file_offset, length, _ in _pieces(block_map, row[np.newaxis]):
+        for at, file_offset, length, _ in _pieces(block_map, row[np.newaxis], for_write=True):
             for done in range(0, length, _WINDOW_BYTES):
                 part = window[: min(_WINDOW_BYTES, length - done)]
                 _read_into(source, part, source_offset + at + done)

@@ -36,6 +36,7 @@ HRL_ENTRY = np.dtype(
 )
 
 PAYLOAD_BLOCK_FULLY_PRESENT = 6  # [MS-VHDX] 2.5.1.1
+PAYLOAD_BLOCK_PARTIALLY_PRESENT = 7
 BAT_STATE_MASK = 0x7
 BAT_FILE_OFFSET_MASK = 0xFFFF_FFFF_FFF0_0000  # FileOffsetMB is in whole MiB, [MS-VHDX] 2.5.1
 FILE_OFFSET_MAX = (1 << 63) - 1  # off_t
@@ -71,12 +72,16 @@ class BlockMap:
     entries: one-dimensional C-contiguous native uint64 array; kept and not copied, so that a change by its
     owner is seen by the next call. Guest block b is entries[b + b // chunk_ratio], or entries[b] where
     chunk_ratio is 0. A block is present where entry & 7 == 6, and then stands at file offset entry &
-    ~0xFFFFF. Thread rule: an entry may change while a call runs only for blocks that the call does not touch.
+    offset_mask. One in state 7 has a place that is written, and is read as absent: only a sector bitmap knows
+    what of it counts. Thread rule: an entry may change while a call runs only for blocks that the call does
+    not touch.
     """
 
-    __slots__ = ("block_bytes", "chunk_ratio", "entries")
+    __slots__ = ("block_bytes", "chunk_ratio", "entries", "offset_mask")
 
-    def __init__(self, entries: Array, block_bytes: int, chunk_ratio: int) -> None:
+    def __init__(
+        self, entries: Array, block_bytes: int, chunk_ratio: int, offset_mask: int = BAT_FILE_OFFSET_MASK
+    ) -> None:
         if entries.dtype != np.dtype(np.uint64) or entries.ndim != 1:
             message = "entries must be a one-dimensional array of native uint64"
             raise TypeError(message)
@@ -91,19 +96,22 @@ class BlockMap:
         self.entries = entries
         self.block_bytes = block_bytes
         self.chunk_ratio = chunk_ratio
+        self.offset_mask = offset_mask
 
-    def file_offset(self, block: int) -> int | None:
-        """Return where `block` stands in the file, None where it is absent. Raises: IndexError outside of the
-        map.
+    def file_offset(self, block: int, *, for_write: bool = False) -> int | None:
+        """Return where `block` stands in the file, None where it is absent.
+
+        for_write: a block in state 7 has a place too. Raises: IndexError outside of the map.
         """
         index = block + (block // self.chunk_ratio if self.chunk_ratio else 0)
         if not 0 <= block <= index < len(self.entries):
             message = f"block {block} is outside of the block map"
             raise IndexError(message)
         entry = int(self.entries[index])
-        if entry & BAT_STATE_MASK != PAYLOAD_BLOCK_FULLY_PRESENT:
-            return None
-        return entry & BAT_FILE_OFFSET_MASK
+        state = entry & BAT_STATE_MASK
+        if state == PAYLOAD_BLOCK_FULLY_PRESENT or (for_write and state == PAYLOAD_BLOCK_PARTIALLY_PRESENT):
+            return entry & self.offset_mask
+        return None
 
 
 def view_of(buffer: Octets) -> memoryview:
@@ -122,6 +130,17 @@ def checked_extents(extents: Array) -> Array:
         return np.empty((0, 2), np.uint64)
     if array.ndim != 2 or array.shape[1] != 2 or array.dtype.kind not in "iu" or array.dtype.itemsize != 8:
         message = f"extents must be int64 or uint64 of shape (n, 2), not {array.dtype} of shape {array.shape}"
+        raise TypeError(message)
+    return np.ascontiguousarray(array).view(np.uint64)
+
+
+def checked_pieces(pieces: Array) -> Array:
+    """Return `pieces` as a C-contiguous uint64 array of shape (n, 3); -1 becomes 2**64 - 1."""
+    array = np.asarray(pieces)
+    if array.size == 0:
+        return np.empty((0, 3), np.uint64)
+    if array.ndim != 2 or array.shape[1] != 3 or array.dtype.kind not in "iu" or array.dtype.itemsize != 8:
+        message = f"pieces must be int64 or uint64 of shape (n, 3), not {array.dtype} of shape {array.shape}"
         raise TypeError(message)
     return np.ascontiguousarray(array).view(np.uint64)
 
