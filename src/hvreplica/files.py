@@ -315,7 +315,8 @@ class OsFiles:
         mode: int = 0o644,
     ) -> OsBlockFile:
         writable = writable or create
-        flags = os.O_CLOEXEC | (os.O_RDWR if writable else os.O_RDONLY)
+        # O_NONBLOCK: a FIFO that somebody put under this name must be refused, not waited for.
+        flags = os.O_CLOEXEC | os.O_NONBLOCK | (os.O_RDWR if writable else os.O_RDONLY)
         if create:
             flags |= os.O_CREAT | (os.O_EXCL if exclusive else 0)
         with _noted("open", path):
@@ -426,20 +427,21 @@ def map_private(file: BlockFile, file_offset: int, length: int) -> mmap.mmap | N
     )
 
 
-def lock_open_file(file: BlockFile) -> None:
+def lock_open_file(file: BlockFile, *, shared: bool = False) -> None:
     """Make this the only open file of its name that holds this lock, until close; for a disk's one writer.
 
-    Nothing to do where there is no descriptor. Raises: Locked at once if another holder exists.
+    shared: hold it beside others that share it, against a writer; for a parent that must not change. Nothing
+    to do where there is no descriptor. Raises: Locked at once if a holder stands against it.
     """
     descriptor = file.fileno()
     if descriptor is None:
         return
     with _noted("lock", file.path):
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Locked(
-                "another process or session has this file open for writing",
+                "another process or session has this file open for writing, or as the parent of a disk",
                 path=file.path,
                 hint="wait for it to end, or stop it; the lock goes away with its process",
             ) from None

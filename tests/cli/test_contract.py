@@ -216,8 +216,8 @@ def test_disk_verbs(site: Site) -> None:
     assert "10.0 GiB" in site.done("disk info a.vhdx").out
     entries = site.done("disk map a.vhdx --json").answer
     assert sum(entry["length"] for entry in entries) == 10 << 30
-    assert {entry["state"] for entry in entries if entry["offset"] < 4 * MIB} == {"zero"}
-    assert next(entry["offset"] for entry in entries if entry["state"] == "data") == 4 * MIB
+    assert {entry["zero"] for entry in entries if entry["start"] < 4 * MIB} == {True}
+    assert next(entry["start"] for entry in entries if entry["data"]) == 4 * MIB
     assert len(site.done("disk map a.vhdx").out.splitlines()) == 1 + len(entries)
     site.done("disk convert a.vhdx b.img --format raw")
     site.done("disk convert b.img c.vhdx --type fixed --block-size 4M --json")

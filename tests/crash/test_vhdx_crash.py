@@ -18,6 +18,7 @@ import pytest
 from hvreplica.disk import create_disk, open_disk
 from hvreplica.errors import FormatError
 from hvreplica.units import MIB
+from tests.support.disks import create_kind
 from tests.support.fakeclock import FakeClock
 from tests.support.faultfile import FaultFiles, crash_states
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from hvreplica.disk.disk import Disk
 
 PATH = Path("/vm/disk.vhdx")
+KINDS = ("dynamic", "fixed", "differencing")
 SECTOR = 512
 BLOCKS = 6
 SIZE = BLOCKS * MIB - 7 * SECTOR  # the last block ends inside
@@ -100,14 +102,12 @@ def check_world(world: FaultFiles, history: History, *, writable: bool) -> None:
     )
 
 
-def record(seed: int, *, fixed: bool, steps: int) -> tuple[FaultFiles, History]:
+def record(seed: int, *, kind: str, steps: int) -> tuple[FaultFiles, History]:
     rng = random.Random(seed)
     clock = FakeClock(seed=seed)
     files = FaultFiles("/vm")
-    kind = "fixed" if fixed else "dynamic"
-    create_disk(files, PATH, virtual_bytes=SIZE, type=kind, block_bytes=MIB, clock=clock)
+    history = History([create_kind(files, PATH, kind, virtual_bytes=SIZE, clock=clock)])
     files.settle()
-    history = History([np.zeros(SECTORS, np.uint8)])
     disk = open_disk(files, PATH, writable=True, clock=clock)
     perform(disk, files, history, rng, steps)
     disk.close()
@@ -115,17 +115,18 @@ def record(seed: int, *, fixed: bool, steps: int) -> tuple[FaultFiles, History]:
     return files, history
 
 
-@pytest.mark.parametrize("fixed", [False, True], ids=["dynamic", "fixed"])
-def test_power_cut_anywhere_keeps_what_was_flushed(seed: int, *, fixed: bool) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_power_cut_anywhere_keeps_what_was_flushed(seed: int, kind: str) -> None:
     for round_number in range(3):
-        files, history = record(seed * 100 + round_number, fixed=fixed, steps=24)
+        files, history = record(seed * 100 + round_number, kind=kind, steps=24)
         for index, world in crash_states(files.trace(), seed=seed + round_number, limit=150):
             check_world(world, history, writable=index % 2 == 0)
 
 
-def test_power_cut_during_recovery_is_recovered_again(seed: int) -> None:
+@pytest.mark.parametrize("kind", ["dynamic", "differencing"])
+def test_power_cut_during_recovery_is_recovered_again(seed: int, kind: str) -> None:
     """Replay twice equals replay once: the cut comes while the log of an earlier cut is replayed."""
-    files, history = record(seed, fixed=False, steps=16)
+    files, history = record(seed, kind=kind, steps=16)
     worlds = [world for _, world in crash_states(files.trace(), seed=seed, limit=60)]
     for number, world in enumerate(worlds[::4]):
         open_disk(world, PATH, writable=True, clock=FakeClock(seed=number)).abandon()
@@ -134,9 +135,10 @@ def test_power_cut_during_recovery_is_recovered_again(seed: int) -> None:
             check_world(again, history, writable=True)
 
 
-def test_session_after_power_cut_works_and_is_clean(seed: int) -> None:
+@pytest.mark.parametrize("kind", ["dynamic", "differencing"])
+def test_session_after_power_cut_works_and_is_clean(seed: int, kind: str) -> None:
     """What a cut leaves can be written, flushed and cut again: space is never given to two blocks."""
-    files, _ = record(seed, fixed=False, steps=16)
+    files, _ = record(seed, kind=kind, steps=16)
     for number, (_, world) in enumerate(crash_states(files.trace(), seed=seed, limit=40)):
         clock = FakeClock(seed=number)
         with open_disk(world, PATH, writable=True, clock=clock) as disk:
@@ -170,16 +172,16 @@ def test_power_cut_during_create_leaves_a_whole_disk_or_none(seed: int) -> None:
                     continue
 
 
-def test_kill_keeps_all_that_a_flush_returned_for(seed: int) -> None:
+@pytest.mark.parametrize("kind", ["dynamic", "differencing"])
+def test_kill_keeps_all_that_a_flush_returned_for(seed: int, kind: str) -> None:
     """A kill -9 loses no written byte of the file, but the table in memory: flushed blocks are there."""
-    files, history = record(seed, fixed=False, steps=20)
+    files, history = record(seed, kind=kind, steps=20)
     for count in range(0, len(files.trace()), 7):
         again = FaultFiles("/vm")
         rng, clock = random.Random(seed), FakeClock(seed=seed)
-        create_disk(again, PATH, virtual_bytes=SIZE, block_bytes=MIB, clock=clock)
+        states = History([create_kind(again, PATH, kind, virtual_bytes=SIZE, clock=clock)])
         again.settle()
         again.kill_at(count)
-        states = History([np.zeros(SECTORS, np.uint8)])
         try:
             disk = open_disk(again, PATH, writable=True, clock=clock)
             perform(disk, again, states, rng, 20)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hvreplica.disk import create_disk, open_disk
+from hvreplica.disk import open_disk
 from hvreplica.files import OS_FILES
 from hvreplica.units import MIB
+from tests.support.disks import create_kind
 from tests.support.fakeclock import FakeClock
 
 if TYPE_CHECKING:
@@ -14,23 +15,13 @@ if TYPE_CHECKING:
 
     from hvreplica.disk import Disk
 
-KINDS = ("raw", "dynamic", "fixed", "dynamic-4096")
 SIZE = 9 * MIB + 8192
 
 
 def make_disk(path: Path, kind: str, *, size: int = SIZE, block_bytes: int = MIB, seed: int = 1) -> Disk:
-    """Create and open a disk for writing."""
+    """Create a disk and open it for writing."""
     clock = FakeClock(seed=seed)
-    create_disk(
-        OS_FILES,
-        path,
-        virtual_bytes=size,
-        format="raw" if kind == "raw" else "vhdx",
-        type="fixed" if kind == "fixed" else "dynamic",
-        block_bytes=None if kind == "raw" else block_bytes,
-        logical_sector_bytes=4096 if kind.endswith("4096") else 512,
-        clock=clock,
-    )
+    create_kind(OS_FILES, path, kind, virtual_bytes=size, block_bytes=block_bytes, clock=clock)
     return open_disk(OS_FILES, path, writable=True, clock=clock)
 
 

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from hvreplica.disk import open_disk
+from hvreplica.disk import map_disk, open_disk
 from hvreplica.errors import FieldOutOfRange, Locked
 from hvreplica.files import OS_FILES
 from hvreplica.units import MIB
-from tests.disk.contract import KINDS, SIZE, everything, make_disk, reopen
+from tests.disk.contract import SIZE, everything, make_disk, reopen
 from tests.support.build import mixed_bytes, random_bytes, random_extents
+from tests.support.disks import KINDS, parent_numbers
 from tests.support.fakeclock import FakeClock
 
 if TYPE_CHECKING:
@@ -29,13 +30,14 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
         yield disk
 
 
-def test_new_disk_reads_as_zeros(disk: Disk) -> None:
+def test_new_disk_reads_as_its_parent_or_as_zeros(disk: Disk) -> None:
     assert disk.virtual_bytes == SIZE
-    assert not any(everything(disk))
+    expected = bytes(SIZE) if disk.parent is None else parent_numbers(SIZE).repeat(512).tobytes()
+    assert everything(disk) == expected
 
 
 def test_written_extents_read_back_and_last(disk: Disk) -> None:
-    expected = bytearray(SIZE)
+    expected = bytearray(everything(disk))
     for round_number in range(4):
         extents = random_extents(40, disk_bytes=SIZE, seed=round_number, disjoint=True, length_bytes_max=MIB)
         data = mixed_bytes(int(extents[:, 1].sum()), seed=round_number)
@@ -54,11 +56,11 @@ def test_written_extents_read_back_and_last(disk: Disk) -> None:
 
 
 def test_odd_offsets_and_lengths_are_fine(disk: Disk) -> None:
+    expected = bytearray(everything(disk))
     disk.write(b"abc", MIB - 1)
     disk.write(b"", 5)
-    buffer = bytearray(5)
-    disk.read_into(buffer, MIB - 2)
-    assert buffer == b"\0abc\0"
+    expected[MIB - 1 : MIB + 2] = b"abc"
+    assert everything(disk) == expected
 
 
 def test_zeroed_ranges_read_as_zeros(disk: Disk) -> None:
@@ -101,14 +103,17 @@ def test_map_tiles_the_disk_and_agrees_with_extents(disk: Disk) -> None:
     disk.write(b"x" * 5000, 3 * MIB)
     disk.write(b"x" * 5000, SIZE - 5000)
     position = 0
-    for entry in disk.map():
-        assert entry.offset == position
+    for entry in map_disk(disk):
+        assert entry.start == position
         assert entry.length > 0
+        assert entry.data != entry.zero
         position += entry.length
-        if entry.state == "zero":
-            assert not len(disk.extents(entry.offset, position)) or disk.format == "raw"
+        if entry.zero:
+            assert not len(disk.extents(entry.start, position)) or disk.format == "raw"
         else:
-            assert entry.file_offset is not None
+            assert entry.present
+            assert entry.filename == str(disk.path if entry.depth == 0 else disk.parent.path)
+            assert entry.offset is not None
     assert position == SIZE
 
 
@@ -116,6 +121,7 @@ def test_map_tiles_the_disk_and_agrees_with_extents(disk: Disk) -> None:
 def test_ranges_beyond_the_end_are_refused_and_nothing_is_written(
     disk: Disk, offset: int, length: int
 ) -> None:
+    before = everything(disk)
     for call in (
         lambda: disk.read_into(bytearray(length), offset),
         lambda: disk.write(b"x" * length, offset),
@@ -124,14 +130,15 @@ def test_ranges_beyond_the_end_are_refused_and_nothing_is_written(
     ):
         with pytest.raises(FieldOutOfRange):
             call()
-    assert not any(everything(disk))
+    assert everything(disk) == before
 
 
 def test_data_of_another_length_than_the_extents_is_refused(disk: Disk) -> None:
+    before = everything(disk)
     for data in (b"x" * 10, b"x" * 12):
         with pytest.raises(ValueError):
             disk.write_extents(np.array([[0, 11]]), data)
-    assert not any(everything(disk))
+    assert everything(disk) == before
 
 
 def test_copied_extents_come_from_their_places(disk: Disk, tmp_path: Path) -> None:
@@ -139,7 +146,7 @@ def test_copied_extents_come_from_their_places(disk: Disk, tmp_path: Path) -> No
     source_bytes = mixed_bytes(6 * MIB, seed=11)
     source_path.write_bytes(source_bytes)
     source = OS_FILES.open(source_path)
-    expected = bytearray(SIZE)
+    expected = bytearray(everything(disk))
     for seed in range(3):
         extents = random_extents(60, disk_bytes=SIZE, seed=seed, disjoint=True, length_bytes_max=300_000)
         offsets = np.random.default_rng(seed).integers(0, 5 * MIB, len(extents))

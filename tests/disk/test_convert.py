@@ -11,8 +11,9 @@ import pytest
 from hvreplica.disk import compare_disks, convert_disk, create_disk, open_disk
 from hvreplica.files import OS_FILES
 from hvreplica.units import MIB, TIB
-from tests.disk.contract import KINDS, everything, make_disk
+from tests.disk.contract import everything, make_disk
 from tests.support.build import mixed_bytes
+from tests.support.disks import KINDS
 from tests.support.fakeclock import FakeClock
 from tests.support.faultfile import FaultFiles
 

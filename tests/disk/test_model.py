@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from hvreplica.disk import create_disk, open_disk
 from hvreplica.errors import HvReplicaError
 from hvreplica.units import MIB
+from tests.support.disks import KINDS, create_kind
 from tests.support.fakeclock import FakeClock
 from tests.support.faultfile import FaultFiles, crash_states
 
@@ -37,17 +38,10 @@ class DiskMachine(RuleBasedStateMachine):
         self.number = 0
         self.disk = None
 
-    @initialize(kind=st.sampled_from(["dynamic", "fixed"]), sector_bytes=st.sampled_from([512, 4096]))
-    def create(self, kind: str, sector_bytes: int) -> None:
-        create_disk(
-            self.files,
-            PATH,
-            virtual_bytes=SIZE,
-            type=kind,
-            block_bytes=MIB,
-            logical_sector_bytes=sector_bytes,
-            clock=self.clock,
-        )
+    @initialize(kind=st.sampled_from([kind for kind in KINDS if kind != "raw"]))
+    def create(self, kind: str) -> None:
+        self.state = create_kind(self.files, PATH, kind, virtual_bytes=SIZE, clock=self.clock)
+        self.olds = [self.state.copy()]
         self.files.settle()
         self.open()
 

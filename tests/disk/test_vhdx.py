@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from hvreplica.disk import create_disk, open_disk
+from hvreplica.disk import create_disk, map_disk, open_disk
 from hvreplica.disk.vhdx.create import default_block_bytes
 from hvreplica.disk.vhdx.headers import Headers
 from hvreplica.errors import FieldOutOfRange, UnsupportedVersion
@@ -115,11 +115,11 @@ def test_zeros_allocate_nothing(path: Path) -> None:
 def test_sequential_fill_lies_sequentially_in_the_file(path: Path) -> None:
     with make_disk(path, "dynamic") as disk:
         disk.write(random_bytes(3 * MIB + 77), 4 * MIB)
-        entries = [entry for entry in disk.map() if entry.file_offset is not None]
-        assert entries[0].file_offset == EMPTY_BYTES
+        entries = [entry for entry in map_disk(disk) if entry.offset is not None]
+        assert entries[0].offset == EMPTY_BYTES
         assert sum(entry.length for entry in entries) == 4 * MIB
         for one, two in pairwise(entries):
-            assert one.file_offset + one.length == two.file_offset
+            assert one.offset + one.length == two.offset
 
 
 def test_freed_space_is_used_again_after_the_flush_and_reads_as_zeros(path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hvreplica.formats import vhdx, vhdx_bat, vhdx_header, vhdx_log, vhdx_metadata, vhdx_region
+from hvreplica.formats import vhdx, vhdx_bat, vhdx_header, vhdx_locator, vhdx_log, vhdx_metadata, vhdx_region
 from hvreplica.formats.layout import Layout
 from tests.support.source import ROOT
 
@@ -10,7 +10,7 @@ from tests.support.source import ROOT
 def test_every_declared_structure_is_listed() -> None:
     declared = {
         value.name
-        for module in (vhdx_header, vhdx_region, vhdx_log, vhdx_bat, vhdx_metadata)
+        for module in (vhdx_header, vhdx_region, vhdx_log, vhdx_bat, vhdx_metadata, vhdx_locator)
         for value in vars(module).values()
         if isinstance(value, Layout)
     }

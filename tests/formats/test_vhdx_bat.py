@@ -109,10 +109,10 @@ def test_entry_next_to_a_structure_is_fine(entry: int) -> None:
 
 
 def test_blocks_on_one_place_are_seen() -> None:
-    validate_apart(np.array([0, 2, 4]) * MIB, block_bytes=2 * MIB)
-    for offsets in ([4, 4], [4, 5]):
+    validate_apart(np.array([(0, 2), (2, 1), (3, 2), (5, 2)]) * MIB)
+    for ranges in ([(4, 2), (4, 2)], [(4, 2), (5, 2)], [(4, 2), (5, 1)]):
         with pytest.raises(Overlap):
-            validate_apart(np.array(offsets) * MIB, block_bytes=2 * MIB)
+            validate_apart(np.array(ranges) * MIB)
 
 
 def test_entries_are_made_and_read_alike() -> None:

@@ -50,10 +50,11 @@ def info(output: Output, file: Path) -> None:
 @click.argument("file", type=PATH)
 @verb
 def map_(output: Output, file: Path) -> None:
-    """List the ranges of the disk in FILE, and where in the file they stand.
+    """List the ranges of the disk in FILE, and which file of its chain holds them where.
 
-    The list is written as it is found, so a huge disk needs no memory. --json writes an
-    array, one element a line.
+    The list is written as it is found, so a huge disk needs no memory. --json writes an array, one element
+    a line, with the names of `qemu-img map`: start, length, depth (0 is FILE, 1 its parent, ...), present,
+    zero, data, and offset and filename where something is stored.
     """
     entries = hvreplica.disk_map(file)
     if output.json:
@@ -61,10 +62,11 @@ def map_(output: Output, file: Path) -> None:
         return
     for index, entry in enumerate(entries):
         if index == 0:
-            output.line(f"{'offset':>18} {'length':>18} {'':>10}  {'state':<6} {'file offset':>18}")
-        place = "-" if entry.file_offset is None else entry.file_offset
-        size = format_size(entry.length)
-        output.line(f"{entry.offset:>18} {entry.length:>18} {size:>10}  {entry.state:<6} {place:>18}")
+            output.line(f"{'start':>18} {'length':>18} {'':>10}  {'':<4} {'offset':>18}  file")
+        place = "-" if entry.offset is None else entry.offset
+        kind = "data" if entry.data else "zero"
+        line = f"{entry.start:>18} {entry.length:>18} {format_size(entry.length):>10}  {kind:<4} {place:>18}"
+        output.line(f"{line}  {entry.filename or '-'}")
 
 
 @disk.command()

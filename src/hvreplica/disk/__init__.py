@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from hvreplica.disk.compare import CompareReport, compare_disks, compare_open_disks
 from hvreplica.disk.convert import ConvertReport, convert_disk, copy_data
+from hvreplica.disk.create import create_disk
 from hvreplica.disk.disk import Disk, DiskInfo, MapEntry
 from hvreplica.disk.extents import data_windows
-from hvreplica.disk.open import DiskType, Format, create_disk, open_disk
+from hvreplica.disk.map import map_disk
+from hvreplica.disk.open import DiskType, Format, open_disk
 
 __all__ = [
     "CompareReport",
@@ -22,5 +24,6 @@ __all__ = [
     "copy_data",
     "create_disk",
     "data_windows",
+    "map_disk",
     "open_disk",
 ]

@@ -13,8 +13,9 @@ import msgspec
 import numpy as np
 
 from hvreplica import native
+from hvreplica.disk.create import create_disk, require_folder
 from hvreplica.disk.extents import batches, data_windows, select_runs
-from hvreplica.disk.open import create_disk, open_disk, require_folder
+from hvreplica.disk.open import open_disk
 from hvreplica.disk.parallel import Scratch, map_ordered
 from hvreplica.progress import Progress
 from hvreplica.units import MIB, align_up

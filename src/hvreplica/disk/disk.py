@@ -8,7 +8,7 @@ last and alone.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Self
 
+    import numpy as np
     from numpy.typing import NDArray
     from typing_extensions import Buffer
 
@@ -28,7 +29,8 @@ class DiskInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What a disk is. Sizes in bytes; fields that a format does not have are 0, empty or None.
 
     file_bytes: the length of the file. allocated_bytes: guest bytes that have a place in it. log: "none",
-    "clean", or "replayed" where the VHDX's own log was not empty when the file was opened.
+    "clean", or "replayed" where the VHDX's own log was not empty when the file was opened. parent: the file
+    that a differencing disk was opened with, or the first name that it gives, if it was opened without.
     """
 
     path: str
@@ -45,18 +47,52 @@ class DiskInfo(msgspec.Struct, frozen=True, kw_only=True):
     file_write_guid: str | None = None
     data_write_guid: str | None = None
     log: str = "none"
+    parent: str | None = None
 
 
-class MapEntry(msgspec.Struct, frozen=True):
-    """A run of the guest's disk.
+class MapEntry(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A run of the guest's disk, in the terms of `qemu-img map --output=json`.
 
-    State: "data" (may hold anything) or "zero". file_offset: None where absent.
+    start, length: guest bytes. depth: 0 where the file itself says what is there, 1 its parent, and so on.
+    present: whether any file of the chain says anything. zero: it reads as zeros. data: it has bytes to be
+    read. offset, filename: where they, or the hole that stands for zeros, are; absent where nothing is
+    stored.
     """
 
-    offset: int
+    start: int
     length: int
-    state: str
+    depth: int
+    present: bool
+    zero: bool
+    data: bool
+    offset: int | None = None
+    filename: str | None = None
+
+
+class Stretch(NamedTuple):
+    """What one file, without its parents, says of a range: start and length in guest bytes.
+
+    kind: "data"; "hole", stored and known to be zeros; "zero", said to be zeros and not stored; "absent", not
+    said and so zeros; "parent", not said here, the parent knows. file_offset: of data and holes.
+    """
+
+    start: int
+    length: int
+    kind: Literal["data", "hole", "zero", "absent", "parent"]
     file_offset: int | None
+
+
+class ParentReference(Protocol):
+    """What a differencing disk says of its parent."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names to try, in this order, as they stand in the file."""
+        ...
+
+    def verify(self, parent: Disk) -> None:
+        """Make sure that `parent` is the one. Raises: ParentMismatch."""
+        ...
 
 
 class Disk(Protocol):
@@ -69,7 +105,7 @@ class Disk(Protocol):
 
     @property
     def format(self) -> str:
-        """The name of the format: "raw" or "vhdx"."""
+        """The name of the format: "raw", "vhd" or "vhdx"."""
         ...
 
     @property
@@ -103,6 +139,25 @@ class Disk(Protocol):
 
         Changes before the first change of a session. None where unknown.
         """
+        ...
+
+    @property
+    def virtual_disk_id(self) -> uuid.UUID | None:
+        """The identity that a guest sees, which a child shares with its parent. None where there is none."""
+        ...
+
+    @property
+    def parent(self) -> Disk | None:
+        """The disk below a differencing disk, open for reading and owned by this one."""
+        ...
+
+    @property
+    def parent_reference(self) -> ParentReference | None:
+        """What a differencing disk says of its parent; None for any other disk."""
+        ...
+
+    def attach(self, parent: Disk) -> None:
+        """Give a differencing disk its parent, which it then owns. Once, before the first read."""
         ...
 
     def read_into(self, buffer: Buffer, disk_offset: int) -> None:
@@ -153,8 +208,16 @@ class Disk(Protocol):
         """Return what the disk is."""
         ...
 
-    def map(self) -> Iterator[MapEntry]:
-        """Yield runs that cover the whole disk, in order."""
+    def read_spans(self, spans: NDArray[np.int64], out: Buffer) -> NDArray[np.int64]:
+        """Fill `out` with what this file, without its parents, knows of `spans`; return the spans it does
+        not.
+
+        spans: int64 (n, 3) of (disk_offset, length, offset in `out`); beyond the end of the disk are zeros.
+        """
+        ...
+
+    def stretches(self, start: int, end: int) -> Iterator[Stretch]:
+        """Yield what this file alone says of `start` to `end`, within the disk, in order and without gaps."""
         ...
 
     def close(self) -> None:

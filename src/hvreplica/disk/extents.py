@@ -14,7 +14,7 @@ from hvreplica.errors import FieldOutOfRange
 from hvreplica.units import GIB
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -72,11 +72,20 @@ def beyond_end(disk_offset: int, length: int, *, virtual_bytes: int, path: Path)
     )
 
 
+def spans_of(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return `rows` with their place in the concatenated data: (disk_offset, length, data_offset)."""
+    return np.column_stack((rows, np.cumsum(rows[:, 1]) - rows[:, 1]))
+
+
 def cut_at_blocks(rows: NDArray[np.int64], block_bytes: int) -> Pieces:
     """Return the parts of `rows` that lie in one block each, in order. Empty rows have no parts."""
-    data_offsets = np.cumsum(rows[:, 1]) - rows[:, 1]
-    chosen = rows[:, 1] > 0
-    rows, data_offsets = rows[chosen], data_offsets[chosen]
+    return cut_spans(spans_of(rows), block_bytes)
+
+
+def cut_spans(spans: NDArray[np.int64], block_bytes: int) -> Pieces:
+    """Return as cut_at_blocks(), for rows that have their place in the data with them."""
+    spans = spans[spans[:, 1] > 0]
+    rows, data_offsets = spans[:, :2], spans[:, 2]
     offsets, ends = rows[:, 0], rows[:, 0] + rows[:, 1]
     first = offsets // block_bytes
     counts = (ends - 1) // block_bytes - first + 1
@@ -87,6 +96,67 @@ def cut_at_blocks(rows: NDArray[np.int64], block_bytes: int) -> Pieces:
     start = np.maximum(offsets[owner], block * block_bytes)
     length = np.minimum(ends[owner], (block + 1) * block_bytes) - start
     return Pieces(start, length, data_offsets[owner] + start - offsets[owner], block)
+
+
+def sector_runs(
+    pieces: Pieces, sector_bytes: int, lookup: Callable[[NDArray[np.int64]], NDArray[np.bool_]]
+) -> tuple[Pieces, NDArray[np.bool_]]:
+    """Cut `pieces` where the answer of `lookup` to the numbers of their sectors changes.
+
+    Returns the parts, in order, and the answer for each. Memory grows with the number of sectors.
+    """
+    first = pieces.disk_offset // sector_bytes
+    counts = (pieces.disk_offset + pieces.length - 1) // sector_bytes - first + 1
+    owner = np.repeat(np.arange(len(counts)), counts)
+    sectors = first[owner] + np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    flags = lookup(sectors)
+    breaks = (np.diff(owner) != 0) | (flags[1:] != flags[:-1])
+    heads = np.concatenate(([0], np.flatnonzero(breaks) + 1))
+    tails = np.concatenate((heads[1:], [len(owner)])) - 1
+    owner = owner[heads]
+    starts = np.maximum(sectors[heads] * sector_bytes, pieces.disk_offset[owner])
+    ends = np.minimum((sectors[tails] + 1) * sector_bytes, (pieces.disk_offset + pieces.length)[owner])
+    data_offsets = pieces.data_offset[owner] + starts - pieces.disk_offset[owner]
+    return Pieces(starts, ends - starts, data_offsets, pieces.block[owner]), flags[heads]
+
+
+def clipped(spans: NDArray[np.int64], end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the parts of `spans` before `end` and those behind it."""
+    if not len(spans) or int((spans[:, 0] + spans[:, 1]).max()) <= end:
+        return spans, spans[:0]
+    inside = np.clip(end - spans[:, 0], 0, spans[:, 1])
+    before = np.column_stack((spans[:, 0], inside, spans[:, 2]))
+    behind = np.column_stack((spans[:, 0] + inside, spans[:, 1] - inside, spans[:, 2] + inside))
+    return before[before[:, 1] > 0], behind[behind[:, 1] > 0]
+
+
+def intersection(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the sorted disjoint extents that both `a` and `b`, each sorted and disjoint, cover."""
+    if not len(a) or not len(b):
+        return NO_EXTENTS
+    edges = np.unique(np.concatenate((a[:, 0], a.sum(axis=1), b[:, 0], b.sum(axis=1))))
+    starts = edges[:-1]
+    both = np.ones(len(starts), bool)
+    for rows in (a, b):
+        owner = np.searchsorted(rows[:, 0], starts, "right") - 1
+        both &= (owner >= 0) & (starts < rows.sum(axis=1)[owner])
+    return merge(np.column_stack((starts, np.diff(edges)))[both])
+
+
+def runs_of(numbers: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Yield (first, end) of the runs of consecutive numbers."""
+    if not len(numbers):
+        return
+    breaks = np.flatnonzero(np.diff(numbers) != 1)
+    heads = numbers[np.concatenate(([0], breaks + 1))]
+    tails = numbers[np.concatenate((breaks, [len(numbers) - 1]))] + 1
+    yield from zip(heads.tolist(), tails.tolist(), strict=True)
+
+
+def true_runs(flags: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
+    """Yield (first, end) of the runs of True."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], flags, [False])).astype(np.int8)))
+    yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
 
 
 def touched_blocks(rows: NDArray[np.int64], block_bytes: int) -> NDArray[np.int64]:

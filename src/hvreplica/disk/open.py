@@ -1,31 +1,30 @@
-"""Open and create disks by name."""
+"""Open disks by name, with all their parents."""
 
 from __future__ import annotations
 
-import errno
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from hvreplica.disk.paths import candidate_paths
 from hvreplica.disk.raw import RawDisk
-from hvreplica.disk.vhdx.create import parameters_for, write_empty_vhdx
 from hvreplica.disk.vhdx.open import open_vhdx
-from hvreplica.errors import FieldOutOfRange, UnsupportedVersion
+from hvreplica.errors import FormatError, ParentLoop, ParentMismatch, ParentMissing, UnsupportedVersion
 from hvreplica.files import lock_open_file
 from hvreplica.formats.vhdx_header import FILE_SIGNATURE
 
 if TYPE_CHECKING:
-    import os
-
     from hvreplica.clock import Clock
     from hvreplica.disk.disk import Disk
     from hvreplica.files import BlockFile, FileSystem
 
-Format = Literal["raw", "vhdx"]
-DiskType = Literal["dynamic", "fixed"]
+Format = Literal["raw", "vhd", "vhdx"]
+DiskType = Literal["dynamic", "fixed", "differencing"]
 
+# Hyper-V makes at most 50 checkpoints; backup tools add some. More than this is a mistake or an attack.
+CHAIN_LENGTH_MAX = 256
 _VHD_COOKIE = b"conectix"
 _VHD_FOOTER_BYTES = 512
-_RAW_SECTOR_BYTES = 512
 _FOREIGN_SIGNATURES = (  # name, offset in the file, signature
     ("a qcow2 image", 0, b"QFI\xfb"),
     ("a VMDK", 0, b"KDMV"),
@@ -43,24 +42,127 @@ def open_disk(
     *,
     writable: bool = False,
     format: Format | None = None,  # noqa: A002 - the word that users type
+    parent: str | os.PathLike[str] | None = None,
     clock: Clock,
 ) -> Disk:
-    """Return the disk in the file at `path`.
+    """Return the disk in the file at `path`, with all its parents open for reading.
 
     format: None tells by signature; give "raw" for images whose guest may write what looks like a signature.
-    Opening for writing takes a lock that the file keeps until close. A clean file is not changed by being
-    opened. Raises: Locked, FormatError of the kind that fits, UnsupportedVersion for what is known and not
-    supported, which takes in the signatures of qcow2, QED, VDI, VHD and VMDK.
+    parent: the file of the parent, where the names in a differencing disk do not lead to it. Opening for
+    writing takes a lock that the file keeps until close, and each parent is locked against writers. A clean
+    file is not changed by being opened. Raises: Locked, FormatError of the kind that fits, UnsupportedVersion
+    for what is known and not supported, which takes in the signatures of qcow2, QED, VDI and VMDK;
+    ParentMissing, ParentMismatch, ParentLoop.
+    """
+    disk = open_layer(files, path, writable=writable, format=format, clock=clock)
+    try:
+        open_parents(files, disk, parent=parent, clock=clock)
+    except BaseException:
+        disk.abandon()
+        raise
+    return disk
+
+
+def open_layer(
+    files: FileSystem,
+    path: str | os.PathLike[str],
+    *,
+    writable: bool = False,
+    format: Format | None = None,  # noqa: A002 - the word that users type
+    shared: bool = False,
+    clock: Clock,
+) -> Disk:
+    """Return as open_disk(), without any parent: what a parent holds cannot be read, and all else can.
+
+    shared: hold a lock against writers, for a file that is only read and must not change.
     """
     file = files.open(Path(path), writable=writable)
     try:
-        if writable:
-            lock_open_file(file)
+        if writable or shared:
+            lock_open_file(file, shared=not writable)
         found = format or _format_of(file)
         return open_vhdx(file, clock=clock) if found == "vhdx" else RawDisk(file)
     except BaseException:
         file.close()
         raise
+
+
+def open_parents(
+    files: FileSystem, disk: Disk, *, parent: str | os.PathLike[str] | None = None, clock: Clock
+) -> None:
+    """Open the parents of `disk`, which was opened without, down to the last, and attach each to its child.
+
+    parent: the file of the first. Raises: ParentMissing, ParentMismatch, ParentLoop, and what opening a file
+    raises.
+    """
+    seen = [_absolute(disk.path)]
+    child = disk
+    while child.parent_reference is not None:
+        if len(seen) > CHAIN_LENGTH_MAX:
+            raise ParentLoop(
+                "the chain of parents has more members than any real one",
+                path=disk.path,
+                expected=f"at most {CHAIN_LENGTH_MAX}",
+            )
+        below = _open_parent(files, child, [Path(parent)] if parent is not None else None, seen, clock)
+        child.attach(below)
+        seen.append(_absolute(below.path))
+        child, parent = below, None
+
+
+def _open_parent(
+    files: FileSystem, child: Disk, given: list[Path] | None, seen: list[Path], clock: Clock
+) -> Disk:
+    """Return the first candidate that is the parent; tell of the first that is there and is not."""
+    reference = child.parent_reference
+    names = reference.names if reference is not None else ()
+    candidates = given or candidate_paths(child.path, names)
+    failure: Exception | None = None
+    for path in candidates:
+        if not files.exists(path):
+            continue
+        try:
+            if _absolute(path) in seen:
+                raise _loop(child, path)
+            return _verified(files, child, path, clock)
+        except (ParentLoop, ParentMismatch, FormatError, OSError) as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
+    raise ParentMissing(
+        "the parent of this differencing disk is not there",
+        path=child.path,
+        field="parent",
+        expected=" or ".join(str(path) for path in candidates) or "a name",
+        actual="no such file; the disk names " + (", ".join(repr(name) for name in names) or "nothing"),
+        hint="put the parent beside its child, or name it with --parent",
+    )
+
+
+def _verified(files: FileSystem, child: Disk, path: Path, clock: Clock) -> Disk:
+    reference = child.parent_reference
+    below = open_layer(files, path, shared=True, clock=clock)
+    try:
+        if reference is not None:
+            reference.verify(below)
+    except BaseException:
+        below.abandon()
+        raise
+    return below
+
+
+def _loop(child: Disk, path: Path) -> ParentLoop:
+    return ParentLoop(
+        "the chain of parents leads back to a disk that it has passed already",
+        path=child.path,
+        field="parent",
+        actual=str(path),
+        hint="a disk was rebased onto its own child; name its true parent with `hvreplica disk rebase`",
+    )
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))
 
 
 def _format_of(file: BlockFile) -> Format:
@@ -80,7 +182,7 @@ def _format_of(file: BlockFile) -> Format:
 def _foreign(file: BlockFile, name: str, signature: bytes) -> UnsupportedVersion:
     """Return the refusal of a file that would be taken for raw, its container's bytes for the guest's."""
     return UnsupportedVersion(
-        f"this is {name}; only VHDX and raw disks can be opened",
+        f"this is {name}; only VHDX, VHD and raw disks can be opened",
         path=file.path,
         field="signature",
         expected=FILE_SIGNATURE,
@@ -88,68 +190,3 @@ def _foreign(file: BlockFile, name: str, signature: bytes) -> UnsupportedVersion
         hint="convert it first with `qemu-img convert -O vhdx`, or give open_disk() the format raw if the"
         " guest itself wrote this",
     )
-
-
-def require_folder(files: FileSystem, path: Path) -> None:
-    """Name the folder that is missing, not the temporary file in it. Raises: FileNotFoundError."""
-    if not files.exists(path.parent):
-        raise FileNotFoundError(errno.ENOENT, "no such folder", str(path.parent))
-
-
-def create_disk(  # noqa: PLR0913 - each is a choice that a user may make
-    files: FileSystem,
-    path: str | os.PathLike[str],
-    *,
-    virtual_bytes: int,
-    format: Format = "vhdx",  # noqa: A002 - the word that users type
-    type: DiskType = "dynamic",  # noqa: A002 - the word that users type
-    block_bytes: int | None = None,
-    logical_sector_bytes: int = 512,
-    physical_sector_bytes: int = 4096,
-    clock: Clock,
-    overwrite: bool = False,
-) -> None:
-    """Create an empty disk under `path`; after any crash it is there as a whole or not at all.
-
-    virtual_bytes: multiple of the logical sector, up to 64 TiB for a VHDX. block_bytes: None chooses by size.
-    A fixed disk's blocks are holes until they are written: reserving the space is left to the file system.
-    Raises: FileExistsError unless overwrite; FileNotFoundError naming a missing folder; FieldOutOfRange for
-    sizes that the format does not allow.
-    """
-    path = Path(path)
-    if not overwrite and files.exists(path):
-        raise FileExistsError(17, "a file of this name exists; it was not touched", str(path))
-    require_folder(files, path)
-    parameters = None
-    if format == "vhdx":
-        parameters = parameters_for(
-            virtual_bytes=virtual_bytes,
-            block_bytes=block_bytes,
-            fixed=type == "fixed",
-            logical_sector_bytes=logical_sector_bytes,
-            physical_sector_bytes=physical_sector_bytes,
-            clock=clock,
-        )
-    elif virtual_bytes % _RAW_SECTOR_BYTES or virtual_bytes <= 0:
-        raise FieldOutOfRange(
-            "a raw disk cannot have this size",
-            path=path,
-            field="size",
-            expected="a multiple of 512",
-            actual=virtual_bytes,
-        )
-    temporary = path.with_name(f".{path.name}.{clock.guid().hex[:8]}.tmp")
-    file = files.open(temporary, create=True, exclusive=True)
-    try:
-        if parameters is not None:
-            write_empty_vhdx(file, parameters, clock=clock)
-        else:
-            file.resize(virtual_bytes)
-            file.sync()
-        file.close()
-        files.replace(temporary, path)
-    except BaseException:
-        file.close()
-        files.unlink(temporary)
-        raise
-    files.sync_directory(path.parent)

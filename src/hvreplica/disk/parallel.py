@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from hvreplica.units import MIB
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from concurrent.futures import Future
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 WORKER_COUNT = 2
+COPY_WINDOW_BYTES = 4 * MIB  # what one copy holds in memory
 _AHEAD_COUNT = 2 * WORKER_COUNT
 
 Item = TypeVar("Item")

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hvreplica import native
-from hvreplica.disk.disk import DiskInfo, MapEntry
-from hvreplica.disk.extents import NO_EXTENTS, beyond_end, checked_rows, data_windows, widened
+from hvreplica.disk.disk import DiskInfo, Stretch
+from hvreplica.disk.extents import NO_EXTENTS, beyond_end, checked_rows, clipped, data_windows, widened
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Buffer
 
+    from hvreplica.disk.disk import Disk
     from hvreplica.files import BlockFile
 
 SECTOR_BYTES = 512
@@ -31,6 +32,9 @@ class RawDisk:
     logical_sector_bytes = SECTOR_BYTES
     physical_sector_bytes = 4096
     data_write_guid = None
+    virtual_disk_id = None
+    parent = None
+    parent_reference = None
 
     def __init__(self, file: BlockFile) -> None:
         self._file = file
@@ -46,6 +50,16 @@ class RawDisk:
 
     def read_extents(self, extents: NDArray[Any], out: Buffer) -> None:
         native.read_extents(self._file, None, self._rows(extents), out)
+
+    def read_spans(self, spans: NDArray[np.int64], out: Buffer) -> NDArray[np.int64]:
+        inside, behind = clipped(spans, self.virtual_bytes)
+        zeros = np.column_stack((np.full(len(behind), -1, np.int64), behind[:, 1:]))
+        native.read_pieces(self._file, np.concatenate((inside, zeros)), out)
+        return spans[:0]
+
+    def attach(self, parent: Disk) -> None:
+        message = f"{self.path} is a raw disk, which cannot have the parent {parent.path}"
+        raise TypeError(message)
 
     def write(self, buffer: Buffer, disk_offset: int) -> None:
         self._check_range(disk_offset, memoryview(buffer).nbytes)
@@ -85,16 +99,16 @@ class RawDisk:
             physical_sector_bytes=self.physical_sector_bytes,
         )
 
-    def map(self) -> Iterator[MapEntry]:
-        position = 0
-        for _, _, rows in data_windows(self, 0, self.virtual_bytes):
+    def stretches(self, start: int, end: int) -> Iterator[Stretch]:
+        position = start
+        for _, _, rows in data_windows(self, start, end):
             for offset, length in rows.tolist():
                 if offset > position:
-                    yield MapEntry(position, offset - position, "zero", position)
-                yield MapEntry(offset, length, "data", offset)
+                    yield Stretch(position, offset - position, "hole", position)
+                yield Stretch(offset, length, "data", offset)
                 position = offset + length
-        if position < self.virtual_bytes:
-            yield MapEntry(position, self.virtual_bytes - position, "zero", position)
+        if position < end:
+            yield Stretch(position, end - position, "hole", position)
 
     def close(self) -> None:
         if self._closed:

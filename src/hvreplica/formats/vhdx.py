@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from hvreplica.formats.vhdx_bat import BAT_ENTRY
 from hvreplica.formats.vhdx_header import FILE_IDENTIFIER, HEADER
+from hvreplica.formats.vhdx_locator import PARENT_LOCATOR_ENTRY, PARENT_LOCATOR_HEADER
 from hvreplica.formats.vhdx_log import DATA_DESCRIPTOR, DATA_SECTOR, LOG_ENTRY_HEADER, ZERO_DESCRIPTOR
 from hvreplica.formats.vhdx_metadata import (
     FILE_PARAMETERS,
@@ -41,6 +42,8 @@ LAYOUTS: tuple[Layout, ...] = (
     VIRTUAL_DISK_ID,
     LOGICAL_SECTOR_SIZE,
     PHYSICAL_SECTOR_SIZE,
+    PARENT_LOCATOR_HEADER,
+    PARENT_LOCATOR_ENTRY,
 )
 
 

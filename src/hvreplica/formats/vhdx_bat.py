@@ -20,6 +20,7 @@ import numpy as np
 from hvreplica.errors import FieldOutOfRange, FormatError, Overlap, Truncated
 from hvreplica.formats.layout import Field, Layout
 from hvreplica.formats.vhdx_header import ALIGNMENT_BYTES
+from hvreplica.units import MIB
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,15 +54,28 @@ class PayloadState(IntEnum):
     PAYLOAD_BLOCK_PARTIALLY_PRESENT = 7
 
 
-# Without a parent: 4 is reserved, 7 needs a sector bitmap.
+class BitmapState(IntEnum):
+    """States of a sector bitmap block. Spec: [MS-VHDX] 2.5.1.2."""
+
+    SB_BLOCK_NOT_PRESENT = 0
+    SB_BLOCK_PRESENT = 6
+    # Deviates from [MS-VHDX] 2.5.1.2, where 7 is reserved: files with it exist, and it can mean nothing else.
+    SB_BLOCK_PARTIALLY_PRESENT = 7
+
+
+# 4 is reserved; 7 needs a sector bitmap, and so a parent.
 _STATE_ALLOWED = np.array([True, True, True, True, False, True, True, False])
+_STATE_ALLOWED_WITH_PARENT = np.array([True, True, True, True, False, True, True, True])
+_STATE_HAS_PLACE = np.array([False] * 6 + [True] * 2)
+_BITMAP_STATE_ALLOWED = np.array([True, False, False, False, False, False, True, True])
+BITMAP_BLOCK_BYTES = MIB
 # FileOffsetMB may hold a place that must keep its contents ("soft anchor"): no other block may get it.
 _STATE_ANCHORS = np.array([False, True, False, True, False, True, False, False])
 
 
 @dataclass(frozen=True, slots=True)
 class BatGeometry:
-    """How many entries a disk without a parent has, and where each stands."""
+    """How many entries a disk has, and where each stands."""
 
     block_bytes: int
     chunk_ratio: int  # payload blocks per sector-bitmap entry
@@ -69,13 +83,28 @@ class BatGeometry:
     entry_count: int
 
     @staticmethod
-    def of(*, virtual_bytes: int, block_bytes: int, logical_sector_bytes: int) -> BatGeometry:
-        """Return the geometry of a disk with validated parameters. Spec: [MS-VHDX] 2.4, 2.5."""
+    def of(
+        *, virtual_bytes: int, block_bytes: int, logical_sector_bytes: int, has_parent: bool = False
+    ) -> BatGeometry:
+        """Return the geometry of a disk with validated parameters.
+
+        A differencing disk has the sector-bitmap entry of its last chunk too. Spec: [MS-VHDX] 2.4, 2.5.
+        """
         chunk_ratio = SECTORS_PER_BITMAP_BLOCK * logical_sector_bytes // block_bytes
         block_count = -(-virtual_bytes // block_bytes)
-        return BatGeometry(
-            block_bytes, chunk_ratio, block_count, block_count + (block_count - 1) // chunk_ratio
-        )
+        entry_count = block_count + (block_count - 1) // chunk_ratio
+        if has_parent:
+            entry_count = -(-block_count // chunk_ratio) * (chunk_ratio + 1)
+        return BatGeometry(block_bytes, chunk_ratio, block_count, entry_count)
+
+    @property
+    def chunk_count(self) -> int:
+        """How many chunks, each with a sector-bitmap entry where there is a parent, hold the disk."""
+        return -(-self.block_count // self.chunk_ratio)
+
+    def bitmap_index_of(self, chunk: int) -> int:
+        """Return the index of the entry of a chunk's sector-bitmap block."""
+        return (chunk + 1) * (self.chunk_ratio + 1) - 1
 
     def index_of(self, blocks: NDArray[Any]) -> NDArray[Any]:
         """Return the entries' indices of `blocks`."""
@@ -90,7 +119,7 @@ class BatGeometry:
     def is_payload(self, indices: NDArray[Any]) -> NDArray[np.bool_]:
         """Return which of `indices` are payload entries of this disk."""
         payload: NDArray[np.bool_] = (indices % (self.chunk_ratio + 1) != self.chunk_ratio) & (
-            indices < self.entry_count
+            self.block_of(indices) < self.block_count
         )
         return payload
 
@@ -104,6 +133,12 @@ def is_present(entries: NDArray[Any]) -> NDArray[np.bool_]:
     """Return which entries have their data in the file."""
     present: NDArray[np.bool_] = states_of(entries) == np.uint64(PayloadState.PAYLOAD_BLOCK_FULLY_PRESENT)
     return present
+
+
+def has_place(entries: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return which entries have a place in the file that holds all of their data or some of it."""
+    placed: NDArray[np.bool_] = _STATE_HAS_PLACE[states_of(entries).astype(np.intp)]
+    return placed
 
 
 def offsets_of(entries: NDArray[Any]) -> NDArray[np.int64]:
@@ -124,23 +159,26 @@ def present_entry(file_offsets: NDArray[np.int64]) -> NDArray[np.uint64]:
     return file_offsets.view(np.uint64) | np.uint64(PayloadState.PAYLOAD_BLOCK_FULLY_PRESENT)
 
 
-def validate_entries(entries: NDArray[Any], *, file_offset: int, indices: NDArray[Any]) -> None:
+def validate_entries(
+    entries: NDArray[Any], *, file_offset: int, indices: NDArray[Any], has_parent: bool = False
+) -> None:
     """Check state and reserved bits of payload entries by themselves.
 
     indices: of `entries` in the table; file_offset: of the table, both for messages. Raises: FieldOutOfRange.
     """
-    allowed = _STATE_ALLOWED[states_of(entries).astype(np.intp)]
+    states = _STATE_ALLOWED_WITH_PARENT if has_parent else _STATE_ALLOWED
+    allowed = states[states_of(entries).astype(np.intp)]
     if not allowed.all():
         at = int(np.argmin(allowed))
         raise _entry_error(
             FieldOutOfRange,
-            "a BAT entry has a state that a disk without a parent cannot have",
+            f"a BAT entry has a state that a disk {'with' if has_parent else 'without'} a parent cannot have",
             at=file_offset + int(indices[at]) * BAT_ENTRY_BYTES,
             field="state",
-            expected="0, 1, 2, 3 or 6",
+            expected="0, 1, 2, 3, 6 or 7" if has_parent else "0, 1, 2, 3 or 6",
             actual=int(entries[at]) & STATE_MASK,
         )
-    dirty = is_present(entries) & ((entries & np.uint64(RESERVED_MASK)) != 0)
+    dirty = has_place(entries) & ((entries & np.uint64(RESERVED_MASK)) != 0)
     if dirty.any():
         at = int(np.argmax(dirty))
         raise _entry_error(
@@ -153,6 +191,21 @@ def validate_entries(entries: NDArray[Any], *, file_offset: int, indices: NDArra
         )
 
 
+def validate_bitmap_entries(entries: NDArray[Any], *, file_offset: int, indices: NDArray[Any]) -> None:
+    """Check the state of sector-bitmap entries of a differencing disk. Raises: FieldOutOfRange."""
+    allowed = _BITMAP_STATE_ALLOWED[states_of(entries).astype(np.intp)]
+    if not allowed.all():
+        at = int(np.argmin(allowed))
+        raise FieldOutOfRange(
+            "the BAT entry of a sector bitmap has a state that it cannot have",
+            offset=file_offset + int(indices[at]) * BAT_ENTRY_BYTES,
+            field="state",
+            expected="0 or 6",
+            actual=int(entries[at]) & STATE_MASK,
+            spec="[MS-VHDX] 2.5.1.2",
+        )
+
+
 def validate_entries_within(
     entries: NDArray[Any],
     *,
@@ -162,11 +215,12 @@ def validate_entries_within(
     file_size_bytes: int,
     structures: Sequence[tuple[int, int, str]],
 ) -> None:
-    """Check that present payload blocks lie in the file and outside of its structures.
+    """Check that blocks with a place lie in the file and outside of its structures.
 
-    structures: (file_offset, length, name), the header section among them. Raises: Truncated, Overlap.
+    block_bytes: of these blocks; 1 MiB for sector bitmaps. structures: (file_offset, length, name), the
+    header section among them. Raises: Truncated, Overlap.
     """
-    chosen = np.flatnonzero(is_present(entries))
+    chosen = np.flatnonzero(has_place(entries))
     offsets = offsets_of(entries[chosen])
     outside = (offsets < 0) | (offsets > file_size_bytes - block_bytes)
     if outside.any():
@@ -193,17 +247,21 @@ def validate_entries_within(
             )
 
 
-def validate_apart(sorted_offsets: NDArray[np.int64], *, block_bytes: int) -> None:
-    """Check that no two blocks share bytes of the file. Raises: Overlap."""
-    shared = np.diff(sorted_offsets) < block_bytes
+def validate_apart(ranges: NDArray[np.int64]) -> None:
+    """Check that no two blocks share bytes of the file.
+
+    ranges: (file_offset, length), sorted. Raises: Overlap.
+    """
+    shared = ranges[1:, 0] < ranges[:-1].sum(axis=1)
     if shared.any():
         at = int(np.argmax(shared))
+        first, second = ranges[at].tolist(), ranges[at + 1].tolist()
         raise Overlap(
             "two BAT entries point to the same place",
-            offset=int(sorted_offsets[at + 1]),
+            offset=second[0],
             field="file_offset_mb",
-            expected=f"blocks {block_bytes} bytes apart",
-            actual=f"{int(sorted_offsets[at]) >> 20} and {int(sorted_offsets[at + 1]) >> 20}",
+            expected=f"a block of {second[1]} bytes behind one of {first[1]}",
+            actual=f"{second[0] >> 20} and {first[0] >> 20}",
             spec=BAT_ENTRY.spec,
             hint="the disk is damaged: of two blocks one overwrote the other; restore it from a copy",
         )

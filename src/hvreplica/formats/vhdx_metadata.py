@@ -296,9 +296,9 @@ class DiskParameters:
     at: int = 0  # the region's offset in the file, for messages
 
     @property
-    def leave_blocks_allocated(self) -> bool:
-        """Whether this is a fixed disk; meaningless with a parent."""
-        return bool(self.flags & FLAG_LEAVE_BLOCKS_ALLOCATED)
+    def is_fixed(self) -> bool:
+        """Whether all blocks are to stay allocated; the flag means nothing where there is a parent."""
+        return bool(self.flags & FLAG_LEAVE_BLOCKS_ALLOCATED) and not self.has_parent
 
     @property
     def has_parent(self) -> bool:
@@ -336,10 +336,11 @@ class DiskParameters:
         )
 
 
-def pack_metadata(parameters: DiskParameters) -> bytes:
-    """Return the table and the five known items, to stand at the start of a metadata region.
+def pack_metadata(parameters: DiskParameters, locator: bytes = b"") -> bytes:
+    """Return the table and the known items, to stand at the start of a metadata region.
 
-    Item order, offsets and flags are those that Windows writes.
+    locator: the parent locator item of a disk with a parent. Item order, offsets and flags are those that
+    Windows writes.
     """
     virtual_required = FLAG_IS_VIRTUAL_DISK | FLAG_IS_REQUIRED
     block_row = FILE_PARAMETERS.pack(block_size=parameters.block_bytes, flags=parameters.flags)
@@ -347,13 +348,15 @@ def pack_metadata(parameters: DiskParameters) -> bytes:
     id_row = VIRTUAL_DISK_ID.pack(virtual_disk_id=parameters.virtual_disk_id)
     logical_row = LOGICAL_SECTOR_SIZE.pack(logical_sector_size=parameters.logical_sector_bytes)
     physical_row = PHYSICAL_SECTOR_SIZE.pack(physical_sector_size=parameters.physical_sector_bytes)
-    items = (
+    items = [
         (FILE_PARAMETERS_ITEM, FLAG_IS_REQUIRED, block_row),
         (VIRTUAL_DISK_SIZE_ITEM, virtual_required, size_row),
         (VIRTUAL_DISK_ID_ITEM, virtual_required, id_row),
         (LOGICAL_SECTOR_SIZE_ITEM, virtual_required, logical_row),
         (PHYSICAL_SECTOR_SIZE_ITEM, virtual_required, physical_row),
-    )
+    ]
+    if locator:
+        items.append((PARENT_LOCATOR_ITEM, FLAG_IS_REQUIRED, locator))
     rows = [METADATA_TABLE_HEADER.pack(signature=METADATA_SIGNATURE, entry_count=len(items))]
     values = bytearray()
     for item_id, flags, value in items:

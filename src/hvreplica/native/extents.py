@@ -79,9 +79,9 @@ def read_extents(file: BlockFile, block_map: BlockMap | None, extents: Array, ou
 def read_pieces(file: BlockFile, pieces: Array, out: Octets) -> None:
     """Fill parts of `out` from anywhere in the file.
 
-    pieces: int64 or uint64 (n, 3) of (file_offset, length, offset in `out`), bytes; a file offset of -1 stands for
-    zeros. Pieces that follow each other in file and buffer are read with one call. Raises: Truncated, IndexError
-    for a piece that does not lie in `out`, before anything is read; OSError.
+    pieces: int64 or uint64 (n, 3) of (file_offset, length, offset in `out`), bytes; a file offset of -1
+    stands for zeros. Pieces that follow each other in file and buffer are read with one call. Raises:
+    IndexError for a piece that does not lie in `out`, before anything is read; Truncated; OSError.
     """
     descriptor = file.fileno()
     if descriptor is None:

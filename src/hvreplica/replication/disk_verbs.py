@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from hvreplica.clock import SYSTEM
-from hvreplica.disk import compare_disks, convert_disk, create_disk, open_disk
+from hvreplica.disk import compare_disks, convert_disk, create_disk, map_disk, open_disk
 from hvreplica.files import OS_FILES
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from hvreplica.progress import ProgressCallback
 
     PathLike = str | os.PathLike[str]
-    DiskFormat = Literal["raw", "vhdx"]
-    DiskType = Literal["dynamic", "fixed"]
+    DiskFormat = Literal["raw", "vhd", "vhdx"]
+    DiskType = Literal["dynamic", "fixed", "differencing"]
 
 
 def disk_info(path: PathLike) -> DiskInfo:
@@ -29,9 +29,9 @@ def disk_info(path: PathLike) -> DiskInfo:
 
 
 def disk_map(path: PathLike) -> Iterator[MapEntry]:
-    """Yield runs (offset, length, state, file_offset) that cover the whole disk, in order."""
+    """Yield runs that cover the whole disk, in order, each with the file of the chain that holds it."""
     with contextlib.closing(open_disk(OS_FILES, Path(path), clock=SYSTEM)) as disk:
-        yield from disk.map()
+        yield from map_disk(disk)
 
 
 def disk_create(

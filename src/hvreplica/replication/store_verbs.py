@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hvreplica.store import ExportReport, PointStatus, StoreStatus
 
     PathLike = str | os.PathLike[str]
-    DiskFormat = Literal["raw", "vhdx"]
+    DiskFormat = Literal["raw", "vhd", "vhdx"]
 
 
 def store_status(store: PathLike) -> StoreStatus:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hvreplica.store.home import VmHome
     from hvreplica.store.records import PointRow
 
-Format = Literal["raw", "vhdx"]
+Format = Literal["raw", "vhd", "vhdx"]
 FORMATS = get_args(Format)
 
 

@@ -19,7 +19,6 @@ from hvreplica.formats.vhdx_bat import BAT_ENTRY_BYTES, BatGeometry, present_ent
 from hvreplica.formats.vhdx_header import HEADER_OFFSETS, Header, pack_identifier
 from hvreplica.formats.vhdx_metadata import (
     BLOCK_BYTES_MAX,
-    FLAG_LEAVE_BLOCKS_ALLOCATED,
     DiskParameters,
     pack_metadata,
 )
@@ -33,6 +32,8 @@ from hvreplica.formats.vhdx_region import (
 from hvreplica.units import MIB, align_up
 
 if TYPE_CHECKING:
+    import uuid
+
     from hvreplica.clock import Clock
     from hvreplica.files import BlockFile
 
@@ -57,8 +58,12 @@ def default_block_bytes(virtual_bytes: int) -> int:
     return block_bytes
 
 
-def write_empty_vhdx(file: BlockFile, parameters: DiskParameters, *, clock: Clock) -> None:
+def write_empty_vhdx(
+    file: BlockFile, parameters: DiskParameters, *, clock: Clock, locator: bytes = b""
+) -> None:
     """Fill the empty `file` with a VHDX of validated `parameters`, identifier last, and sync it.
+
+    locator: the packed parent locator of a disk with a parent.
 
     What Windows' own parsers insist on is kept: regions marked required, 1 MiB log, item flags. Spec: [MS-
     VHDX] 2.
@@ -67,15 +72,16 @@ def write_empty_vhdx(file: BlockFile, parameters: DiskParameters, *, clock: Cloc
         virtual_bytes=parameters.virtual_bytes,
         block_bytes=parameters.block_bytes,
         logical_sector_bytes=parameters.logical_sector_bytes,
+        has_parent=parameters.has_parent,
     )
     bat_length = align_up(geometry.entry_count * BAT_ENTRY_BYTES, MIB)
     end = BAT_OFFSET + bat_length
-    if parameters.leave_blocks_allocated:
+    if parameters.is_fixed:
         end += geometry.block_count * geometry.block_bytes
     file.resize(end)
-    if parameters.leave_blocks_allocated:
+    if parameters.is_fixed:
         _write_full_bat(file, geometry, first_offset=BAT_OFFSET + bat_length)
-    file.write(pack_metadata(parameters), METADATA_OFFSET)
+    file.write(pack_metadata(parameters, locator), METADATA_OFFSET)
     regions = (
         Region(METADATA_REGION, METADATA_OFFSET, METADATA_LENGTH, required=1),
         Region(BAT_REGION, BAT_OFFSET, bat_length, required=1),
@@ -114,19 +120,19 @@ def parameters_for(
     *,
     virtual_bytes: int,
     block_bytes: int | None,
-    fixed: bool,
+    flags: int,
+    virtual_disk_id: uuid.UUID,
     logical_sector_bytes: int,
     physical_sector_bytes: int,
-    clock: Clock,
 ) -> DiskParameters:
-    """Return checked parameters of a new disk. Raises: FieldOutOfRange."""
+    """Return checked parameters of a new disk; block_bytes None chooses by size. Raises: FieldOutOfRange."""
     parameters = DiskParameters(
         virtual_bytes=virtual_bytes,
         block_bytes=default_block_bytes(virtual_bytes) if block_bytes is None else block_bytes,
         logical_sector_bytes=logical_sector_bytes,
         physical_sector_bytes=physical_sector_bytes,
-        virtual_disk_id=clock.guid(),
-        flags=FLAG_LEAVE_BLOCKS_ALLOCATED if fixed else 0,
+        virtual_disk_id=virtual_disk_id,
+        flags=flags,
     )
     parameters.validate()
     return parameters

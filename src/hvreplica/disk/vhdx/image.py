@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hvreplica.errors import FieldOutOfRange, FormatError, UnsupportedVersion
+from hvreplica.errors import FieldOutOfRange, FormatError
 from hvreplica.formats.vhdx_bat import BAT_ENTRY_BYTES, BatGeometry
 from hvreplica.formats.vhdx_header import FILE_IDENTIFIER, HEADER_SECTION_BYTES, unpack_creator
+from hvreplica.formats.vhdx_locator import unpack_parent_locator
 from hvreplica.formats.vhdx_metadata import (
     FILE_PARAMETERS,
     FILE_PARAMETERS_ITEM,
     LOGICAL_SECTOR_SIZE,
     LOGICAL_SECTOR_SIZE_ITEM,
     METADATA_TABLE_BYTES,
+    PARENT_LOCATOR_ITEM,
     PHYSICAL_SECTOR_SIZE,
     PHYSICAL_SECTOR_SIZE_ITEM,
     VIRTUAL_DISK_ID,
@@ -36,6 +38,8 @@ from hvreplica.formats.vhdx_region import (
 if TYPE_CHECKING:
     from hvreplica.files import BlockFile
     from hvreplica.formats.vhdx_header import Header
+    from hvreplica.formats.vhdx_locator import ParentLocator
+    from hvreplica.formats.vhdx_metadata import MetadataTable
     from hvreplica.formats.vhdx_region import Region, RegionTable
 
 
@@ -43,7 +47,7 @@ if TYPE_CHECKING:
 class Image:
     """The fixed facts of one VHDX file.
 
-    Structures: (file_offset, length, name) of all that is not a block.
+    structures: (file_offset, length, name) of all that is not a block. locator: of a disk with a parent.
     """
 
     creator: str
@@ -51,6 +55,9 @@ class Image:
     geometry: BatGeometry
     bat: Region
     structures: tuple[tuple[int, int, str], ...]
+    locator: ParentLocator | None
+    metadata: Region
+    metadata_table: MetadataTable
 
 
 def read_creator(file: BlockFile) -> str:
@@ -61,7 +68,7 @@ def read_creator(file: BlockFile) -> str:
 def read_image(file: BlockFile, header: Header, creator: str) -> Image:
     """Return what the file is, all of it checked.
 
-    Raises: FormatError of the kind that fits; UnsupportedVersion for a disk with a parent.
+    Raises: FormatError of the kind that fits. A parent locator is only read: validate() it before its use.
     """
     table = choose_region_table([_read_region_table(file, at) for at in REGION_TABLE_OFFSETS])
     validate_regions_within(
@@ -70,20 +77,14 @@ def read_image(file: BlockFile, header: Header, creator: str) -> Image:
         log_offset=header.log_offset,
         log_length=header.log_length,
     )
-    parameters = _read_parameters(file, table.find(METADATA_REGION))
-    if parameters.has_parent:
-        raise UnsupportedVersion(
-            "this is a differencing disk; only disks without a parent can be opened",
-            field="flags",
-            expected="HasParent not set",
-            actual="HasParent set",
-            spec=FILE_PARAMETERS.spec,
-            hint="merge the chain into one disk first, for example with Hyper-V's Merge-VHD or Convert-VHD",
-        )
+    metadata = table.find(METADATA_REGION)
+    metadata_table = _read_metadata_table(file, metadata)
+    parameters = _read_parameters(file, metadata_table)
     geometry = BatGeometry.of(
         virtual_bytes=parameters.virtual_bytes,
         block_bytes=parameters.block_bytes,
         logical_sector_bytes=parameters.logical_sector_bytes,
+        has_parent=parameters.has_parent,
     )
     bat = table.find(BAT_REGION)
     if bat.length < geometry.entry_count * BAT_ENTRY_BYTES:
@@ -99,7 +100,16 @@ def read_image(file: BlockFile, header: Header, creator: str) -> Image:
     structures += [(region.file_offset, region.length, region.name) for region in table.regions]
     if header.log_length:
         structures.append((header.log_offset, header.log_length, "log"))
-    return Image(creator, parameters, geometry, bat, tuple(structures))
+    return Image(
+        creator=creator,
+        parameters=parameters,
+        geometry=geometry,
+        bat=bat,
+        structures=tuple(structures),
+        locator=_read_locator(file, metadata_table) if parameters.has_parent else None,
+        metadata=metadata,
+        metadata_table=metadata_table,
+    )
 
 
 def _read_region_table(file: BlockFile, file_offset: int) -> RegionTable | FormatError:
@@ -109,11 +119,22 @@ def _read_region_table(file: BlockFile, file_offset: int) -> RegionTable | Forma
         return error
 
 
-def _read_parameters(file: BlockFile, region: Region) -> DiskParameters:
+def _read_metadata_table(file: BlockFile, region: Region) -> MetadataTable:
     at = region.file_offset
     table = unpack_metadata_table(file.read(at, METADATA_TABLE_BYTES), file_offset=at)
     table.validate()
     table.validate_within(region.length)
+    return table
+
+
+def _read_locator(file: BlockFile, table: MetadataTable) -> ParentLocator:
+    entry = table.find(PARENT_LOCATOR_ITEM)
+    at = table.at + entry.offset
+    return unpack_parent_locator(file.read(at, entry.length), file_offset=at)
+
+
+def _read_parameters(file: BlockFile, table: MetadataTable) -> DiskParameters:
+    at = table.at
     rows = {}
     for item_id, layout in (
         (FILE_PARAMETERS_ITEM, FILE_PARAMETERS),

@@ -13,7 +13,6 @@ from hvreplica.disk.vhdx.headers import Headers
 from hvreplica.disk.vhdx.image import read_creator, read_image
 from hvreplica.disk.vhdx.overlay import OverlayFile
 from hvreplica.disk.vhdx.replay import plan_replay
-from hvreplica.disk.vhdx.session import WriteSession
 from hvreplica.errors import FormatError
 from hvreplica.formats.guid import NIL
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def open_vhdx(file: BlockFile, *, clock: Clock) -> VhdxDisk:
-    """Return the disk in `file`, which it then owns; writable if the file is.
+    """Return the disk in `file`, which it then owns, without its parent; writable if the file is.
 
     A log that is not empty is replayed in place if the file is writable, else in memory; a clean file is not
     changed. On an error the file stays open and belongs to the caller. Raises: FormatError of the kind that
@@ -55,14 +54,14 @@ def _open(file: BlockFile, clock: Clock) -> VhdxDisk:
             shown = overlay
     image = read_image(shown, headers.current, creator)
     bat = Bat(shown, image)
-    session = WriteSession(file, headers, image, bat, clock) if file.writable else None
     return VhdxDisk(
-        file=_payload_file(file, shown, image.structures) if session is None else file,
+        file=file,
+        shown=_payload_file(file, shown, image.structures),
         headers=headers,
         image=image,
         bat=bat,
-        session=session,
         replayed=replayed,
+        clock=clock,
     )
 
 

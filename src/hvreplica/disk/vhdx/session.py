@@ -6,9 +6,11 @@
     flush              payload synced, changed BAT sectors through the log, places of freed blocks punched
     clear              log emptied: any other program opens the file
 
-Crash safety rests on two facts. A place is handed out only if it reads as zeros (grown, or zeroed after the
-flush that freed it), so a BAT entry may become durable before its payload. And flush() copies the changed
-entries before it syncs payload, so an entry never becomes durable before the zeros it points to.
+Crash safety rests on three facts. A place is handed out only if it reads as zeros (grown, or zeroed after the
+flush that freed it), so a BAT entry may become durable before its payload. flush() copies the changed entries
+and pages of sector bitmaps before it syncs payload, so none becomes durable before what it speaks of. And
+pages go before entries, those of bitmap blocks before those of payload (Bat.take_dirty), so a block that
+covers a parent's bytes never shows more of itself than was written.
 
 Thread rule: allocate(), discard() and begin() from any thread; flush() from one at a time (it locks itself).
 """
@@ -20,16 +22,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hvreplica.disk.vhdx.bitmaps import page_offset
 from hvreplica.disk.vhdx.ring import FileSizes, LogRing
 from hvreplica.disk.vhdx.space import Space
 from hvreplica.errors import kept
-from hvreplica.formats.vhdx_bat import PayloadState, is_present, offsets_of, states_of
+from hvreplica.formats.vhdx_bat import BITMAP_BLOCK_BYTES, PayloadState, has_place, offsets_of, states_of
 from hvreplica.units import MIB
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hvreplica.clock import Clock
+    from hvreplica.disk.bitmaps import SectorBitmaps
     from hvreplica.disk.vhdx.bat import Bat
     from hvreplica.disk.vhdx.headers import Headers
     from hvreplica.disk.vhdx.image import Image
@@ -47,14 +51,26 @@ _LOOSE_STATES = (
 class WriteSession:
     """What is needed to change one VHDX.
 
-    File_write_guid: that of this session, if the headers have it already.
+    bitmaps: of a differencing disk, else None.
     """
 
-    def __init__(self, file: BlockFile, headers: Headers, image: Image, bat: Bat, clock: Clock) -> None:
+    has_zero_state = True
+
+    def __init__(
+        self,
+        file: BlockFile,
+        headers: Headers,
+        image: Image,
+        bat: Bat,
+        *,
+        bitmaps: SectorBitmaps | None,
+        clock: Clock,
+    ) -> None:
         self._file = file
         self._headers = headers
         self._image = image
         self._bat = bat
+        self._bitmaps = bitmaps
         self._clock = clock
         self._lock = threading.Lock()  # allocation: bat, space, the flags below
         self._flush_lock = threading.Lock()
@@ -92,7 +108,7 @@ class WriteSession:
     def _begin(self) -> Space:
         """Change identity before content. Spec: [MS-VHDX] 2.2.2.1, and 2.2.2 for DataWriteGuid."""
         self._headers.update(file_write_guid=self._clock.guid(), data_write_guid=self._clock.guid())
-        keep_tail = self._image.parameters.leave_blocks_allocated
+        keep_tail = self._image.parameters.is_fixed
         space = Space(
             block_bytes=self._image.parameters.block_bytes,
             used=self._used(),
@@ -117,9 +133,10 @@ class WriteSession:
         size = self._file.size()
         anchors = self._bat.anchors()
         anchors = anchors[(anchors > 0) & (anchors <= size - block_bytes)]
-        blocks = np.concatenate((self._bat.places(is_present), anchors))
-        lengths = np.full(len(blocks), block_bytes, np.int64)
-        return np.concatenate((np.array(rows, np.int64), np.column_stack((blocks, lengths))))
+        lengths = np.full(len(anchors), block_bytes, np.int64)
+        return np.concatenate(
+            (np.array(rows, np.int64), self._bat.used_ranges(), np.column_stack((anchors, lengths)))
+        )
 
     def changed(self) -> None:
         """Say that payload was written; called after the write and before it returns to its caller."""
@@ -127,17 +144,47 @@ class WriteSession:
 
     def allocate(self, blocks: NDArray[np.int64]) -> None:
         """Give each of `blocks`, unique, a place that reads as zeros, unless it has one. After begin()."""
-        space = self._begun()
         with self._lock:
-            blocks = blocks[~self._bat.present(blocks)]
-            if not len(blocks):
-                return
-            taken = space.take(len(blocks))
-            for file_offset in taken.stale:
-                self._file.zero(file_offset, self._image.parameters.block_bytes)
-            if space.end > self._file.size():
-                self._file.resize(space.end)
-            self._bat.place(blocks, taken.offsets)
+            self._place(blocks[~self._bat.placed(blocks)], PayloadState.PAYLOAD_BLOCK_FULLY_PRESENT)
+
+    def allocate_partial(self, blocks: NDArray[np.int64]) -> None:
+        """Give each of `blocks`, unique, that has none a place of which nothing counts. After begin()."""
+        with self._lock:
+            blocks = blocks[~self._bat.placed(blocks)]
+            for block in blocks.tolist():
+                self._clear_bits(block)
+            self._place(blocks, PayloadState.PAYLOAD_BLOCK_PARTIALLY_PRESENT)
+
+    def _place(self, blocks: NDArray[np.int64], state: PayloadState) -> None:
+        if not len(blocks):
+            return
+        space = self._begun()
+        taken = space.take(len(blocks))
+        for file_offset in taken.stale:
+            self._file.zero(file_offset, self._image.parameters.block_bytes)
+        if space.end > self._file.size():
+            self._file.resize(space.end)
+        self._bat.place(blocks, taken.offsets, state)
+
+    def _clear_bits(self, block: int) -> None:
+        """Make sure that the block's chunk has a bitmap, in which none of the block's sectors counts."""
+        if self._bitmaps is None:
+            raise AssertionError("only a disk with a parent has partially present blocks")
+        chunk = block // self._image.geometry.chunk_ratio
+        if self._bat.bitmap_block(chunk) is None:
+            space = self._begun()
+            file_offset, space.end = space.end, space.end + BITMAP_BLOCK_BYTES
+            self._file.resize(max(space.end, self._file.size()))
+            self._bat.place_bitmap(chunk, file_offset)
+        sectors = self._image.parameters.block_bytes // self._bitmaps.sector_bytes
+        # Bits of a block without a place mean nothing, and may stand there from an earlier life of the block.
+        if not self._bitmaps.none_set(block * sectors, sectors):
+            self._bitmaps.clear(block * sectors, sectors)
+
+    def promote(self, blocks: NDArray[np.int64]) -> None:
+        """Say that all sectors of `blocks`, which have places, count. After begin()."""
+        with self._lock:
+            self._bat.promote(blocks)
 
     def discard(self, blocks: NDArray[np.int64]) -> None:
         """Make `blocks`, unique, read as zeros without a place of their own. After begin()."""
@@ -146,7 +193,7 @@ class WriteSession:
             entries = self._bat.entries_of(blocks)
             # PAYLOAD_BLOCK_ZERO is the only absent state that every reader must show as zeros.
             self._bat.set_state(blocks, PayloadState.PAYLOAD_BLOCK_ZERO)
-            space.release(offsets_of(entries[is_present(entries)]))
+            space.release(offsets_of(entries[has_place(entries)]))
 
     def settle(self, blocks: NDArray[np.int64]) -> None:
         """Make those of `blocks` read as zeros everywhere that are absent in a state which only allows zeros.
@@ -166,7 +213,7 @@ class WriteSession:
         with self._flush_lock:
             if self._failure is not None:
                 raise kept(self._failure)
-            if self._space is None or not (self._unsynced or self._bat.is_dirty):
+            if self._space is None or not (self._unsynced or self._bat.is_dirty or self._has_dirty_pages):
                 return
             try:
                 self._flush(self._space)
@@ -174,11 +221,15 @@ class WriteSession:
                 self._failure = kept(error)
                 raise
 
+    @property
+    def _has_dirty_pages(self) -> bool:
+        return self._bitmaps is not None and self._bitmaps.dirty_count > 0
+
     def _flush(self, space: Space) -> None:
         with self._lock:
             # Whoever writes from here on sets it again; whoever wrote before is covered by the sync below.
             self._unsynced = False
-            file_offsets, data = self._bat.take_dirty()
+            file_offsets, data = self._take_changes()
             released = space.begin_flush()
             sizes = FileSizes(flushed_bytes=self._file.size(), last_bytes=space.end)
         self._file.sync()
@@ -191,6 +242,17 @@ class WriteSession:
                 self._file.zero(file_offset, length)
             with self._lock:
                 space.end_flush(released)
+
+    def _take_changes(self) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+        """Return (file offsets, 4096 bytes each) of all that has to pass through the log, in this order."""
+        pages = [] if self._bitmaps is None else self._bitmaps.take_dirty()
+        file_offsets, data = self._bat.take_dirty()
+        if not pages:
+            return file_offsets, data
+        offsets = np.array([page_offset(self._bat, number) for number, _ in pages], np.int64)
+        return np.concatenate((offsets, file_offsets)), np.concatenate(
+            (np.stack([page for _, page in pages]), data)
+        )
 
     def clear(self) -> None:
         """Flush, and empty the log."""
