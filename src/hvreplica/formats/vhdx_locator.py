@@ -28,6 +28,7 @@ ABSOLUTE_WIN32_PATH = "absolute_win32_path"
 PATH_KEYS = (RELATIVE_PATH, VOLUME_PATH, ABSOLUTE_WIN32_PATH)  # in the order in which they are to be tried
 # 2.6.2.6.1 leaves the count open; known writers have five, and a locator is read as a whole.
 LOCATOR_ENTRY_COUNT_MAX = 1024
+_REBASE_HINT = "tell which file the parent is: `hvreplica disk rebase FILE --parent PARENT --unsafe`"
 
 PARENT_LOCATOR_HEADER = Layout(
     "parent locator header",
@@ -88,7 +89,7 @@ class ParentLocator:
             expected=expected,
             actual=f"{len(self.entries)} entries: {', '.join(sorted(self.entries))[:200]}",
             spec="[MS-VHDX] 2.6.2.6.3",
-            hint="tell which file the parent is: `hvreplica disk rebase FILE --parent PARENT`",
+            hint=_REBASE_HINT,
         )
 
     @property
@@ -122,6 +123,7 @@ def _linkage(key: str, text: str, *, at: int) -> uuid.UUID:
             expected=error.expected,
             actual=error.actual,
             spec="[MS-VHDX] 2.6.2.6.3",
+            hint=_REBASE_HINT,
         ) from None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hvreplica.disk.paths import relative_windows_path
-from hvreplica.errors import ParentMismatch
+from hvreplica.errors import FormatError, ParentMismatch
 from hvreplica.formats.guid import braced
 from hvreplica.formats.vhdx_locator import (
     PARENT_LINKAGE,
@@ -42,8 +42,9 @@ class VhdxParentReference:
         """Check format, identity and sector size. Raises: ParentMismatch; FormatError for a bad locator."""
         try:
             self._locator.validate()
-        except ValueError as error:
-            raise error.at(self._child) if hasattr(error, "at") else error from None
+        except FormatError as error:
+            error.at(self._child)
+            raise
         if parent.format != "vhdx":
             raise self._mismatch(
                 parent,
