@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _CLEAN_PAGE_COUNT_MAX = 4096
 _LOOKUP_SECTOR_COUNT = 1 << 18
+_SHORT_SECTOR_COUNT_MAX = 1 << 10  # longer runs are set by themselves
 
 
 class SectorBitmaps:
@@ -115,6 +116,27 @@ class SectorBitmaps:
     def mark(self, first_sector: int, count: int) -> None:
         """Make `count` sectors from `first_sector` on count."""
         self._change(first_sector, count, value=True)
+
+    def mark_all(self, first_sectors: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
+        """Make counts[i] sectors from first_sectors[i] on count, for each i."""
+        whole = ((first_sectors | counts) & 7 == 0) & (counts <= _SHORT_SECTOR_COUNT_MAX)
+        if self.page_sectors % 8:
+            whole[:] = False
+        for first, count in zip(first_sectors[~whole].tolist(), counts[~whole].tolist(), strict=True):
+            self.mark(first, count)
+        if whole.any():
+            self._mark_octets(first_sectors[whole] // 8, counts[whole] // 8)
+
+    def _mark_octets(self, first: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
+        """Set whole bytes, many short runs at once: what the small writes of a guest come to."""
+        starts = np.cumsum(counts) - counts
+        octets = np.repeat(first - starts, counts) + np.arange(int(counts.sum()))
+        numbers = octets // (self.page_sectors // 8)
+        within = octets - numbers * (self.page_sectors // 8)
+        with self._lock:
+            for number in np.unique(numbers).tolist():
+                page = self._dirty[number] = self._page(number)
+                page[within[numbers == number]] = 0xFF
 
     def clear(self, first_sector: int, count: int) -> None:
         """Make `count` sectors from `first_sector` on not count."""

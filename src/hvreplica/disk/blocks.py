@@ -294,8 +294,7 @@ class BlockDisk(ABC):
             return
         pieces = chosen(pieces, partial)
         size = self._bitmaps.sector_bytes
-        for disk_offset, length in zip(pieces.disk_offset.tolist(), pieces.length.tolist(), strict=True):
-            self._bitmaps.mark(disk_offset // size, length // size)
+        self._bitmaps.mark_all(pieces.disk_offset // size, pieces.length // size)
         ends = np.minimum((pieces.block + 1) * self.block_bytes, self.virtual_bytes)
         # A block is written to its end last by whoever writes in order; others stay as they are, which is
         # right too.
