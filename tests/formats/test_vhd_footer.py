@@ -206,6 +206,10 @@ def test_sizes_may_differ_and_the_largest_is_allowed() -> None:
         (65535 * 16 * 255 * 512, GEOMETRY_MAX),
         (VIRTUAL_BYTES_MAX, GEOMETRY_MAX),
         (512, (0, 4, 17)),
+        (17 * 5120 * 512, (175, 16, 31)),  # exactly as many tracks as five heads have: too many
+        (17 * 5120 * 512 - 512, (1023, 5, 17)),
+        (31 * 16384 * 512, (503, 16, 63)),
+        (31 * 16384 * 512 - 512, (1023, 16, 31)),
     ],
 )
 def test_geometry_is_the_one_other_programs_write(size: int, geometry: tuple[int, int, int]) -> None:
