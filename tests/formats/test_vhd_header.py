@@ -161,6 +161,13 @@ def test_unusual_header_is_read(changes: dict[str, object]) -> None:
     check(read_back(dataclasses.replace(GOOD, **changes)))
 
 
+def test_table_of_more_blocks_than_fit_in_memory_is_refused() -> None:
+    header = read_back(dataclasses.replace(GOOD, block_size=512, max_table_entries=0xFFFFFFFF))
+    with pytest.raises(FieldOutOfRange) as caught:
+        check(header, size=1 << 45, virtual_bytes=1 << 34)
+    assert caught.value.field == "block_size"
+
+
 def test_locator_outside_of_the_file_or_endless_is_refused() -> None:
     for entry in (
         dataclasses.replace(LOCATOR, platform_data_offset=MIB - 39),
@@ -180,11 +187,8 @@ def test_locator_outside_of_the_file_or_endless_is_refused() -> None:
         (RELATIVE, ".\\a b.vhd".encode("utf-16-le"), ".\\a b.vhd"),
         (ABSOLUTE, "C:\\x\\\u00e4.vhd\0\0".encode("utf-16-le"), "C:\\x\\\u00e4.vhd"),
         (ABSOLUTE, b"a", "\ufffd"),
-        (FILE_URL, b"file://./raw%20parent.raw", "./raw parent.raw"),
-        (FILE_URL, b"file:///img/%C3%A4.vhd", "/img/\u00e4.vhd"),
-        (FILE_URL, b"file://localhost/img/a.vhd", "/img/a.vhd"),
-        (FILE_URL, b"file:/img/a.vhd", "/img/a.vhd"),
-        (FILE_URL, b"a.vhd", "a.vhd"),
+        (FILE_URL, b"file://./raw%20parent.raw", "file://./raw%20parent.raw"),
+        (FILE_URL, "file:///\u00e4.vhd".encode(), "file:///\u00e4.vhd"),
         (RELATIVE_OLD, b".\\\xe4.vhd", ".\\\u00e4.vhd"),
         (ABSOLUTE_OLD, b"C:\\a.vhd\0junk", "C:\\a.vhd"),
         (MAC_ALIAS, b"\0\1\2", ""),
@@ -198,11 +202,10 @@ def test_locator_data_spells_its_path(code: bytes, data: bytes, path: str) -> No
 
 @given(st.sampled_from([RELATIVE, ABSOLUTE, FILE_URL]), st.text(st.characters(exclude_categories=["Cs"])))
 def test_locators_read_back(code: bytes, name: str) -> None:
-    name = name.replace("\0", "").replace("/", "")
-    path = f"./{name}" if code == FILE_URL else f".\\{name}"
-    assert decode_locator(code, encode_locator(code, path)) == path
+    name = name.replace("\0", "")
+    assert decode_locator(code, encode_locator(code, name)) == name
 
 
 @given(st.sampled_from([RELATIVE, ABSOLUTE, FILE_URL, RELATIVE_OLD, ABSOLUTE_OLD]), st.binary(max_size=200))
 def test_any_locator_data_is_a_text(code: bytes, data: bytes) -> None:
-    assert "\0" not in decode_locator(code, data) or code == FILE_URL
+    assert "\0" not in decode_locator(code, data)

@@ -51,6 +51,7 @@ class BlockGeometry:
     block_count: int
     bitmap_bytes: int
     last_block_bytes: int
+    chunk_ratio: int = 0  # no entries of another kind stand between those of blocks
 
     @staticmethod
     def of(*, virtual_bytes: int, block_bytes: int) -> BlockGeometry:
@@ -73,6 +74,19 @@ class BlockGeometry:
     def sectors_per_block(self) -> int:
         """Sectors of a block's data."""
         return self.block_bytes // SECTOR_BYTES
+
+    def index_of(self, blocks: NDArray[Any]) -> NDArray[Any]:
+        """Return the entries' indices of `blocks`."""
+        return blocks
+
+    def block_of(self, indices: NDArray[Any]) -> NDArray[Any]:
+        """Return the blocks of entries."""
+        return indices
+
+    def is_payload(self, indices: NDArray[Any]) -> NDArray[np.bool_]:
+        """Return which of `indices` are entries of this disk."""
+        inside: NDArray[np.bool_] = indices < self.block_count
+        return inside
 
 
 def unpack_bat(buffer: Buffer, count: int) -> NDArray[np.int64]:

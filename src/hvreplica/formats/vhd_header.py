@@ -32,6 +32,8 @@ HEADER_DATA_OFFSET = 0xFFFF_FFFF_FFFF_FFFF
 BAT_ENTRY_BYTES = 4
 # Half of what the field can hold: keeps a block's offset and length in 63 bits with any table.
 BLOCK_BYTES_MAX = 1 << 31
+# Bounds what a table may take in memory. 2040 GiB in blocks of 128 KiB have as many; of 2 MiB, a sixteenth.
+BLOCK_COUNT_MAX = 1 << 24
 _NIL = uuid.UUID(int=0)
 _NAME_BYTES = 512
 
@@ -149,6 +151,8 @@ class DynamicHeader:
         Entries behind those that the disk needs may be missing. Raises: FieldOutOfRange, Overlap, Truncated.
         """
         block_count = -(-virtual_bytes // self.block_size)
+        if block_count > BLOCK_COUNT_MAX:
+            raise self._out_of_range("block_size", f"at most {BLOCK_COUNT_MAX} blocks", self.block_size)
         if self.max_table_entries < block_count:
             raise self._out_of_range("max_table_entries", f"at least {block_count}", self.max_table_entries)
         if self.table_offset % SECTOR_BYTES:

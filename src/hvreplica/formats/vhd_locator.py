@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from urllib.parse import quote, unquote
 
 from hvreplica.errors import FieldOutOfRange, Truncated
 from hvreplica.formats.layout import Field, Layout
@@ -111,30 +110,14 @@ def unpack_locator_entry(buffer: Buffer, *, at: int) -> LocatorEntry:
 
 
 def decode_locator(platform_code: bytes, data: bytes) -> str:
-    """Return the path that a locator's data spells, "" for codes that spell none; never fails.
+    """Return the name that a locator's data spells, as it stands there, "" for codes that spell none.
 
-    A file URL becomes the path in it. What cannot be decoded becomes U+FFFD; the text ends at a NUL.
+    Of a file URL that is the URL. Never fails: what cannot be decoded becomes U+FFFD; the text ends at a NUL.
     """
     encoding = _ENCODINGS.get(platform_code)
-    if encoding is None:
-        return ""
-    text = data.decode(encoding, "replace").split("\0", 1)[0]
-    if platform_code != FILE_URL:
-        return text
-    rest = text.removeprefix("file:")
-    if rest.startswith("//"):
-        host, slash, path = rest[2:].partition("/")
-        # "file://./name" of XenServer means a name beside the child; other hosts are not ours to ask.
-        rest = f"./{path}" if host == "." else slash + path
-    return unquote(rest, errors="replace")
+    return "" if encoding is None else data.decode(encoding, "replace").split("\0", 1)[0]
 
 
-def encode_locator(platform_code: bytes, path: str) -> bytes:
-    """Return the data of a locator that spells `path`; without a NUL, as Windows writes it.
-
-    path: with backslashes for the Windows codes, with slashes for a file URL, where a relative one starts
-    with "./".
-    """
-    if platform_code == FILE_URL:
-        return ("file://" + quote(path)).encode("ascii")
-    return path.encode(_ENCODINGS[platform_code], "replace")
+def encode_locator(platform_code: bytes, name: str) -> bytes:
+    """Return the data of a locator that spells `name`; without a NUL, as Windows writes it."""
+    return name.encode(_ENCODINGS[platform_code], "replace")
