@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvreplica.disk.open import open_disk
+from hvreplica.disk.vhd.create import vhd_writer
 from hvreplica.disk.vhdx.create import parameters_for, write_empty_vhdx
 from hvreplica.disk.vhdx.parent import parent_locator
 from hvreplica.errors import FieldOutOfRange, ParentMismatch
@@ -65,6 +66,16 @@ def create_disk(  # noqa: PLR0913 - each is a choice that a user may make
             physical_sector_bytes = below.physical_sector_bytes
         if format == "raw":
             write = _raw_writer(path, virtual_bytes)
+        elif format == "vhd":
+            write = vhd_writer(
+                path,
+                below,
+                virtual_bytes=virtual_bytes,
+                fixed=type == "fixed",
+                block_bytes=block_bytes,
+                logical_sector_bytes=logical_sector_bytes,
+                clock=clock,
+            )
         else:
             write = _vhdx_writer(
                 path,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from hvreplica.disk.paths import candidate_paths
 from hvreplica.disk.raw import RawDisk
+from hvreplica.disk.vhd.open import looks_like_vhd, open_vhd
 from hvreplica.disk.vhdx.open import open_vhdx
 from hvreplica.errors import FormatError, ParentLoop, ParentMismatch, ParentMissing, UnsupportedVersion
 from hvreplica.files import lock_open_file
@@ -23,8 +24,6 @@ DiskType = Literal["dynamic", "fixed", "differencing"]
 
 # Hyper-V makes at most 50 checkpoints; backup tools add some. More than this is a mistake or an attack.
 CHAIN_LENGTH_MAX = 256
-_VHD_COOKIE = b"conectix"
-_VHD_FOOTER_BYTES = 512
 _FOREIGN_SIGNATURES = (  # name, offset in the file, signature
     ("a qcow2 image", 0, b"QFI\xfb"),
     ("a VMDK", 0, b"KDMV"),
@@ -81,7 +80,9 @@ def open_layer(
         if writable or shared:
             lock_open_file(file, shared=not writable)
         found = format or _format_of(file)
-        return open_vhdx(file, clock=clock) if found == "vhdx" else RawDisk(file)
+        if found == "vhdx":
+            return open_vhdx(file, clock=clock)
+        return open_vhd(file) if found == "vhd" else RawDisk(file)
     except BaseException:
         file.close()
         raise
@@ -170,9 +171,8 @@ def _format_of(file: BlockFile) -> Format:
     head = file.read(0, min(size, _HEAD_BYTES))
     if head.startswith(FILE_SIGNATURE):
         return "vhdx"
-    footer = file.read(size - _VHD_FOOTER_BYTES, len(_VHD_COOKIE)) if size >= _VHD_FOOTER_BYTES else b""
-    if head.startswith(_VHD_COOKIE) or footer == _VHD_COOKIE:
-        raise _foreign(file, "a VHD", _VHD_COOKIE)
+    if looks_like_vhd(file):
+        return "vhd"
     for name, offset, signature in _FOREIGN_SIGNATURES:
         if head.startswith(signature, offset):
             raise _foreign(file, name, signature)

@@ -1,0 +1,1 @@
+"""VHD: open, read, allocate, write and create."""

@@ -1,0 +1,213 @@
+"""One writing session of a VHD: allocation, and the order in which what was written becomes durable.
+
+    open for writing   nothing is changed, but a footer that a crash left out is written again
+    first change       the footer's copy at offset 0 is made right, because the one at the end may get lost
+    ...                blocks are allocated in memory; the file grows by zeros, over its old footer
+    flush              1. footer at the new end, bitmaps of new blocks, sync: with them all payload
+                       2. BAT, bitmaps of blocks that are in it already, sync
+                       3. places that were given back are zeroed and may be used again
+
+VHD has no log, so each step must be right whichever of its sectors a power cut keeps:
+
+- the footer at the end may be old, torn or beyond the end: then the copy at 0 counts, which never changes
+- before 2 no BAT entry points to a new block, so whatever stands there belongs to nobody
+- in 2 each sector of the BAT is old or new by itself, and each new entry points to a block whose bitmap and
+  payload are durable; each sector of a bitmap that is old shows the parent's old bytes, and one that is new
+  shows payload that is durable
+- a place gets new content only after the BAT entry that pointed there is durably gone
+
+Thread rule: allocate(), discard() and begin() from any thread; flush() from one at a time (it locks itself).
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from hvreplica.disk.vhd.space import Space
+from hvreplica.errors import kept
+from hvreplica.formats.vhd_footer import FOOTER_BYTES
+from hvreplica.formats.vhdx_bat import PayloadState
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from numpy.typing import NDArray
+
+    from hvreplica.disk.bitmaps import SectorBitmaps
+    from hvreplica.disk.vhd.image import Image
+    from hvreplica.disk.vhd.table import VhdTable
+    from hvreplica.files import BlockFile
+
+
+class _Changes(NamedTuple):
+    """What one flush makes durable, in the order of its steps."""
+
+    footer_offset: int
+    new_bitmaps: list[tuple[int, bytes]]
+    later: list[tuple[int, bytes]]
+    released: NDArray[np.int64]
+
+
+class WriteSession:
+    """What is needed to change one VHD that is not fixed."""
+
+    # A BAT entry is a place or "ask below": zeros over a parent's bytes need a place.
+    has_zero_state = False
+
+    def __init__(self, file: BlockFile, image: Image, table: VhdTable, bitmaps: SectorBitmaps) -> None:
+        self._file = file
+        self._image = image
+        self._table = table
+        self._bitmaps = bitmaps
+        self._footer = image.footer.pack()
+        self._lock = threading.Lock()  # allocation: table, space, the fields below
+        self._flush_lock = threading.Lock()
+        self._space: Space | None = None
+        self._footer_offset = image.footer.at
+        self._fresh: set[int] = set()  # blocks that no BAT entry in the file points to yet
+        self._unsynced = False
+        self._failure: BaseException | None = None
+
+    def begin(self) -> None:
+        """Make the file ready for its first change.
+
+        Does nothing later. Raises: the error that ended the session.
+        """
+        if self._failure is not None:
+            raise kept(self._failure)
+        if self._space is None:
+            with self._lock:
+                self._begin_once()
+
+    def _begin_once(self) -> None:
+        if self._space is not None:
+            return  # another thread was first
+        try:
+            if self._file.read(0, FOOTER_BYTES) != self._footer:
+                self._file.write(self._footer, 0)
+                self._file.sync()
+            self._space = Space(
+                self._image.geometry,
+                bitmap_offsets=self._table.bitmap_offsets(),
+                structures=np.array([row[:2] for row in self._image.structures], np.int64),
+                end=self._footer_offset,
+            )
+        except BaseException as error:
+            self._failure = kept(error)
+            raise
+
+    def changed(self) -> None:
+        """Say that payload was written; called after the write and before it returns to its caller."""
+        self._unsynced = True
+
+    def allocate(self, blocks: NDArray[np.int64]) -> None:
+        """Give each of `blocks`, unique, a place that reads as zeros, unless it has one. After begin()."""
+        with self._lock:
+            blocks = blocks[~self._table.placed(blocks)]
+            self._place(blocks, PayloadState.PAYLOAD_BLOCK_FULLY_PRESENT)
+
+    def allocate_partial(self, blocks: NDArray[np.int64]) -> None:
+        """Give each of `blocks`, unique, that has none a place of which no sector counts. After begin()."""
+        with self._lock:
+            blocks = blocks[~self._table.placed(blocks)]
+            self._place(blocks, PayloadState.PAYLOAD_BLOCK_PARTIALLY_PRESENT)
+
+    def _place(self, blocks: NDArray[np.int64], state: PayloadState) -> None:
+        if not len(blocks):
+            return
+        geometry = self._image.geometry
+        space = self._begun()
+        taken = space.take(len(blocks))
+        for file_offset in taken.stale:
+            self._file.zero(file_offset, geometry.place_bytes)
+        if space.end + FOOTER_BYTES > self._file.size():
+            self._file.resize(space.end + FOOTER_BYTES)
+        change = (
+            self._bitmaps.mark if state == PayloadState.PAYLOAD_BLOCK_FULLY_PRESENT else self._bitmaps.clear
+        )
+        for block in blocks.tolist():
+            # Also where nothing changes: the new place holds no bitmap yet.
+            change(block * geometry.sectors_per_block, geometry.sectors_per_block)
+        self._fresh.update(blocks.tolist())
+        self._table.place(blocks, taken.offsets + geometry.bitmap_bytes, state)
+
+    def promote(self, blocks: NDArray[np.int64]) -> None:
+        """Say that all sectors of `blocks`, which have places, count. After begin()."""
+        with self._lock:
+            self._table.promote(blocks)
+
+    def discard(self, blocks: NDArray[np.int64]) -> None:
+        """Make `blocks`, unique, of a disk without a parent, read as zeros without a place. After begin()."""
+        space = self._begun()
+        with self._lock:
+            blocks = blocks[self._table.placed(blocks)]
+            offsets = self._table.offsets_of(self._table.entries_of(blocks))
+            self._table.set_state(blocks, PayloadState.PAYLOAD_BLOCK_NOT_PRESENT)
+            space.release(offsets - self._image.geometry.bitmap_bytes)
+
+    def settle(self, blocks: NDArray[np.int64]) -> None:
+        """Do nothing: a block without a place reads as zeros everywhere, or is the parent's."""
+
+    def flush(self) -> None:
+        """Make all that was written before durable.
+
+        A failure ends the session: every later call raises it.
+        """
+        with self._flush_lock:
+            if self._failure is not None:
+                raise kept(self._failure)
+            if self._space is None or not (
+                self._unsynced or self._table.is_dirty or self._bitmaps.dirty_count
+            ):
+                return
+            try:
+                self._flush(self._space)
+            except BaseException as error:
+                self._failure = kept(error)
+                raise
+
+    def _flush(self, space: Space) -> None:
+        with self._lock:
+            # Whoever writes from here on sets it again; whoever wrote before is covered by the sync below.
+            self._unsynced = False
+            changes = self._take_changes(space)
+        if changes.footer_offset != self._footer_offset:
+            self._file.write(self._footer, changes.footer_offset)
+        self._write(changes.new_bitmaps)
+        self._file.sync()
+        self._footer_offset = changes.footer_offset
+        if changes.later:
+            self._write(changes.later)
+            self._file.sync()
+        if len(changes.released):
+            for file_offset in changes.released.tolist():
+                self._file.zero(file_offset, self._image.geometry.place_bytes)
+            with self._lock:
+                space.end_flush(changes.released)
+
+    def _take_changes(self, space: Space) -> _Changes:
+        fresh, self._fresh = self._fresh, set()
+        new_bitmaps: list[tuple[int, bytes]] = []
+        later: list[tuple[int, bytes]] = []
+        for block, page in self._bitmaps.take_dirty():
+            file_offset = self._table.bitmap_offset(block)
+            if file_offset is not None:
+                (new_bitmaps if block in fresh else later).append((file_offset, page.tobytes()))
+        later += self._table.take_dirty()
+        return _Changes(space.end, new_bitmaps, later, space.begin_flush())
+
+    def _write(self, rows: Iterable[tuple[int, bytes]]) -> None:
+        for file_offset, data in rows:
+            self._file.write(data, file_offset)
+
+    def clear(self) -> None:
+        """Flush: that is all it takes for any program to open the file."""
+        self.flush()
+
+    def _begun(self) -> Space:
+        if self._space is None:
+            raise AssertionError("begin() comes first")
+        return self._space
