@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hvreplica.disk import create_disk, open_disk
-from hvreplica.units import MIB
+from hvreplica.units import KIB, MIB
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,6 +25,9 @@ KINDS: dict[str, tuple[Format, DiskType, int, bool]] = {
     "dynamic-4096": ("vhdx", "dynamic", 4096, False),
     "differencing": ("vhdx", "differencing", 512, True),
     "differencing-4096": ("vhdx", "differencing", 4096, True),
+    "vhd-dynamic": ("vhd", "dynamic", 512, False),
+    "vhd-fixed": ("vhd", "fixed", 512, False),
+    "vhd-differencing": ("vhd", "differencing", 512, True),
 }
 
 
@@ -32,6 +35,13 @@ def parent_numbers(virtual_bytes: int) -> np.ndarray:
     """Return the number that fills each 512-byte sector of the parent: runs of several lengths, zeros among them."""
     sectors = np.arange(virtual_bytes // SECTOR_BYTES)
     return np.where(sectors // 8 % 3 == 1, 0, 200 + sectors // 1000 % 40).astype(np.uint8)
+
+
+def _block_bytes(format_: Format, type_: DiskType, wanted: int) -> int | None:
+    """Return the size to ask for: a VHD has blocks of two sizes only."""
+    if format_ == "raw" or (type_ == "fixed" and format_ == "vhd"):
+        return None
+    return wanted if format_ == "vhdx" or wanted == 2 * MIB else 512 * KIB
 
 
 def create_kind(
@@ -49,7 +59,7 @@ def create_kind(
             parent,
             virtual_bytes=virtual_bytes,
             format=format_,
-            block_bytes=2 * block_bytes,
+            block_bytes=_block_bytes(format_, type_, 2 * block_bytes),
             logical_sector_bytes=sector_bytes,
             clock=clock,
         )
@@ -61,7 +71,7 @@ def create_kind(
         virtual_bytes=virtual_bytes,
         format=format_,
         type=type_,
-        block_bytes=None if format_ == "raw" or (type_ == "fixed" and format_ == "vhd") else block_bytes,
+        block_bytes=_block_bytes(format_, type_, block_bytes),
         logical_sector_bytes=sector_bytes,
         parent=parent,
         clock=clock,
