@@ -101,6 +101,19 @@ def test_sectors_count_only_when_they_are_durable() -> None:
     assert seen > 3
 
 
+def test_file_never_ends_with_the_guests_bytes() -> None:
+    """They could look like a footer: whatever length a cut leaves, its last sector is the footer's."""
+    files = record("vhd-dynamic")
+    sizes = {event.length for event in files.trace().events if event.kind == "resize"}
+    ends = {0}
+    for event in files.trace().events:
+        if is_bat(event):
+            offsets = unpack_bat(event.data, len(event.data) // 4)
+            ends |= {int(offset) + 512 + BLOCK for offset in offsets}
+    assert len(sizes) > 3
+    assert {size - 512 for size in sizes} <= ends
+
+
 def test_footer_is_at_the_end_of_a_closed_file() -> None:
     content = record("vhd-dynamic").content_of(PATH)
     assert content[:8] == content[-512:-504] == b"conectix"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hvreplica.disk import compare_disks, convert_disk, create_disk, open_disk
+from hvreplica.errors import FieldOutOfRange
 from hvreplica.files import OS_FILES
 from hvreplica.units import MIB, TIB
 from tests.disk.contract import everything, make_disk
@@ -24,13 +25,21 @@ DATA = mixed_bytes(5 * MIB, seed=2) + bytes(3 * MIB) + mixed_bytes(MIB, seed=3) 
 
 
 @pytest.mark.parametrize("source_kind", KINDS)
-@pytest.mark.parametrize("target", [("raw", "dynamic"), ("vhdx", "dynamic"), ("vhdx", "fixed")])
+@pytest.mark.parametrize(
+    "target",
+    [("raw", "dynamic"), ("vhdx", "dynamic"), ("vhdx", "fixed"), ("vhd", "dynamic"), ("vhd", "fixed")],
+)
 def test_target_holds_the_same_bytes_and_no_zeros(
     tmp_path: Path, source_kind: str, target: tuple[str, str]
 ) -> None:
     source = tmp_path / "source"
     with make_disk(source, source_kind) as disk:
         disk.write(DATA, 0)
+    if target[0] == "vhd" and "4096" in source_kind:
+        with pytest.raises(FieldOutOfRange, match="sectors of 512 bytes only"):
+            convert_disk(OS_FILES, source, tmp_path / "target", format="vhd", clock=FakeClock())
+        assert not (tmp_path / "target").exists()
+        return
     seen: list[Progress] = []
     report = convert_disk(
         OS_FILES,
