@@ -1,16 +1,10 @@
-"""A power cut at any instant leaves a valid VHDX: what was flushed is there, the rest is old or new per sector.
-
-Each sector of the guest's disk holds the number of the step that wrote it, so that the state of the disk after a step
-is one byte per sector, and a torn, stale or foreign sector shows at once. Steps: zeros are the number 0.
-"""
+"""A power cut at any instant leaves a valid VHDX: what was flushed is there, the rest is old or new per sector."""
 
 from __future__ import annotations
 
 import errno
 import random
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -21,9 +15,7 @@ from hvreplica.units import MIB
 from tests.support.disks import create_kind
 from tests.support.fakeclock import FakeClock
 from tests.support.faultfile import FaultFiles, crash_states
-
-if TYPE_CHECKING:
-    from hvreplica.disk.disk import Disk
+from tests.support.numbered import History, check_numbers, perform, read_numbers
 
 PATH = Path("/vm/disk.vhdx")
 KINDS = ("dynamic", "fixed", "differencing")
@@ -33,73 +25,10 @@ SIZE = BLOCKS * MIB - 7 * SECTOR  # the last block ends inside
 SECTORS = SIZE // SECTOR
 
 
-@dataclass
-class History:
-    """The disk after each step, one number per sector; flushed: the steps known to be durable."""
-
-    states: list[np.ndarray]
-
-    def step(self, first: int, count: int, value: int) -> None:
-        state = self.states[-1].copy()
-        state[first : first + count] = value
-        self.states.append(state)
-
-
-def read_state(disk: Disk) -> np.ndarray:
-    """Return the number in each sector; fails if a sector is not uniform, which no step wrote."""
-    buffer = bytearray(SIZE)
-    disk.read_into(buffer, 0)
-    sectors = np.frombuffer(buffer, np.uint8).reshape(SECTORS, SECTOR)
-    torn = np.flatnonzero((sectors != sectors[:, :1]).any(axis=1))
-    assert not len(torn), f"sector {torn[0]} is torn"
-    return sectors[:, 0]
-
-
-def perform(disk: Disk, files: FaultFiles, history: History, rng: random.Random, steps: int) -> None:
-    """Write, zero and flush at random; every step is noted when it returned."""
-    for _ in range(steps):
-        number = len(history.states)
-        kind = rng.choices(["write", "many", "zero", "blocks", "flush"], [4, 3, 2, 2, 4])[0]
-        first = rng.randrange(SECTORS - 1)
-        count = min(rng.choice([1, 3, 8, 200]), SECTORS - first)
-        if kind == "write":
-            history.step(first, count, number)
-            disk.write(bytes([number]) * (count * SECTOR), first * SECTOR)
-        elif kind == "many":
-            starts = sorted(rng.sample(range(0, SECTORS - 4, 4), 5))
-            history.states.append(history.states[-1].copy())
-            for start in starts:
-                history.states[-1][start : start + 4] = number
-            extents = np.array([[start * SECTOR, 4 * SECTOR] for start in starts], np.int64)
-            disk.write_extents(extents, bytes([number]) * (len(starts) * 4 * SECTOR))
-        elif kind == "zero":
-            history.step(first, count, 0)
-            disk.write_zeroes(first * SECTOR, count * SECTOR)
-        elif kind == "blocks":
-            block = rng.randrange(BLOCKS)
-            start, end = block * MIB, min((block + rng.randint(1, 2)) * MIB, SIZE)
-            history.step(start // SECTOR, (end - start) // SECTOR, 0)
-            disk.write_zeroes(start, end - start)
-        else:
-            disk.flush()
-            files.acknowledge(len(history.states) - 1)
-        files.note("step", len(history.states) - 1)
-
-
 def check_world(world: FaultFiles, history: History, *, writable: bool) -> None:
-    flushed = world.acknowledged[-1] if world.acknowledged else 0
-    # The step after the last noted one may have been under way.
-    possible = history.states[flushed : world.last_note("step", 0) + 2]
     with open_disk(world, PATH, writable=writable, clock=FakeClock(seed=5)) as disk:
-        actual = read_state(disk)
-    fits = np.zeros(SECTORS, bool)
-    for state in possible:
-        fits |= actual == state
-    wrong = np.flatnonzero(~fits)
-    assert not len(wrong), (
-        f"{world.story}: sector {wrong[0]} holds {actual[wrong[0]]}, possible "
-        f"{sorted({int(state[wrong[0]]) for state in possible})}"
-    )
+        actual = read_numbers(disk)
+    check_numbers(actual, world, history)
 
 
 def record(seed: int, *, kind: str, steps: int) -> tuple[FaultFiles, History]:
@@ -109,7 +38,7 @@ def record(seed: int, *, kind: str, steps: int) -> tuple[FaultFiles, History]:
     history = History([create_kind(files, PATH, kind, virtual_bytes=SIZE, clock=clock)])
     files.settle()
     disk = open_disk(files, PATH, writable=True, clock=clock)
-    perform(disk, files, history, rng, steps)
+    perform(disk, files, history, rng, steps=steps, unit_bytes=MIB)
     disk.close()
     files.acknowledge(len(history.states) - 1)
     return files, history
@@ -142,16 +71,16 @@ def test_session_after_power_cut_works_and_is_clean(seed: int, kind: str) -> Non
     for number, (_, world) in enumerate(crash_states(files.trace(), seed=seed, limit=40)):
         clock = FakeClock(seed=number)
         with open_disk(world, PATH, writable=True, clock=clock) as disk:
-            history = History([read_state(disk)])
+            history = History([read_numbers(disk)])
             world.notes.clear()
             world.settle()
-            perform(disk, world, history, random.Random(number), 8)
+            perform(disk, world, history, random.Random(number), steps=8, unit_bytes=MIB)
         world.acknowledge(len(history.states) - 1)
         for _, again in crash_states(world.trace(), seed=number, limit=12):
             check_world(again, history, writable=True)
         with open_disk(world, PATH, clock=clock) as disk:
             assert disk.info().log == "clean"
-            assert (read_state(disk) == history.states[-1]).all()
+            assert (read_numbers(disk) == history.states[-1]).all()
 
 
 def test_power_cut_during_create_leaves_a_whole_disk_or_none(seed: int) -> None:
@@ -184,7 +113,7 @@ def test_kill_keeps_all_that_a_flush_returned_for(seed: int, kind: str) -> None:
         again.kill_at(count)
         try:
             disk = open_disk(again, PATH, writable=True, clock=clock)
-            perform(disk, again, states, rng, 20)
+            perform(disk, again, states, rng, steps=20, unit_bytes=MIB)
         except BaseException as killed:  # Killed is no Exception, on purpose
             assert type(killed).__name__ == "Killed"
         again.heal()
@@ -241,7 +170,7 @@ def test_full_file_system_at_any_point_loses_nothing_that_was_flushed(seed: int)
         history = History([np.zeros(SECTORS, np.uint8)])
         disk = open_disk(files, PATH, writable=True, clock=clock)
         try:
-            perform(disk, files, history, random.Random(rng_seed), 20)
+            perform(disk, files, history, random.Random(rng_seed), steps=20, unit_bytes=MIB)
         except OSError as error:
             assert error.errno == errno.ENOSPC
             refused += 1

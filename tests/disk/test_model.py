@@ -112,7 +112,7 @@ class DiskMachine(RuleBasedStateMachine):
         self.disk.close()
         self.olds = [self.state.copy()]
         self.open()
-        assert self.disk.info().log == "clean"
+        assert self.disk.info().log in {"clean", "none"}  # a VHD has none
 
     @precondition(lambda self: len(self.files.trace()) < 400)
     @rule(seed=st.integers(0, 99), which=st.integers(0, 4))
