@@ -262,20 +262,6 @@ def test_create_refuses_what_cannot_be_and_keeps_what_is_there(path: Path) -> No
     assert path.stat().st_size == EMPTY_BYTES
 
 
-@pytest.mark.parametrize("where", ["start", "end"])
-def test_vhd_is_refused_with_a_hint_unless_raw_is_asked_for(path: Path, where: str) -> None:
-    content = bytearray(MIB)
-    at = 0 if where == "start" else MIB - 512
-    content[at : at + 8] = b"conectix"
-    path.write_bytes(content)
-    with pytest.raises(UnsupportedVersion) as caught:
-        open_disk(OS_FILES, path, clock=FakeClock())
-    assert "qemu-img convert" in str(caught.value.hint)
-    assert caught.value.path == path
-    with open_disk(OS_FILES, path, format="raw", clock=FakeClock()) as disk:
-        assert disk.virtual_bytes == MIB
-
-
 @pytest.mark.parametrize(
     ("name", "at", "signature"),
     [

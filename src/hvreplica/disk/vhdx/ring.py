@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from hvreplica.files import BlockFile
 
 # qemu cannot replay an entry with more: it refuses a second descriptor sector.
-_ENTRY_DESCRIPTOR_COUNT_MAX = DESCRIPTORS_IN_HEADER_SECTOR
+ENTRY_DESCRIPTOR_COUNT_MAX = DESCRIPTORS_IN_HEADER_SECTOR
 
 
 class FileSizes(NamedTuple):
@@ -94,7 +94,7 @@ class LogRing:
         tail = self._position
         done = 0
         while done < len(file_offsets):
-            count = min(len(file_offsets) - done, _ENTRY_DESCRIPTOR_COUNT_MAX, room // LOG_SECTOR_BYTES - 1)
+            count = min(len(file_offsets) - done, ENTRY_DESCRIPTOR_COUNT_MAX, room // LOG_SECTOR_BYTES - 1)
             if count < 1:
                 break
             self._sequence_number += 1

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hvreplica.disk.vhdx.bitmaps import page_offset
-from hvreplica.disk.vhdx.ring import FileSizes, LogRing
+from hvreplica.disk.vhdx.ring import ENTRY_DESCRIPTOR_COUNT_MAX, FileSizes, LogRing
 from hvreplica.disk.vhdx.space import Space
 from hvreplica.errors import kept
 from hvreplica.formats.vhdx_bat import BITMAP_BLOCK_BYTES, PayloadState, has_place, offsets_of, states_of
@@ -234,9 +234,7 @@ class WriteSession:
             sizes = FileSizes(flushed_bytes=self._file.size(), last_bytes=space.end)
         self._file.sync()
         if len(file_offsets):
-            if self._ring is None:
-                self._ring = LogRing(self._file, self._headers, self._clock.guid())
-            self._ring.commit(file_offsets, data, sizes)
+            self._commit(file_offsets, data, sizes)
         if len(released):
             for file_offset, length in space.ranges(released).tolist():
                 self._file.zero(file_offset, length)
@@ -253,6 +251,31 @@ class WriteSession:
         return np.concatenate((offsets, file_offsets)), np.concatenate(
             (np.stack([page for _, page in pages]), data)
         )
+
+    def commit_structures(self, file_offsets: NDArray[np.int64], data: NDArray[np.uint8]) -> None:
+        """Flush, and then change sectors of metadata or region tables, durably and all of them or none.
+
+        data[i]: the new 4096 bytes of file_offsets[i]; at most what one log entry holds. What the open disk
+        knows of the structures stays as it was: close it and open it again. After begin(). Spec: [MS-VHDX]
+        2.3.1.
+        """
+        if len(file_offsets) > ENTRY_DESCRIPTOR_COUNT_MAX:
+            raise AssertionError("only what one entry of the log holds changes at once")
+        self.flush()
+        with self._flush_lock:
+            try:
+                with self._lock:
+                    sizes = FileSizes(flushed_bytes=self._file.size(), last_bytes=self._begun().end)
+                self._file.sync()
+                self._commit(file_offsets, data, sizes)
+            except BaseException as error:
+                self._failure = kept(error)
+                raise
+
+    def _commit(self, file_offsets: NDArray[np.int64], data: NDArray[np.uint8], sizes: FileSizes) -> None:
+        if self._ring is None:
+            self._ring = LogRing(self._file, self._headers, self._clock.guid())
+        self._ring.commit(file_offsets, data, sizes)
 
     def clear(self) -> None:
         """Flush, and empty the log."""
