@@ -229,6 +229,21 @@ def test_disk_verbs(site: Site) -> None:
     assert (answer.code, answer.answer["equal"], answer.answer["first_difference"]) == (1, False, 7 * MIB)
 
 
+def test_name_that_ends_in_vhd_means_a_vhd(invoke: Callable[..., Run], tmp_path: Path) -> None:
+    a, b, c = tmp_path / "a.vhd", tmp_path / "b.VHD", tmp_path / "c.vhdx"
+    assert invoke("disk", "create", a, "--size", "40M", "--block-size", "512K").code == 0
+    write(a, 4 * MIB, noise(1, MIB))
+    assert invoke("disk", "convert", a, b, "--type", "fixed").code == 0
+    assert invoke("disk", "convert", b, c).code == 0
+    for path, kind, type_ in ((a, "vhd", "dynamic"), (b, "vhd", "fixed"), (c, "vhdx", "dynamic")):
+        info = invoke("disk", "info", path, "--json").answer
+        assert (info["format"], info["type"], info["virtual_bytes"]) == (kind, type_, 40 * MIB)
+        assert invoke("disk", "compare", a, path).out.startswith("equal")
+    refused = invoke("disk", "create", tmp_path / "d.vhd", "--size", "2041G")
+    assert refused.code == 2
+    assert "2.0 TiB" in refused.err or "2040" in refused.err
+
+
 @pytest.mark.parametrize(
     ("size", "told"), [("4G", "100.0 MiB and 4.0 GiB"), ("104858112", "104857600 and 104858112 bytes")]
 )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from tests.fuzz import targets_disk, targets_hrl, targets_text, targets_vhdx, targets_wire
+from tests.fuzz import targets_disk, targets_hrl, targets_text, targets_vhd, targets_vhdx, targets_wire
 
 FUZZERS = (
     *targets_vhdx.FUZZERS,
+    *targets_vhd.FUZZERS,
     *targets_disk.FUZZERS,
     *targets_hrl.FUZZERS,
     *targets_wire.FUZZERS,

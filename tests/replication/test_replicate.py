@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 import hvreplica
+from hvreplica.clock import SYSTEM
+from hvreplica.disk import open_disk
 from hvreplica.errors import Fenced, ReplicaDiverged, StateError, TrackingLost, Unreachable
+from hvreplica.files import OS_FILES
 from tests.replication.sites import DISK, MIB, STATE, VM, Guest, Served
 
 if TYPE_CHECKING:
@@ -145,3 +148,23 @@ def test_replicate_reports_progress_that_only_grows(guest: Guest, served: Served
     initial = [report for report in seen if report.phase == "initial"]
     assert initial[-1].done_bytes == initial[-1].total_bytes == len(guest.model)
     assert all(a.done_bytes <= b.done_bytes for a, b in pairwise(initial))
+
+
+@pytest.mark.parametrize(("kind", "block_bytes"), [("dynamic", 512 << 10), ("fixed", None)])
+def test_vhd_is_replicated_into_a_vhdx_of_its_own_blocks(
+    tmp_path: Path, served: Served, kind: str, block_bytes: int | None
+) -> None:
+    """No VHDX has blocks of 512 KiB, so the replica chooses."""
+    disk, state = tmp_path / "a.vhd", tmp_path / "state"
+    hvreplica.disk_create(disk, 5 * MIB, format="vhd", type=kind, block_bytes=block_bytes)
+    options = {"to": served.address, "tls": served.tls, "state": state}
+    for number in (1, 2):
+        with open_disk(OS_FILES, disk, writable=True, clock=SYSTEM) as guest:
+            guest.write(bytes([number]) * 70_000, number * MIB)
+        assert hvreplica.replicate(VM, [disk], **options).kind == ("initial", "delta")[number - 1]
+    expected = bytearray(5 * MIB)
+    for number in (1, 2):
+        expected[number * MIB : number * MIB + 70_000] = bytes([number]) * 70_000
+    assert served.content() == expected
+    hvreplica.point_export(served.store, VM, tmp_path / "out.vhd", format="vhd")
+    assert hvreplica.disk_compare(disk, tmp_path / "out.vhd").equal

@@ -20,7 +20,7 @@ from hvreplica.cli.options import (
     verb,
 )
 from hvreplica.cli.progress import progress_shown
-from hvreplica.units import TIB, format_size
+from hvreplica.units import GIB, TIB, format_size
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from hvreplica.disk import DiskType, Format
 
 _SECTOR_BYTES = 512
-_VHDX_BYTES_MAX = 64 * TIB
+_SIZE_MAX = {"vhdx": 64 * TIB, "vhd": 2040 * GIB}
 
 
 @click.group()
@@ -76,13 +76,13 @@ def map_(output: Output, file: Path) -> None:
     "--format",
     "format_",
     type=DISK_FORMAT,
-    help="Format of FILE.  [default: by its name, raw for .raw and .img, else vhdx]",
+    help="Format of FILE.  [default: by its name, vhd for .vhd, raw for .raw and .img, else vhdx]",
 )
 @option(
     "--type",
     "type_",
     type=DISK_TYPE,
-    help="Type of a VHDX: dynamic grows as it is written; fixed holds every block from the start."
+    help="Type of a VHDX or VHD: dynamic grows as it is written; fixed holds every block from the start."
     "  [default: dynamic]",
 )
 @block_size_option
@@ -118,16 +118,20 @@ def _check(kind: Format, size_bytes: int, type_: DiskType | None, block_bytes: i
     if size_bytes <= 0 or size_bytes % _SECTOR_BYTES:
         message = f"the size of a disk is a multiple of its sectors of {_SECTOR_BYTES} bytes, above 0"
         raise click.BadParameter(message, context, param_hint="'--size'")
-    if kind == "vhdx" and size_bytes > _VHDX_BYTES_MAX:
-        message = "a VHDX has at most 64T"
+    if size_bytes > _SIZE_MAX.get(kind, size_bytes):
+        message = f"a {kind.upper()} has at most {format_size(_SIZE_MAX[kind])}"
         raise click.BadParameter(message, context, param_hint="'--size'")
 
 
 @disk.command(short_help="Copy a disk to another format or type.")
 @click.argument("source", type=PATH, metavar="A")
 @click.argument("target", type=PATH, metavar="B")
-@option("--format", "format_", type=DISK_FORMAT, help="Format of B.  [default: by its name, .vhdx or raw]")
-@option("--type", "type_", type=DISK_TYPE, default="dynamic", show_default=True, help="Type of a VHDX.")
+@option(
+    "--format", "format_", type=DISK_FORMAT, help="Format of B.  [default: by its name, .vhdx, .vhd or raw]"
+)
+@option(
+    "--type", "type_", type=DISK_TYPE, default="dynamic", show_default=True, help="Type of a VHDX or VHD."
+)
 @block_size_option
 @overwrite_option
 @verb

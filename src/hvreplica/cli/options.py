@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
 
-from hvreplica.units import MIB, parse_size
+from hvreplica.units import KIB, MIB, parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -85,14 +85,17 @@ option = functools.partial(click.option, cls=VerbOption)
 SIZE = SizeType()
 ADDRESS = AddressType()
 PATH = click.Path(path_type=Path)
-DISK_FORMAT = click.Choice(["vhdx", "raw"])
+DISK_FORMAT = click.Choice(["vhdx", "vhd", "raw"])
 DISK_TYPE = click.Choice(["dynamic", "fixed"])
 _RAW_ENDINGS = (".raw", ".img")
 
 
 def format_for(path: Path, chosen: Format | None) -> Format:
-    """Return the format of a new disk: as chosen, else raw for a name that ends in .raw or .img."""
-    return chosen or ("raw" if path.suffix.lower() in _RAW_ENDINGS else "vhdx")
+    """Return the format of a new disk: as chosen, else as its name ends: .vhd, .raw or .img, else vhdx."""
+    ending = path.suffix.lower()
+    if ending == ".vhd":
+        return chosen or "vhd"
+    return chosen or ("raw" if ending in _RAW_ENDINGS else "vhdx")
 
 
 def verb(function: Callable[..., R]) -> Callable[..., R]:
@@ -181,13 +184,13 @@ def block_size_option(function: Callable[P, R]) -> Callable[P, R]:
         "block_bytes",
         type=SIZE,
         callback=_checked_block_size,
-        help="Block of a VHDX: a power of 2 from 1M to 256M.",
+        help="Block of a VHDX: a power of 2 from 1M to 256M. Of a VHD: 512K or 2M.",
     )(function)
 
 
 def _checked_block_size(ctx: click.Context, param: click.Parameter, value: int | None) -> int | None:
-    if value is not None and (value & (value - 1) or not MIB <= value <= 256 * MIB):
-        message = "a block of a VHDX is a power of 2 from 1M to 256M"
+    if value is not None and (value & (value - 1) or not 512 * KIB <= value <= 256 * MIB):
+        message = "a block of a VHDX is a power of 2 from 1M to 256M, and one of a VHD 512K or 2M"
         raise click.BadParameter(message, ctx, param)
     return value
 

@@ -67,7 +67,7 @@ def _show(output: Output, vm: str, points: list[PointStatus]) -> None:
     "--format",
     "format_",
     type=DISK_FORMAT,
-    help="Format of the new disk.  [default: by its name, raw for .raw and .img, else vhdx]",
+    help="Format of the new disk.  [default: by its name, vhd for .vhd, raw for .raw and .img, else vhdx]",
 )
 @overwrite_option
 @verb

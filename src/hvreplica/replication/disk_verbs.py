@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     DiskFormat = Literal["raw", "vhd", "vhdx"]
     DiskType = Literal["dynamic", "fixed", "differencing"]
 
+_FORMATS: dict[str, DiskFormat] = {".vhdx": "vhdx", ".vhd": "vhd"}
+
 
 def disk_info(path: PathLike) -> DiskInfo:
     """Return what the disk in a file is. Raises: FormatError, OSError."""
@@ -71,12 +73,12 @@ def disk_convert(
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
 ) -> ConvertReport:
-    """Copy a disk into another format. format: by the target's ending (.vhdx, else raw) where it is None."""
+    """Copy a disk into another format. format: by the target's ending (.vhdx, .vhd, else raw)."""
     return convert_disk(
         OS_FILES,
         Path(source),
         Path(target),
-        format=format or ("vhdx" if Path(target).suffix.lower() == ".vhdx" else "raw"),
+        format=format or _FORMATS.get(Path(target).suffix.lower(), "raw"),
         type=type,
         block_bytes=block_bytes,
         clock=SYSTEM,

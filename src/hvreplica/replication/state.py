@@ -237,5 +237,6 @@ def _tracked(disk: Disk) -> TrackedDisk:
         disk.virtual_bytes,
         disk.logical_sector_bytes,
         disk.physical_sector_bytes,
-        disk.block_bytes,
+        # The replica is a VHDX, which cannot have all the blocks of a VHD.
+        disk.block_bytes if disk.format == "vhdx" else 0,
     )

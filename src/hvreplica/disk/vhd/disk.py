@@ -51,7 +51,7 @@ class VhdDisk(BlockDisk):
 
     @property
     def data_write_guid(self) -> None:
-        """None: nothing in a VHD tells that its data was changed."""
+        """None: nothing in a VHD tells of changes to its data."""
         return
 
     @property
