@@ -52,12 +52,13 @@ def checked_rows(extents: NDArray[Any], *, virtual_bytes: int, path: Path) -> ND
         message = f"extents must be int64 or uint64 of shape (n, 2), not {rows.dtype} of shape {rows.shape}"
         raise TypeError(message)
     rows = np.ascontiguousarray(rows).view(np.int64)
-    offsets, lengths = rows[:, 0], rows[:, 1]
-    # Compared without a sum, which could wrap around.
-    bad = (offsets < 0) | (lengths < 0) | (offsets > virtual_bytes) | (lengths > virtual_bytes - offsets)
-    if bad.any():
-        at = int(np.argmax(bad))
-        raise beyond_end(int(offsets[at]), int(lengths[at]), virtual_bytes=virtual_bytes, path=path)
+    # Read as unsigned, a negative number is too large as well; and where the difference wraps around, the
+    # offset has been found bad already.
+    offsets, lengths = rows.view(np.uint64).T
+    bad = (offsets > virtual_bytes) | (lengths > virtual_bytes - offsets)
+    if np.count_nonzero(bad):
+        offset, length = rows[int(np.argmax(bad))].tolist()
+        raise beyond_end(offset, length, virtual_bytes=virtual_bytes, path=path)
     return rows
 
 
@@ -163,8 +164,10 @@ def touched_blocks(rows: NDArray[np.int64], block_bytes: int) -> NDArray[np.int6
     """Return the blocks that `rows` touch, in order; a block may be named more than once."""
     first = rows[:, 0] // block_bytes
     last = (rows[:, 0] + np.maximum(rows[:, 1], 1) - 1) // block_bytes
+    if not np.count_nonzero(first != last):
+        return first
     if (last - first <= 1).all():
-        return first if np.array_equal(first, last) else np.concatenate((first, last))
+        return np.concatenate((first, last))
     return cut_at_blocks(rows, block_bytes).block
 
 
