@@ -1,12 +1,14 @@
 """`python -m bench [--smoke] [NAME ...]`: run the benchmarks, print the figures, keep them as JSON.
 
-Names: initial, delta, fill, memory, kernels, transport. All but the last two run whole commands as processes.
+Names: initial, delta, fill, memory, disk_io, convert, check, kernels, transport. All but the last two stand against
+whole programs that people would use instead.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -14,7 +16,7 @@ from pathlib import Path
 
 from bench.harness import RESULTS, machine, save
 
-END_TO_END = ("initial", "delta", "fill", "memory")
+END_TO_END = ("initial", "delta", "fill", "memory", "disk_io", "convert", "check")
 MICRO = {"kernels": ("--smoke",), "transport": ("--mib", "4", "--rounds", "1")}  # with their smoke options
 
 
@@ -27,6 +29,8 @@ def main() -> int:
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder that keeps the figures")
     arguments = parser.parse_args()
+    # An installed program has its byte code; without it, starting Python would count the compiler.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     names = arguments.names or [*MICRO, *END_TO_END]
     if len(names) > 1:
         # Each in a process of its own: what one has in memory must not weigh on the next one's children.

@@ -50,12 +50,18 @@ class Report:
         """Return the median of a contender's seconds."""
         return statistics.median(self.samples[name])
 
-    def add_ratio(self, name: str, ours: str, peer: str, *, at_least: float) -> None:
-        """Add how many times as fast `ours` is as `peer`, by medians, with the spread over the runs."""
+    def add_ratio(self, name: str, ours: str, peer: str, *, at_least: float | None = None) -> None:
+        """Add how many times as fast `ours` is as `peer`, by medians, with the spread over the runs.
+
+        at_least: the goal; None for a figure without one.
+        """
         ratio = self.median(peer) / self.median(ours)
         pairs = [p / o for o, p in zip(self.samples[ours], self.samples[peer], strict=True)]
         value = f"{ratio:.2f} x ({min(pairs):.2f} .. {max(pairs):.2f})"
-        self.figures.append(Figure(name, value, f">= {at_least} x", ratio >= at_least))
+        if at_least is None:
+            self.figures.append(Figure(name, value))
+        else:
+            self.figures.append(Figure(name, value, f">= {at_least} x", ratio >= at_least))
 
     def add_limit(self, name: str, value: float, *, at_most: float, unit: str = "") -> None:
         """Add a value that must stay below a limit."""
@@ -96,6 +102,27 @@ def timed(command: Sequence[str | os.PathLike[str]], **options: object) -> tuple
         message = f"{command} ended with {done.returncode}: {done.stderr[-2000:]}"
         raise RuntimeError(message)
     return seconds, done.stdout
+
+
+def peak_of(command: Sequence[str | os.PathLike[str]]) -> tuple[float, str, int]:
+    """Run a command; return its seconds, what it printed, and the most memory it had, in bytes.
+
+    Linux counts what this process had when it started the child, too: call it from a small one. Raises: RuntimeError
+    if the command fails.
+    """
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        start = time.perf_counter()
+        process = subprocess.Popen([str(word) for word in command], stdout=out, stderr=err)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        err.seek(0)
+        answer = out.read()
+        if process.returncode:
+            message = f"{command} ended with {process.returncode}: {(answer + err.read())[-2000:]}"
+            raise RuntimeError(message)
+    return seconds, answer, usage.ru_maxrss * 1024
 
 
 def missing(*tools: str) -> list[str]:

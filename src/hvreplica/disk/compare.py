@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from hvreplica.files import FileSystem
     from hvreplica.progress import ProgressCallback
 
-_BATCH_BYTES = MIB
+# Large enough that the fixed price of a batch does not count, small enough for the last-level cache.
+_BATCH_BYTES = 4 * MIB
 
 
 class CompareReport(msgspec.Struct, frozen=True, kw_only=True):
