@@ -232,6 +232,8 @@ def test_large_full_table_is_mapped_and_checked_on_use(path: Path) -> None:
     with open_disk(OS_FILES, path, writable=True, clock=FakeClock()) as disk, pytest.raises(FieldOutOfRange):
         disk.write(b"x", 0)
     assert [header.sequence_number for header in headers(path)] == before
+    # The closed disk is still in reach here, and its table still mapped: neither may keep the lock.
+    open_disk(OS_FILES, path, writable=True, clock=FakeClock()).close()
 
 
 def test_file_without_a_log_gets_one_when_it_is_written(path: Path) -> None:
