@@ -1,7 +1,7 @@
 """`python -m bench [--smoke] [NAME ...]`: run the benchmarks, print the figures, keep them as JSON.
 
-Names: initial, delta, fill, memory, disk_io, convert, check, kernels, transport. All but the last two stand against
-whole programs that people would use instead.
+Names: initial, delta, fill, memory, disk_io, convert, check, kernels, transport. All but the last two measure
+whole commands, or the Python API against whole programs.
 """
 
 from __future__ import annotations

@@ -107,8 +107,8 @@ def timed(command: Sequence[str | os.PathLike[str]], **options: object) -> tuple
 def peak_of(command: Sequence[str | os.PathLike[str]]) -> tuple[float, str, int]:
     """Run a command; return its seconds, what it printed, and the most memory it had, in bytes.
 
-    Linux counts what this process had when it started the child, too: call it from a small one. Raises: RuntimeError
-    if the command fails.
+    Linux counts what this process had when it started the child, too: call it from a small one. Raises:
+    RuntimeError if the command fails.
     """
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         start = time.perf_counter()

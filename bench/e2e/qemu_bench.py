@@ -1,4 +1,4 @@
-"""`qemu-img bench` as the peer of guest I/O: the same requests on the same image, at the depth that suits it."""
+"""`qemu-img bench` as the peer of guest I/O: the same requests on the same image, at its best depth."""
 
 from __future__ import annotations
 
