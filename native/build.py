@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (
     "avx2",
     "avx512",
+    "bat",
     "bitmap",
     "coalesce",
     "dispatch",

@@ -147,6 +147,61 @@ struct hvr_target_extents {
 int hvr_coalesce(const struct hvr_source_extents *source, struct hvr_target_extents *target,
                  uint64_t *scratch, size_t scratch_words);
 
+/* ---- the block allocation table of a VHDX, [MS-VHDX] 2.5, a window of it at a time ---- */
+
+enum hvr_bat_fault {
+    HVR_BAT_STATE = 0,          /* a state that this kind of entry cannot have */
+    HVR_BAT_RESERVED = 1,       /* reserved bits beside a place in the file */
+    HVR_BAT_OUTSIDE = 2,        /* a block that does not end inside the file */
+    HVR_BAT_SHARED = 3,         /* a block in units that are claimed already */
+    HVR_BAT_NO_BITMAP = 4,      /* the first block of a chunk that is PARTIALLY_PRESENT where no bitmap is */
+    HVR_BAT_STALE = 5,          /* bits beside NOT_PRESENT or ZERO, and reserved ones beside the loose states */
+    HVR_BAT_ANCHOR_OUTSIDE = 6, /* a loose state whose place does not end inside the file */
+    HVR_BAT_UNUSED = 7,         /* bits in an entry that no block has */
+    HVR_BAT_FAULT_COUNT = 8
+};
+
+/* A unit is 1 MiB of the file. Entry i belongs to chunk i / (chunk_ratio + 1); the last of each chunk is its
+ * sector bitmap's, of 1 unit, the others are payload blocks, of block_units. chunk_ratio, block_units > 0. */
+struct hvr_bat_rules {
+    uint64_t chunk_ratio;
+    uint64_t block_count; /* payload blocks of the disk */
+    uint64_t block_units;
+    uint64_t file_units; /* whole units in the file */
+    uint64_t list_max;   /* findings to list for each fault */
+    int has_parent;
+};
+
+struct hvr_bat_finding {
+    uint64_t index;
+    uint64_t entry;
+    uint64_t fault;
+};
+
+/* The state of a walk. Before its first window the caller zeroes `states`, `faults`, `bitmap_blocks` and
+ * finding_count, sets partial_index to 2^64 - 1, and sets the bits of units that no block may have.
+ * claims: bit per unit, of blocks; anchors: of UNDEFINED and UNMAPPED entries that keep a place. Both have
+ * bitmap_bytes. findings: room for `capacity` rows; HVR_BAT_FAULT_COUNT * list_max always suffice, and where
+ * they do not the rest is left out. */
+struct hvr_bat_walk {
+    uint8_t *claims;
+    uint8_t *anchors;
+    size_t bitmap_bytes;
+    struct hvr_bat_finding *findings;
+    size_t capacity;
+    size_t finding_count;
+    uint64_t states[8]; /* payload blocks by state */
+    uint64_t faults[8]; /* found, by fault, listed or not */
+    uint64_t bitmap_blocks;
+    uint64_t partial_index; /* a block that waits for its chunk's bitmap entry */
+};
+
+/* Judge entries[0 .. count), which are those from `first` of the table on. Windows come in order; entries
+ * between them are 0. A last call with count 0 and first behind the table ends the walk. HVR_LENGTH, and
+ * nothing done, unless the bitmaps have a bit for each unit. */
+int hvr_bat_check(const uint64_t *entries, size_t count, uint64_t first, const struct hvr_bat_rules *rules,
+                  struct hvr_bat_walk *walk);
+
 /* ---- payload: the bytes of a disk through its block map ---- */
 
 /* Guest block b is entries[b + b / chunk_ratio], or entries[b] where chunk_ratio is 0. Its state is entry & 7

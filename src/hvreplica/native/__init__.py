@@ -7,6 +7,7 @@ for bit.
 
 from __future__ import annotations
 
+from hvreplica.native.bat import BatFault, BatRules, BatWalk
 from hvreplica.native.entries import pack_hrl_entries, parse_hrl_entries
 from hvreplica.native.extents import coalesce, copy_extents, read_extents, read_pieces, write_extents
 from hvreplica.native.kernels import KERNELS
@@ -16,6 +17,9 @@ from hvreplica.native.tables import HRL_ENTRY, BadEntry, BlockAbsent, BlockMap
 __all__ = [
     "HRL_ENTRY",
     "BadEntry",
+    "BatFault",
+    "BatRules",
+    "BatWalk",
     "BlockAbsent",
     "BlockMap",
     "available_variants",
