@@ -32,7 +32,7 @@ from hvreplica.units import KIB, MIB
 
 if TYPE_CHECKING:
     import uuid
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from typing_extensions import Buffer
 
@@ -165,17 +165,23 @@ class Header:
 
         Raises: UnsupportedVersion, FieldOutOfRange, Overlap, Truncated.
         """
-        self._validate_versions()
-        self._check_multiple("log_offset", self.log_offset)
-        self._check_multiple("log_length", self.log_length)
+        for error in self.errors_within(file_size_bytes):
+            raise error
+
+    def errors_within(self, file_size_bytes: int) -> Iterator[FormatError]:
+        """Yield what validate_within() raises the first of."""
+        yield from self._version_errors()
+        for field, value in (("log_offset", self.log_offset), ("log_length", self.log_length)):
+            if value % ALIGNMENT_BYTES or value > FILE_BYTES_MAX:
+                yield self._out_of_range(field, f"a multiple of 1 MiB, at most {FILE_BYTES_MAX}", value)
         if self.log_length == 0:
             if self.log_guid != NIL:
-                raise self._out_of_range("log_length", "at least 1 MiB while LogGuid is not zero", 0)
+                yield self._out_of_range("log_length", "at least 1 MiB while LogGuid is not zero", 0)
             return
         if self.log_length > LOG_LENGTH_MAX:
-            raise self._out_of_range("log_length", f"at most {LOG_LENGTH_MAX}", self.log_length)
+            yield self._out_of_range("log_length", f"at most {LOG_LENGTH_MAX}", self.log_length)
         if self.log_offset < HEADER_SECTION_BYTES:
-            raise Overlap(
+            yield Overlap(
                 "the log overlaps the header section",
                 offset=self.at + HEADER.offset_of("log_offset"),
                 field="log_offset",
@@ -184,7 +190,7 @@ class Header:
                 spec=HEADER.spec,
             )
         if self.log_offset + self.log_length > file_size_bytes:
-            raise Truncated(
+            yield Truncated(
                 "the file ends before its log does",
                 offset=self.at + HEADER.offset_of("log_offset"),
                 field="log_offset",
@@ -193,9 +199,9 @@ class Header:
                 spec=HEADER.spec,
             )
 
-    def _validate_versions(self) -> None:
+    def _version_errors(self) -> Iterator[UnsupportedVersion]:
         if self.version != VERSION:
-            raise UnsupportedVersion(
+            yield UnsupportedVersion(
                 "a VHDX of a version that is not known",
                 offset=self.at + HEADER.offset_of("version"),
                 field="version",
@@ -204,7 +210,7 @@ class Header:
                 spec=HEADER.spec,
             )
         if self.log_version != LOG_VERSION and self.log_guid != NIL:
-            raise UnsupportedVersion(
+            yield UnsupportedVersion(
                 "the file's own log has a version that is not known, and it is not empty",
                 offset=self.at + HEADER.offset_of("log_version"),
                 field="log_version",
@@ -213,10 +219,6 @@ class Header:
                 spec=HEADER.spec,
                 hint="attach and detach the disk once with the program that wrote it",
             )
-
-    def _check_multiple(self, field: str, value: int) -> None:
-        if value % ALIGNMENT_BYTES or value > FILE_BYTES_MAX:
-            raise self._out_of_range(field, f"a multiple of 1 MiB, at most {FILE_BYTES_MAX}", value)
 
     def _out_of_range(self, field: str, expected: object, actual: object) -> FieldOutOfRange:
         return FieldOutOfRange(

@@ -12,12 +12,19 @@ import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hvreplica.errors import BadSignature, FieldOutOfRange, Overlap, Truncated, UnsupportedVersion
+from hvreplica.errors import (
+    BadSignature,
+    FieldOutOfRange,
+    FormatError,
+    Overlap,
+    Truncated,
+    UnsupportedVersion,
+)
 from hvreplica.formats.layout import GUID, Field, Layout
 from hvreplica.units import KIB, MIB, TIB
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from typing_extensions import Buffer
 
@@ -128,6 +135,11 @@ class MetadataEntry:
         """Whether it belongs to a user of the file and not to the format."""
         return bool(self.flags & FLAG_IS_USER)
 
+    @property
+    def is_required(self) -> bool:
+        """Whether a reader that does not know it refuses the file."""
+        return bool(self.flags & FLAG_IS_REQUIRED)
+
 
 @dataclass(frozen=True, slots=True)
 class MetadataTable:
@@ -143,8 +155,13 @@ class MetadataTable:
 
         Raises: BadSignature, FieldOutOfRange, UnsupportedVersion, Overlap.
         """
+        for error in self.errors():
+            raise error
+
+    def errors(self) -> Iterator[FormatError]:
+        """Yield what validate() raises the first of."""
         if self.signature != METADATA_SIGNATURE:
-            raise BadSignature(
+            yield BadSignature(
                 "the metadata table does not start as one",
                 offset=self.at,
                 field="signature",
@@ -152,14 +169,14 @@ class MetadataTable:
                 actual=self.signature,
                 spec=METADATA_TABLE_HEADER.spec,
             )
-        self._check_count("entry_count", self.entry_count, METADATA_ENTRY_COUNT_MAX)
+        yield from self._count_errors("entry_count", self.entry_count, METADATA_ENTRY_COUNT_MAX)
         user_count = sum(entry.is_user for entry in self.entries)
-        self._check_count("entries with IsUser", user_count, METADATA_USER_COUNT_MAX)
+        yield from self._count_errors("entries with IsUser", user_count, METADATA_USER_COUNT_MAX)
         seen = set()
         for entry in self.entries:
             key = (entry.item_id, entry.is_user)
             if key in seen:
-                raise Overlap(
+                yield Overlap(
                     "a metadata item is listed twice",
                     offset=entry.at,
                     field="item_id",
@@ -167,11 +184,11 @@ class MetadataTable:
                     spec=METADATA_TABLE_ENTRY.spec,
                 )
             seen.add(key)
-            _validate_entry(entry)
+            yield from _entry_errors(entry)
 
-    def _check_count(self, field: str, count: int, count_max: int) -> None:
+    def _count_errors(self, field: str, count: int, count_max: int) -> Iterator[FormatError]:
         if count > count_max:
-            raise FieldOutOfRange(
+            yield FieldOutOfRange(
                 "the metadata table has too many entries",
                 offset=self.at,
                 field=field,
@@ -182,10 +199,15 @@ class MetadataTable:
 
     def validate_within(self, region_bytes: int) -> None:
         """Check that items lie in the region, behind the table, apart. Raises: FieldOutOfRange, Overlap."""
+        for error in self.errors_within(region_bytes):
+            raise error
+
+    def errors_within(self, region_bytes: int) -> Iterator[FormatError]:
+        """Yield what validate_within() raises the first of."""
         end = METADATA_TABLE_BYTES
         for entry in sorted((e for e in self.entries if e.length), key=lambda e: e.offset):
             if entry.offset < METADATA_TABLE_BYTES or entry.offset + entry.length > region_bytes:
-                raise FieldOutOfRange(
+                yield FieldOutOfRange(
                     "a metadata item is outside of the metadata region",
                     offset=entry.at + METADATA_TABLE_ENTRY.offset_of("offset"),
                     field="offset",
@@ -193,8 +215,8 @@ class MetadataTable:
                     actual=entry.offset,
                     spec=METADATA_TABLE_ENTRY.spec,
                 )
-            if entry.offset < end:
-                raise Overlap(
+            elif entry.offset < end:
+                yield Overlap(
                     "two metadata items overlap",
                     offset=entry.at + METADATA_TABLE_ENTRY.offset_of("offset"),
                     field="offset",
@@ -202,7 +224,7 @@ class MetadataTable:
                     actual=entry.offset,
                     spec=METADATA_TABLE_ENTRY.spec,
                 )
-            end = entry.offset + entry.length
+            end = max(end, entry.offset + entry.length)
 
     def find(self, item_id: uuid.UUID) -> MetadataEntry:
         """Return the system item with this id. Raises: FieldOutOfRange if absent or of a wrong length."""
@@ -229,11 +251,11 @@ class MetadataTable:
         )
 
 
-def _validate_entry(entry: MetadataEntry) -> None:
+def _entry_errors(entry: MetadataEntry) -> Iterator[FormatError]:
     spec = METADATA_TABLE_ENTRY.spec
     known = entry.item_id in KNOWN_ITEMS and not entry.is_user
-    if entry.flags & FLAG_IS_REQUIRED and not known:
-        raise UnsupportedVersion(
+    if entry.is_required and not known:
+        yield UnsupportedVersion(
             "the file needs a metadata item that is not known here",
             offset=entry.at,
             field="item_id",
@@ -242,7 +264,7 @@ def _validate_entry(entry: MetadataEntry) -> None:
             hint="the file is unfinished or was written by a newer program; convert it there",
         )
     if entry.flags & ~_FLAGS_KNOWN:
-        raise FieldOutOfRange(
+        yield FieldOutOfRange(
             "a metadata item has unknown flags",
             offset=entry.at + METADATA_TABLE_ENTRY.offset_of("flags"),
             field="flags",
@@ -251,7 +273,7 @@ def _validate_entry(entry: MetadataEntry) -> None:
             spec=spec,
         )
     if entry.length > METADATA_ITEM_BYTES_MAX or (entry.length == 0 and entry.offset != 0):
-        raise FieldOutOfRange(
+        yield FieldOutOfRange(
             "a metadata item has a length that does not go with its offset",
             offset=entry.at + METADATA_TABLE_ENTRY.offset_of("length"),
             field="length",
@@ -307,23 +329,29 @@ class DiskParameters:
 
     def validate(self) -> None:
         """Check each value by itself and size against sector. Raises: FieldOutOfRange, UnsupportedVersion."""
+        for error in self.errors():
+            raise error
+
+    def errors(self) -> Iterator[FieldOutOfRange]:
+        """Yield what validate() raises the first of."""
         block = self.block_bytes
         if block & (block - 1) or not BLOCK_BYTES_MIN <= block <= BLOCK_BYTES_MAX:
-            raise self._refuse(
+            yield self._refuse(
                 "block_size", "a power of two from 1 MiB to 256 MiB", block, FILE_PARAMETERS.spec
             )
         if self.flags & ~(FLAG_LEAVE_BLOCKS_ALLOCATED | FLAG_HAS_PARENT):
-            raise self._refuse("flags", "bits 0 and 1 only", f"0x{self.flags:08x}", FILE_PARAMETERS.spec)
+            yield self._refuse("flags", "bits 0 and 1 only", f"0x{self.flags:08x}", FILE_PARAMETERS.spec)
         for field, value, spec in (
             ("logical_sector_size", self.logical_sector_bytes, LOGICAL_SECTOR_SIZE.spec),
             ("physical_sector_size", self.physical_sector_bytes, PHYSICAL_SECTOR_SIZE.spec),
         ):
             if value not in SECTOR_SIZES:
-                raise self._refuse(field, "512 or 4096", value, spec)
+                yield self._refuse(field, "512 or 4096", value, spec)
+        sector = self.logical_sector_bytes if self.logical_sector_bytes in SECTOR_SIZES else SECTOR_SIZES[0]
         size = self.virtual_bytes
-        if size % self.logical_sector_bytes or not 0 < size <= VIRTUAL_BYTES_MAX:
-            expected = f"a multiple of {self.logical_sector_bytes}, above 0 and at most {VIRTUAL_BYTES_MAX}"
-            raise self._refuse("virtual_disk_size", expected, size, VIRTUAL_DISK_SIZE.spec)
+        if size % sector or not 0 < size <= VIRTUAL_BYTES_MAX:
+            expected = f"a multiple of {sector}, above 0 and at most {VIRTUAL_BYTES_MAX}"
+            yield self._refuse("virtual_disk_size", expected, size, VIRTUAL_DISK_SIZE.spec)
 
     def _refuse(self, field: str, expected: object, actual: object, spec: str) -> FieldOutOfRange:
         return FieldOutOfRange(

@@ -24,7 +24,7 @@ from hvreplica.native import crc32c
 from hvreplica.units import KIB
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from typing_extensions import Buffer
 
@@ -93,9 +93,14 @@ class RegionTable:
 
         Raises: BadSignature, ChecksumMismatch, FieldOutOfRange, UnsupportedVersion, Overlap.
         """
+        for error in (*self.copy_errors(), *self.entry_errors()):
+            raise error
+
+    def copy_errors(self) -> Iterator[FormatError]:
+        """Yield what makes this copy unfit to be believed: signature, checksum, count."""
         spec = REGION_TABLE_HEADER.spec
         if self.signature != REGION_SIGNATURE:
-            raise BadSignature(
+            yield BadSignature(
                 "a region table does not start as one",
                 offset=self.at,
                 field="signature",
@@ -103,8 +108,8 @@ class RegionTable:
                 actual=self.signature,
                 spec=spec,
             )
-        if self.checksum != self.computed_checksum:
-            raise ChecksumMismatch(
+        elif self.checksum != self.computed_checksum:
+            yield ChecksumMismatch(
                 "a region table's checksum does not belong to its bytes",
                 offset=self.at + 4,
                 field="checksum",
@@ -112,8 +117,8 @@ class RegionTable:
                 actual=f"0x{self.checksum:08x}",
                 spec=spec,
             )
-        if self.entry_count > REGION_COUNT_MAX:
-            raise FieldOutOfRange(
+        elif self.entry_count > REGION_COUNT_MAX:
+            yield FieldOutOfRange(
                 "a region table has too many entries",
                 offset=self.at + 8,
                 field="entry_count",
@@ -121,9 +126,12 @@ class RegionTable:
                 actual=self.entry_count,
                 spec=spec,
             )
+
+    def entry_errors(self) -> Iterator[FormatError]:
+        """Yield what is wrong with entries by themselves."""
         seen: set[uuid.UUID] = set()
         for region in self.regions:
-            _validate_region(region, seen)
+            yield from _region_errors(region, seen)
             seen.add(region.guid)
 
     def find(self, guid: uuid.UUID) -> Region:
@@ -140,14 +148,14 @@ class RegionTable:
         )
 
 
-def _validate_region(region: Region, seen: set[uuid.UUID]) -> None:
+def _region_errors(region: Region, seen: set[uuid.UUID]) -> Iterator[FormatError]:
     spec = REGION_TABLE_ENTRY.spec
     if region.guid in seen:
-        raise Overlap(
+        yield Overlap(
             "a region is listed twice", offset=region.at, field="guid", actual=region.guid, spec=spec
         )
     if region.guid not in _NAMES and region.required:
-        raise UnsupportedVersion(
+        yield UnsupportedVersion(
             "the file needs a region that is not known here",
             offset=region.at,
             field="guid",
@@ -157,7 +165,7 @@ def _validate_region(region: Region, seen: set[uuid.UUID]) -> None:
         )
     for field, value in (("file_offset", region.file_offset), ("length", region.length)):
         if value % ALIGNMENT_BYTES or not ALIGNMENT_BYTES <= value <= FILE_BYTES_MAX:
-            raise FieldOutOfRange(
+            yield FieldOutOfRange(
                 f"the {region.name} is not on a 1 MiB boundary behind the header section",
                 offset=region.at + REGION_TABLE_ENTRY.offset_of(field),
                 field=field,
@@ -217,10 +225,20 @@ def validate_regions_within(
     regions: Iterable[Region], *, file_size_bytes: int, log_offset: int, log_length: int
 ) -> None:
     """Check that log and regions lie inside the file and apart. Raises: Truncated, Overlap. Spec: 2.2.3.2."""
+    for error in region_errors_within(
+        regions, file_size_bytes=file_size_bytes, log_offset=log_offset, log_length=log_length
+    ):
+        raise error
+
+
+def region_errors_within(
+    regions: Iterable[Region], *, file_size_bytes: int, log_offset: int, log_length: int
+) -> Iterator[FormatError]:
+    """Yield each region that the file does not hold whole, and each that begins inside of another."""
     spans = [(region.file_offset, region.length, region.name, region.at) for region in regions]
     for file_offset, length, name, at in spans:
         if file_offset + length > file_size_bytes:
-            raise Truncated(
+            yield Truncated(
                 f"the file ends before its {name} does",
                 offset=at,
                 field="file_offset",
@@ -234,7 +252,7 @@ def validate_regions_within(
     end, holder = HEADER_SECTION_BYTES, "header section"
     for file_offset, length, name, at in spans:
         if file_offset < end:
-            raise Overlap(
+            yield Overlap(
                 f"the {name} overlaps the {holder}",
                 offset=at,
                 field="file_offset",
@@ -242,7 +260,8 @@ def validate_regions_within(
                 actual=file_offset,
                 spec=REGION_TABLE_ENTRY.spec,
             )
-        end, holder = file_offset + length, name
+        if file_offset + length > end:
+            end, holder = file_offset + length, name
 
 
 def pack_region_table(regions: Iterable[Region]) -> bytes:

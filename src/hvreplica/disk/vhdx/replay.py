@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -88,13 +88,23 @@ class ReplayPlan:
         return bool(inside.all())
 
 
+class LogScan(NamedTuple):
+    """The entries of a ring that carry its header's LogGuid.
+
+    valid: by their offset in the log. torn: the offsets of those that are not whole.
+    """
+
+    valid: dict[int, LogEntryHeader]
+    torn: list[int]
+
+
 def plan_replay(file: BlockFile, header: Header) -> ReplayPlan:
     """Return what the log of `header`, whose LogGuid is not zero, asks to be done.
 
     Raises: FormatError without a valid sequence; Truncated if the file is shorter than it was when the
     sequence was written; FieldOutOfRange for an update of what the log may not touch. Spec: [MS-VHDX] 2.3.3.
     """
-    entries = _valid_entries(file, header)
+    entries = scan_log(file, header).valid
     active = choose_active_sequence(entries, log_length=header.log_length)
     if not active:
         raise_no_sequence(log_offset=header.log_offset)
@@ -129,27 +139,31 @@ def _check_amount(active: Sequence[LogEntryHeader], header: Header) -> None:
         )
 
 
-def _valid_entries(file: BlockFile, header: Header) -> dict[int, LogEntryHeader]:
-    """Return every valid entry of the ring by its offset.
+def scan_log(file: BlockFile, header: Header) -> LogScan:
+    """Return what stands in the ring of `header`, a log inside of `file`.
 
     Whatever the ring holds, this reads it about twice: inside an entry no other sector starts with the
     signature of one, so a claimed length that reaches over the next start is refused before the entry is
     read.
     """
     starts = _entry_starts(file, header)
-    entries: dict[int, LogEntryHeader] = {}
+    scan = LogScan({}, [])
     for position, log_offset in enumerate(starts):
         following = starts[(position + 1) % len(starts)]
         room = (following - log_offset) % header.log_length or header.log_length
+        entry = None
         try:
             row = file.read(header.log_offset + log_offset, ENTRY_HEADER_BYTES)
             entry = unpack_entry_header(row, log_offset=log_offset)
             entry.validate(log_guid=header.log_guid, log_length=header.log_length)
             if entry.entry_length <= room:
-                entries[log_offset] = _read_updates(file, header, entry).header
+                scan.valid[log_offset] = _read_updates(file, header, entry).header
+                continue
         except FormatError:
-            continue  # dead entries are a normal part of a ring
-    return entries
+            pass  # dead entries are a normal part of a ring
+        if entry is not None and entry.log_guid == header.log_guid:
+            scan.torn.append(log_offset)
+    return scan
 
 
 def _entry_starts(file: BlockFile, header: Header) -> list[int]:

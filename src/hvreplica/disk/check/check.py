@@ -1,0 +1,70 @@
+"""Check the file of a disk: tell its format, run its levels, report. The file is only read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hvreplica.disk.check.codes import LEVELS, NEEDED_LEVELS
+from hvreplica.disk.check.findings import Findings, Statistics
+from hvreplica.disk.check.raw import check_raw
+from hvreplica.disk.check.vhdx import check_vhdx
+from hvreplica.disk.open import _format_of as signed_format
+from hvreplica.errors import FormatError
+from hvreplica.formats.vhdx_header import FILE_SIGNATURE, HEADER_BYTES, HEADER_OFFSETS, unpack_header
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Iterable, Mapping
+
+    from hvreplica.disk.check.codes import Level
+    from hvreplica.disk.check.findings import CheckReport
+    from hvreplica.files import BlockFile, FileSystem
+
+_VHDX_ENDINGS = (".vhdx", ".avhdx")
+CHECKS: Mapping[str, Callable[[BlockFile, Findings, Statistics], Any]] = {
+    "raw": check_raw,
+    "vhdx": check_vhdx,
+}
+
+
+def check_disk(
+    files: FileSystem, path: str | os.PathLike[str], *, levels: Iterable[Level] | None = None
+) -> CheckReport:
+    """Return what is wrong with the disk in the file at `path`.
+
+    levels: None runs all; a level is run together with those that it needs. Damage never raises. Raises:
+    OSError; UnsupportedVersion for the signatures of formats that are not read here.
+    """
+    file = files.open(Path(path))
+    try:
+        return check_open_file(file, levels)[0]
+    finally:
+        file.close()
+
+
+def check_open_file(file: BlockFile, levels: Iterable[Level] | None = None) -> tuple[CheckReport, Any]:
+    """Return the report of an open file, and what the check of its format learned for a repair."""
+    asked = tuple(LEVELS if levels is None else levels)
+    findings = Findings(needed for level in asked for needed in NEEDED_LEVELS[level])
+    statistics = Statistics(file_bytes=file.size())
+    name = _format_of(file)
+    learned = CHECKS[name](file, findings, statistics)
+    return findings.report(str(file.path), name, statistics), learned
+
+
+def _format_of(file: BlockFile) -> str:
+    """Return the format, also of a file whose first bytes are damaged. Raises: UnsupportedVersion."""
+    head = file.read(0, min(len(FILE_SIGNATURE), file.size()))
+    if head == FILE_SIGNATURE or any(_has_header(file, at) for at in HEADER_OFFSETS):
+        return "vhdx"
+    signed = signed_format(file)
+    return "vhdx" if file.path.suffix.lower() in _VHDX_ENDINGS else signed
+
+
+def _has_header(file: BlockFile, file_offset: int) -> bool:
+    try:
+        unpack_header(file.read(file_offset, HEADER_BYTES), file_offset=file_offset).validate()
+    except FormatError:
+        return False
+    return True
