@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import example, given
@@ -42,12 +44,14 @@ def claimed(walk: BatWalk, units: set[int]) -> None:
 @given(rules=rules, table=st.lists(entries, max_size=40), cuts=st.sets(st.integers(0, 40), max_size=4))
 @example(rules=SPARSE, table=[7 | 5 << 20, 0, 0, 0], cuts={1, 2, 3})
 @example(rules=SPARSE, table=[7 | 5 << 20, 0, 6 | 6 << 20], cuts=set())
-def test_any_entries_are_judged_as_by_the_reference(rules: BatRules, table: list[int], cuts: set[int]) -> None:
+def test_any_entries_are_judged_as_by_the_reference(
+    rules: BatRules, table: list[int], cuts: set[int]
+) -> None:
     structures = {unit for unit in (0, 3) if unit < rules.file_units}
     walk, reference = BatWalk(rules), ReferenceWalk(rules, structures)
     claimed(walk, structures)
     ends = [0, *sorted(cut for cut in cuts if cut < len(table)), len(table)]
-    for start, end in zip(ends, ends[1:], strict=False):
+    for start, end in pairwise(ends):
         if any(table[start:end]):  # windows of nothing are left out, as a file's holes are
             walk.check(np.array(table[start:end], np.uint64), start)
     walk.finish(len(table))

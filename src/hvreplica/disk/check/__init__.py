@@ -1,8 +1,8 @@
 """Check the file of a disk for damage, and mend what can be mended without a guess.
 
-    findings.py   what a check says: findings, report, statistics      codes.py   every code and what it means
-    check.py      which format, which levels                           vhdx*.py   the checks of a VHDX
-    repair.py     plan, backup, changes, undo                          repair_vhdx.py   what a VHDX allows
+findings.py   what a check says: findings, report, statistics      codes.py   every code and what it means
+check.py      which format, which levels                           vhdx*.py   the checks of a VHDX
+repair.py     plan, backup, changes, undo                          repair_vhdx.py   what a VHDX allows
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every code that a check may give: its level, how bad it is, and what mends it. docs/check.md is made from it.
+"""Every code that a check may give: its level, how bad it is, what mends it; docs/check.md is made from it.
 
 A code keeps its meaning for ever. Severities:
 
@@ -59,7 +59,9 @@ CODES: Mapping[str, Code] = {
     ),
     "no-valid-header": Code("structure", "corrupt", "neither header copy is valid"),
     "header-sequence-equal": Code(
-        "structure", "info", "both headers have one sequence number, as Disk2VHD writes them; the first counts"
+        "structure",
+        "info",
+        "both headers have one sequence number, as Disk2VHD writes; the first counts",
     ),
     "header-version": Code("structure", "corrupt", "a version of the format that is not known here"),
     "header-log-version": Code("structure", "corrupt", "a log that is not empty has an unknown version"),
@@ -97,7 +99,9 @@ CODES: Mapping[str, Code] = {
     ),
     "region-missing": Code("structure", "corrupt", "there is no BAT, or no metadata region"),
     "region-not-required": Code(
-        "structure", "info", "BAT or metadata is not marked required, as qemu leaves it; VirtualBox refuses it"
+        "structure",
+        "info",
+        "BAT or metadata is not marked required, as by qemu; VirtualBox refuses that",
     ),
     "region-outside-file": Code("structure", "corrupt", "the file ends before a region does"),
     "region-overlap": Code("structure", "corrupt", "a region or the log lies in another one"),
@@ -126,9 +130,7 @@ CODES: Mapping[str, Code] = {
     "parameter-physical-sector-size": Code("structure", "corrupt", "the physical sector is not 512 or 4096"),
     "parameter-disk-size": Code("structure", "corrupt", "the size of the disk is not allowed"),
     # log
-    "log-dirty": Code(
-        "log", "repairable", "the file was not closed cleanly; its log can be replayed", "log"
-    ),
+    "log-dirty": Code("log", "repairable", "the file was not closed cleanly; its log can be replayed", "log"),
     "log-entry-torn": Code(
         "log", "info", "a log entry is not whole, as a power cut leaves it; it is not part of the replay"
     ),
@@ -146,7 +148,9 @@ CODES: Mapping[str, Code] = {
     "bat-block-in-structure": Code("bat", "corrupt", "a block lies in the header section, log or a region"),
     "bat-block-overlap": Code("bat", "corrupt", "two blocks lie in the same place"),
     "bat-bitmap-missing": Code(
-        "bat", "corrupt", "a PARTIALLY_PRESENT block has no sector bitmap that says which of its sectors count"
+        "bat",
+        "corrupt",
+        "a PARTIALLY_PRESENT block has no sector bitmap that tells its sectors",
     ),
     "bat-stale-bits": Code(
         "bat",
@@ -169,7 +173,7 @@ CODES: Mapping[str, Code] = {
         "leaks", "info", "space inside of the file that nothing uses, as trimmed blocks leave it"
     ),
     "file-tail-unused": Code("leaks", "warning", "space behind the last use of the file", "file-end"),
-    "file-end-unaligned": Code("leaks", "warning", "the length of the file is no multiple of 1 MiB", "file-end"),
+    "file-end-unaligned": Code("leaks", "warning", "the file does not end on a 1 MiB boundary", "file-end"),
     # parents
     "parent-locator-missing": Code("parents", "corrupt", "a differencing disk that names no parent"),
     "parent-locator-unused": Code("parents", "warning", "a parent locator in a disk without a parent"),

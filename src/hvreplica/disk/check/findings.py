@@ -168,7 +168,7 @@ class Findings:
             verdict=VERDICTS[status],
             counts={severity: self._severities[severity] for severity in SEVERITIES},
             findings=tuple(sorted(self._listed, key=lambda finding: order[finding.level])),
-            omitted={code: count - listed[code] for code, count in self._codes.items() if count > listed[code]},
+            omitted=dict(self._codes - listed),
             statistics=statistics,
         )
 

@@ -6,7 +6,7 @@ Spec: [MS-VHDX] 2.4, 2.5.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -27,18 +27,31 @@ if TYPE_CHECKING:
 
 _WINDOW_BYTES = 4 * MIB
 _STATES_SPEC = "[MS-VHDX] 2.5.1.1"
-# fault: code, field, what the entry does, expected, section
+
+
+class _Words(NamedTuple):
+    code: str
+    field: str
+    what: str
+    expected: int | None = None
+    spec: str = _STATES_SPEC
+
+
 _FAULTS = {
-    BatFault.STATE: ("bat-state", "state", "has a state that it cannot have", None, _STATES_SPEC),
-    BatFault.RESERVED: ("bat-reserved-bits", "reserved", "has reserved bits set", 0, BAT_ENTRY.spec),
-    BatFault.OUTSIDE: ("bat-block-outside-file", "file_offset_mb", "ends beyond the file", None, BAT_ENTRY.spec),
-    BatFault.NO_BITMAP: ("bat-bitmap-missing", "state", "needs a sector bitmap, and has none", None, _STATES_SPEC),
-    BatFault.STALE: ("bat-stale-bits", "entry", "has no place in the file, and bits that say one", None, _STATES_SPEC),
-    BatFault.ANCHOR_OUTSIDE: (
-        "bat-anchor-outside-file", "file_offset_mb", "keeps a place that is not in the file", None, _STATES_SPEC,
+    BatFault.STATE: _Words("bat-state", "state", "has a state that it cannot have"),
+    BatFault.RESERVED: _Words("bat-reserved-bits", "reserved", "has reserved bits set", 0, BAT_ENTRY.spec),
+    BatFault.OUTSIDE: _Words(
+        "bat-block-outside-file", "file_offset_mb", "ends beyond the file", spec=BAT_ENTRY.spec
     ),
-    BatFault.UNUSED: ("bat-unused-entry", "entry", "is not used by this disk, and is not 0", 0, "[MS-VHDX] 2.5"),
-}  # fmt: skip
+    BatFault.NO_BITMAP: _Words("bat-bitmap-missing", "state", "needs a sector bitmap, and has none"),
+    BatFault.STALE: _Words("bat-stale-bits", "entry", "has no place in the file, and bits beside its state"),
+    BatFault.ANCHOR_OUTSIDE: _Words(
+        "bat-anchor-outside-file", "file_offset_mb", "keeps a place that is not in the file"
+    ),
+    BatFault.UNUSED: _Words(
+        "bat-unused-entry", "entry", "is not used by this disk, and is not 0", 0, "[MS-VHDX] 2.5"
+    ),
+}
 
 
 def bat_windows(subject: VhdxFile, entries: Entries) -> Iterator[tuple[int, NDArray[np.uint64]]]:
@@ -108,22 +121,22 @@ def _tell(subject: VhdxFile, entries: Entries, walk: BatWalk, findings: Findings
         if fault == BatFault.SHARED:
             shared.append((index, entry))
             continue
-        code, field, what, expected, spec = _FAULTS[fault]
+        words = _FAULTS[fault]
         values = {"state": entry & STATE_MASK, "file_offset_mb": entry >> 20}
         if fault == BatFault.NO_BITMAP:
             values["state"] = PayloadState.PAYLOAD_BLOCK_PARTIALLY_PRESENT
         findings.add(
-            code,
-            f"the entry of {entries.name(index)} {what}",
+            words.code,
+            f"the entry of {entries.name(index)} {words.what}",
             offset=at + index * BAT_ENTRY_BYTES,
-            field=field,
-            expected=expected,
-            actual=values.get(field, f"0x{entry:016x}"),
-            spec=spec,
+            field=words.field,
+            expected=words.expected,
+            actual=values.get(words.field, f"0x{entry:016x}"),
+            spec=words.spec,
         )
     listed = np.bincount(walk.findings["fault"].astype(np.intp), minlength=len(BatFault)).tolist()
-    for fault, (code, *_) in _FAULTS.items():
-        findings.count_more(code, int(walk.faults[fault]) - listed[fault])
+    for fault, words in _FAULTS.items():
+        findings.count_more(words.code, int(walk.faults[fault]) - listed[fault])
     findings.count_more("bat-block-overlap", int(walk.faults[BatFault.SHARED]) - len(shared))
     _tell_shared(subject, entries, shared, findings)
     _tell_states(subject, walk, findings)
@@ -139,11 +152,15 @@ def _tell_shared(
         start = (entry >> 20) * MIB
         end = start + (MIB if entries.is_bitmap(index) else block_bytes)
         inside = next(
-            (name for offset, length, name in subject.structures() if offset < end and start < offset + length),
+            (
+                name
+                for offset, length, name in subject.structures()
+                if offset < end and start < offset + length
+            ),
             None,
         )
         holder = holders.get(index)
-        place = {
+        place: dict[str, Any] = {
             "offset": at + index * BAT_ENTRY_BYTES,
             "field": "file_offset_mb",
             "actual": entry >> 20,

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class VhdxFile:
     """One file under check.
 
-    view: the file as a replay of its log would leave it, which is the file itself where there is none. header:
-    the current one. table: the copy of the region table that counts. valid_headers, valid_tables: which
+    view: the file as a replay of its log would leave it, or the file itself where there is none. header: the
+    current one. table: the copy of the region table that counts. valid_headers, valid_tables: which
     copies are valid. used_units: MiB from the start of the file to the end of the last use. None where it
     could not be told.
     """

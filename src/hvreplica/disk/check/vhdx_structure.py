@@ -167,7 +167,7 @@ def check_headers(subject: VhdxFile, findings: Findings) -> None:
     if isinstance(chosen, FormatError):
         raise TypeError("a header that cannot be read was chosen")
     subject.header = chosen
-    numbers = [candidate.sequence_number for candidate in candidates if not isinstance(candidate, FormatError)]
+    numbers = [each.sequence_number for each in candidates if not isinstance(each, FormatError)]
     if all(subject.valid_headers) and numbers[0] == numbers[1]:
         findings.add(
             "header-sequence-equal",
@@ -204,9 +204,7 @@ def check_regions(subject: VhdxFile, findings: Findings) -> None:
     """Check both region tables and the regions of the one that counts. Spec: [MS-VHDX] 2.2.3."""
     copies = [_read_region_table(subject, at) for at in REGION_TABLE_OFFSETS]
     errors = [list(copy.copy_errors()) if copy is not None else [] for copy in copies]
-    valid = [
-        copy for copy, faults in zip(copies, errors, strict=True) if copy is not None and not faults
-    ]
+    valid = [copy for copy, faults in zip(copies, errors, strict=True) if copy is not None and not faults]
     subject.valid_tables = tuple(copy in valid for copy in copies)
     for error in (error for faults in errors for error in faults):
         findings.add_error(_TABLE_COPY[type(error).__name__], error, severity=None if valid else "corrupt")
@@ -312,9 +310,7 @@ def check_metadata(subject: VhdxFile, findings: Findings) -> None:
         findings.add_errors(subject.parameters.errors(), _PARAMETERS)
 
 
-def _read_parameters(
-    subject: VhdxFile, table: MetadataTable, findings: Findings
-) -> DiskParameters | None:
+def _read_parameters(subject: VhdxFile, table: MetadataTable, findings: Findings) -> DiskParameters | None:
     rows: dict[str, Any] = {}
     for item_id, layout in _ITEM_LAYOUTS:
         try:
