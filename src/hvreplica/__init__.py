@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hvreplica.progress import Progress
+    from hvreplica.replication.disk_check import disk_check, disk_repair, disk_repair_undo
     from hvreplica.replication.disk_verbs import (
         disk_compare,
         disk_convert,
@@ -33,11 +34,14 @@ __all__ = [
     "Server",
     "ShippedLog",
     "__version__",
+    "disk_check",
     "disk_compare",
     "disk_convert",
     "disk_create",
     "disk_info",
     "disk_map",
+    "disk_repair",
+    "disk_repair_undo",
     "log_apply",
     "log_dump",
     "log_info",
@@ -58,6 +62,9 @@ _HOMES = {
     "Server": "replication.serve",
     "ShippedLog": "replication.results",
     "__version__": "replication.version",
+    "disk_check": "replication.disk_check",
+    "disk_repair": "replication.disk_check",
+    "disk_repair_undo": "replication.disk_check",
     "replicate": "replication.verbs",
 }
 _FAMILIES = {

@@ -1,7 +1,8 @@
 """From an exception to an exit code and to what a person is told. The only place that knows the numbers.
 
-0 done   1 the disks differ   2 wrong usage   3, 10..83 HvReplicaError (errors.py, one per class)
-4 a bug in hvreplica   70 the operating system said no   71 no space left
+0 done   1 the disks differ, or a disk is repairable   2 wrong usage, or a disk is corrupt
+3, 10..83 HvReplicaError (errors.py, one per class)   4 a bug in hvreplica   5 wrong usage where 2 is taken
+70 the operating system said no   71 no space left
 130 Ctrl-C   141 nobody reads the output   128 + n ended by signal n (143 SIGTERM)
 """
 
@@ -16,6 +17,7 @@ from hvreplica.errors import IO_ERROR_EXIT_CODE, NO_SPACE_EXIT_CODE, HvReplicaEr
 DIFFERENT = 1
 USAGE = 2
 INTERNAL = 4
+STATE_USAGE = 5
 INTERRUPTED = 130
 OUTPUT_CLOSED = 141
 
@@ -23,9 +25,18 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 CODES: tuple[tuple[int, str, str], ...] = (
     (0, "done", "the verb did what was asked"),
-    (DIFFERENT, "different", "`disk compare` and `demo`: the two sides are not equal"),
-    (USAGE, "usage", "unknown verb or option, missing or malformed argument"),
+    (
+        DIFFERENT,
+        "different",
+        "`disk compare` and `demo`: the two sides are not equal; `disk check` and `disk repair`: repairable",
+    ),
+    (
+        USAGE,
+        "usage",
+        "unknown verb or option, missing or malformed argument; `disk check` and `disk repair`: corrupt",
+    ),
     (INTERNAL, "bug", "hvreplica failed in a way it did not foresee; HVREPLICA_DEBUG=1 shows where"),
+    (STATE_USAGE, "usage", "`disk check` and `disk repair`: wrong usage, because 2 says corrupt there"),
     (IO_ERROR_EXIT_CODE, "OSError", "the operating system refused: no such file, no permission, I/O error"),
     (NO_SPACE_EXIT_CODE, "OSError", "no space left, or a quota is used up"),
     (129, "SIGHUP", "the terminal went away"),

@@ -16,6 +16,7 @@ from hvreplica.cli import exit as exits
 from hvreplica.cli.completion import completion
 from hvreplica.cli.demo import demo
 from hvreplica.cli.disk import disk
+from hvreplica.cli.disk_check import check, repair
 from hvreplica.cli.log import log
 from hvreplica.cli.point import point
 from hvreplica.cli.render import Output, nobody_reads, silence_output, write_error
@@ -112,11 +113,13 @@ def _tell_usage(error: click.ClickException, output: Output) -> int:
     if isinstance(error, _HELP_SHOWN) and not output.json:
         write_error(error.format_message() + "\n")
         return exits.USAGE
+    code = exits.USAGE
     if context is not None:
+        code = getattr(context.command, "usage_exit_code", exits.USAGE)
         hint = f"see `{context.command_path} --help`"
     message = " ".join(error.format_message().split())  # click lists choices on lines of their own
-    output.failure(exits.Failure("UsageError", message, exits.USAGE, hint=hint))
-    return exits.USAGE
+    output.failure(exits.Failure("UsageError", message, code, hint=hint))
+    return code
 
 
 @contextlib.contextmanager
@@ -172,6 +175,8 @@ def cli() -> None:
     """
 
 
+for _verb in (check, repair):
+    disk.add_command(_verb)
 for _command in (demo, tls, serve, replicate, store, point, disk, log, completion):
     cli.add_command(_command)
 

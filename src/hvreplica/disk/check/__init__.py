@@ -8,6 +8,19 @@ repair.py     plan, backup, changes, undo                          repair_vhdx.p
 from __future__ import annotations
 
 from hvreplica.disk.check.check import check_disk
-from hvreplica.disk.check.findings import LEVELS, CheckReport, Finding, Level, Statistics
+from hvreplica.disk.check.codes import LEVELS, Level
+from hvreplica.disk.check.findings import CheckReport, Finding, Statistics
+from hvreplica.disk.check.repair import RepairReport, UndoReport, repair_disk, undo_repair
 
-__all__ = ["LEVELS", "CheckReport", "Finding", "Level", "Statistics", "check_disk"]
+__all__ = [
+    "LEVELS",
+    "CheckReport",
+    "Finding",
+    "Level",
+    "RepairReport",
+    "Statistics",
+    "UndoReport",
+    "check_disk",
+    "repair_disk",
+    "undo_repair",
+]

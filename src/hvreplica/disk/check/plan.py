@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,8 +30,8 @@ class Step:
     action: Repair
     message: str
     apply: Callable[[BlockFile], None]
-    writes: NDArray[np.int64] = NO_RANGES
-    erases: NDArray[np.int64] = NO_RANGES
+    writes: NDArray[np.int64] = field(default_factory=lambda: NO_RANGES)
+    erases: NDArray[np.int64] = field(default_factory=lambda: NO_RANGES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,9 +36,10 @@ def check_vhdx(file: BlockFile, findings: Findings, statistics: Statistics) -> V
     check_regions(subject, findings)
     check_metadata(subject, findings)
     check_identifier(subject, findings)
+    is_known = not findings.has("corrupt")  # else nobody can say what uses what
     if "bat" in findings.levels:
         check_bat(subject, findings)
-    if "leaks" in findings.levels:
+    if "leaks" in findings.levels and is_known:
         check_space(subject, findings, statistics)
     if "parents" in findings.levels:
         check_parents(subject, findings)

@@ -168,7 +168,7 @@ def _tell_shared(
         }
         if inside is not None:
             findings.add("bat-block-in-structure", f"{entries.name(index)} lies in the {inside}", **place)
-        if inside is None or holder is not None:
+        else:
             other = entries.name(holder) if holder is not None else "another block"
             findings.add(
                 "bat-block-overlap",
