@@ -43,7 +43,7 @@ NO_LOG = uuid.UUID(int=0)
 
 def make_patient(path: Path) -> Patient:
     """Make a sound disk with four blocks of data and one of zeros."""
-    create_disk(OS_FILES, path, virtual_bytes=SIZE, block_bytes=MIB, clock=FakeClock(seed=1))
+    create_disk(OS_FILES, path, virtual_bytes=SIZE, block_bytes=MIB, clock=FakeClock(seed=1), overwrite=True)
     with open_disk(OS_FILES, path, writable=True, clock=FakeClock(seed=2)) as disk:
         disk.write(random_bytes(3 * MIB, seed=5), 0)
         disk.write(random_bytes(70_000, seed=6), FAR)
