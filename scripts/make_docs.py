@@ -4,6 +4,7 @@
 - docs/errors.md: whole, from hvreplica.errors
 - docs/formats/*.md: the table under each "### name (n bytes, spec)" heading, from the Layout in
   hvreplica.formats
+- docs/check.md: the table of codes, from hvreplica.disk.check.codes
 - docs/cli/*.md: whole, from the commands' own help
 """
 
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 import hvreplica.formats
 from hvreplica import errors
 from hvreplica.cli.exit import CODES
+from hvreplica.disk.check.codes import CODES as CHECK_CODES
 from hvreplica.formats.layout import Layout
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 HEADING = re.compile(r"^### .+ \(\d+ bytes, .+\)$", re.MULTILINE)
+CHECK_TABLE = re.compile(r"(<!-- codes: [^\n]*-->\n).*?(<!-- end of codes -->)", re.DOTALL)
 TABLE = re.compile(HEADING.pattern + r"\n\n(?:\|[^\n]*\n)+", re.MULTILINE)
 
 _ERRORS_TOP = """# Errors and exit codes
@@ -108,6 +111,17 @@ def with_tables(text: str, known: dict[str, Layout]) -> str:
     return TABLE.sub(table, text)
 
 
+def with_check_codes(text: str) -> str:
+    """Return docs/check.md with its table of codes made again."""
+    rows = ["| level | code | severity | meaning | repair |", "|---|---|---|---|---|"]
+    rows += [
+        f"| {code.level} | `{name}` | {code.severity} | {_cell(code.meaning)} | {code.repair or ''} |"
+        for name, code in CHECK_CODES.items()
+    ]
+    table = "\n".join(rows)
+    return CHECK_TABLE.sub(lambda match: f"{match[1]}\n{table}\n\n{match[2]}", text)
+
+
 def cli_pages() -> dict[Path, str]:
     """Return the pages of docs/cli, made by hvreplica.cli itself; none where it makes none."""
     try:
@@ -121,6 +135,8 @@ def pages() -> dict[Path, str]:
     """Return every page that is generated, whole or in part, as it should be."""
     known = layouts()
     made = {DOCS / "errors.md": errors_page(), **cli_pages()}
+    check = DOCS / "check.md"
+    made[check] = with_check_codes(check.read_text(encoding="utf-8"))
     for path in sorted((DOCS / "formats").glob("*.md")):
         made[path] = with_tables(path.read_text(encoding="utf-8"), known)
     return made

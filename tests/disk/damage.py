@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import uuid
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -29,6 +27,7 @@ from tests.support.vhdx_surgery import Patient
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 SIZE = 9 * GIB  # two sector-bitmap entries, at 4096 and 8193
 BITMAP = 4096
@@ -98,10 +97,6 @@ def write_entry(patient: Patient, targets: list[int], **changes: int) -> None:
     patient.set_headers(log_guid=LOG_GUID)
 
 
-def region_at(patient: Patient, change: Callable[[Region], Region]) -> None:
-    patient.set_regions(lambda regions: [change(regions[0]), *regions[1:]])
-
-
 def tear_log(patient: Patient) -> None:
     """Leave an entry behind the live ones of which only the first half was written."""
     header = LogEntryHeader(0, 0, 90, 0, patient.current.log_guid, patient.size, patient.size)
@@ -141,7 +136,7 @@ MENDABLE: dict[str, Damage] = {
     "region table 1 signature": Damage(("region-table-signature",), lambda p: p.write(TABLE_1, b"ttab")),
     "region table 2 checksum": Damage(("region-table-checksum",), lambda p: p.flip(TABLE_2 + 60_000)),
     "region table 1 zeroed": Damage(("region-table-signature",), lambda p: p.write(TABLE_1, bytes(65536))),
-    "log to replay": Damage(DIRTY, lambda p: None, make_dirty),
+    "log to replay": Damage(DIRTY, lambda p: p.set_entry(ABSENT, 0), make_dirty),
     "log to replay, half done": Damage(DIRTY, lambda p: p.set_entry(20, 0), make_dirty),
     "log to replay, entry torn": Damage((*DIRTY, "log-entry-torn"), tear_log, make_dirty),
     "log to replay, header torn": Damage(
@@ -370,6 +365,3 @@ def harmed(path: Path, name: str) -> Patient:
     patient = damage.make(path)
     damage.harm(patient)
     return patient
-
-
-__all__ = ["CORRUPT", "DAMAGES", "HARMLESS", "MENDABLE", "dataclasses", "harmed", "make_child", "make_patient"]

@@ -17,7 +17,7 @@ from hvreplica.disk.check.vhdx_file import Entries
 from hvreplica.errors import ChecksumMismatch, FormatError, Locked, StateError
 from hvreplica.files import OS_FILES, lock_open_file
 from hvreplica.units import MIB
-from tests.disk.damage import CORRUPT, DAMAGES, HARMLESS, MENDABLE, harmed, make_dirty, make_patient
+from tests.disk.damage import CORRUPT, HARMLESS, MENDABLE, harmed, make_dirty, make_patient
 from tests.support.fakeclock import FakeClock
 from tests.support.tools import run_tool
 
@@ -94,7 +94,12 @@ def test_what_cannot_be_mended_is_left_as_it_is(path: Path, tmp_path: Path, name
 
 def test_beside_corruption_only_copies_are_mended(path: Path) -> None:
     patient = make_patient(path)
-    for name in ("header 2 checksum", "region table 2 checksum", "leaked tail", "bitmap entries with garbage"):
+    for name in (
+        "header 2 checksum",
+        "region table 2 checksum",
+        "leaked tail",
+        "bitmap entries with garbage",
+    ):
         MENDABLE[name].harm(patient)
     CORRUPT["two blocks in one place"].harm(patient)
     size, entries = patient.size, patient.read(patient.entry_at(0), 80_000)
@@ -260,5 +265,4 @@ def test_a_tail_is_saved_without_its_holes(path: Path, tmp_path: Path) -> None:
     undo_repair(OS_FILES, path, report.backup)
     assert patient.size == end + (8 << 30)
     assert patient.read(end + (4 << 30) - 5, MIB + 10) == bytes(5) + b"\xaa" * MIB + bytes(5)
-    assert all(DAMAGES)
     assert len(list(tmp_path.iterdir())) == 2

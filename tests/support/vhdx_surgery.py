@@ -100,7 +100,12 @@ class Patient:
     def set_item(self, item_id: uuid.UUID, *, new_id: uuid.UUID | None = None, **changes: Any) -> None:
         """Change fields of a metadata table entry."""
         entry = self._item(item_id)
-        fields = {"item_id": new_id or item_id, "offset": entry.offset, "length": entry.length, "flags": entry.flags}
+        fields = {
+            "item_id": new_id or item_id,
+            "offset": entry.offset,
+            "length": entry.length,
+            "flags": entry.flags,
+        }
         self.write(entry.at, METADATA_TABLE_ENTRY.pack(**{**fields, **changes}))
 
     def set_value(self, item_id: uuid.UUID, value: int, *, at: int = 0, length: int = 4) -> None:

@@ -31,6 +31,14 @@ class StateCommand(click.Command):
 
     usage_exit_code = STATE_USAGE
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse as click does, and name the verb in each error: its exit code depends on it."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            error.ctx = error.ctx or ctx
+            raise
+
 
 @click.command(cls=StateCommand, short_help="Look for damage in a disk's file.")
 @click.argument("file", type=PATH)

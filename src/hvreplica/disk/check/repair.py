@@ -125,7 +125,7 @@ def undo_repair(
     """Put back into the disk at `path` what a repair saved to `backup`, byte for byte; durable on return.
 
     Cut off, it can be repeated. Raises: FormatError for a damaged backup; StateError if the file is not the
-    one that was repaired, or was changed since.
+    one that was repaired, or has changed since.
     """
     saved = files.open(Path(backup))
     try:
@@ -153,7 +153,7 @@ def _check_identity(file: BlockFile, format_name: str, identities: tuple[uuid.UU
     identity = identify(file)
     if identity not in identities or identity == NIL:
         raise StateError(
-            "this is not the file that was repaired, or it was changed since",
+            "this is not the file that was repaired, or it has changed since",
             path=file.path,
             field="file_write_guid",
             expected=" or ".join(str(each) for each in identities),
