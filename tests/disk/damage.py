@@ -9,7 +9,14 @@ import numpy as np
 
 from hvreplica.disk import create_disk, open_disk
 from hvreplica.files import OS_FILES
+from hvreplica.formats.guid import braced
 from hvreplica.formats.vhdx_header import HEADER_OFFSETS
+from hvreplica.formats.vhdx_locator import (
+    PARENT_LINKAGE,
+    RELATIVE_PATH,
+    pack_parent_locator,
+    unpack_parent_locator,
+)
 from hvreplica.formats.vhdx_log import LogEntryHeader, pack_entry
 from hvreplica.formats.vhdx_metadata import (
     FILE_PARAMETERS_ITEM,
@@ -65,11 +72,42 @@ def make_dirty(path: Path) -> Patient:
 
 
 def make_child(path: Path) -> Patient:
-    """Make the file of a differencing disk; its parent is not there."""
-    patient = make_patient(path)
-    patient.set_value(FILE_PARAMETERS_ITEM, 2, at=4)
-    patient.add_item(PARENT_LOCATOR_ITEM, bytes(64), flags=4)
-    return patient
+    """Make a differencing disk with whole blocks and a part of one, on a sound parent beside it."""
+    parent = parent_of(path)
+    if not parent.exists():
+        make_patient(parent)
+    create_disk(
+        OS_FILES,
+        path,
+        virtual_bytes=None,
+        type="differencing",
+        block_bytes=MIB,
+        parent=parent,
+        clock=FakeClock(seed=4),
+        overwrite=True,
+    )
+    with open_disk(OS_FILES, path, writable=True, clock=FakeClock(seed=5)) as disk:
+        disk.write(random_bytes(MIB, seed=10), 0)
+        disk.write(random_bytes(4096, seed=11), MIB)
+        disk.write(random_bytes(MIB, seed=12), FAR)
+    return Patient(path)
+
+
+def parent_of(path: Path) -> Path:
+    return path.with_name("parent.vhdx")
+
+
+def write_to_parent(patient: Patient) -> None:
+    with open_disk(OS_FILES, parent_of(patient.path), writable=True, clock=FakeClock(seed=6)) as disk:
+        disk.write(b"x", 0)
+
+
+def name_parent(patient: Patient, name: str) -> None:
+    """Give the child another name of its parent; the identity stays."""
+    at = patient.metadata_at + patient.item(PARENT_LOCATOR_ITEM).offset
+    length = patient.item(PARENT_LOCATOR_ITEM).length
+    entries = dict(unpack_parent_locator(patient.read(at, length), file_offset=at).entries)
+    patient.set_locator(pack_parent_locator({**entries, RELATIVE_PATH: name}))
 
 
 def place(mib: int, state: int = FULLY) -> int:
@@ -122,7 +160,6 @@ class Damage(NamedTuple):
 
 
 DIRTY = ("log-dirty",)
-PARENT_ABSENT: tuple[str, ...] = ()
 HEADER_1, HEADER_2 = HEADER_OFFSETS
 TABLE_1, TABLE_2 = REGION_TABLE_OFFSETS
 
@@ -299,17 +336,38 @@ CORRUPT: dict[str, Damage] = {
         ("bat-block-overlap",), lambda p: p.set_entry(ABSENT, p.entry(FIRST))
     ),
     "bitmap missing": Damage(
-        ("bat-bitmap-missing", *PARENT_ABSENT),
-        lambda p: p.set_entry(FIRST, p.entry(FIRST) | 1),
+        ("bat-bitmap-missing", "space-unused"),
+        lambda p: (p.set_entry(FOURTH, p.entry(FOURTH) | 1), p.set_entry(8193, 0)),
         make_child,
     ),
-    "bitmap state": Damage(
-        ("bat-state", *PARENT_ABSENT), lambda p: p.set_entry(BITMAP, 1), make_child
-    ),
+    "bitmap state": Damage(("bat-state", "space-unused"), lambda p: p.set_entry(8193, 1), make_child),
     "bitmap over a block": Damage(
-        ("bat-block-overlap", *PARENT_ABSENT),
-        lambda p: p.set_entry(BITMAP, p.entry(FIRST)),
+        ("bat-block-overlap", "space-unused"), lambda p: p.set_entry(8193, p.entry(FIRST)), make_child
+    ),
+    "parent gone": Damage(("parent-missing",), lambda p: parent_of(p.path).unlink(), make_child),
+    "parent written": Damage(("parent-linkage",), write_to_parent, make_child),
+    "parent of another format": Damage(
+        ("parent-format",), lambda p: parent_of(p.path).write_bytes(bytes(SIZE >> 10)), make_child
+    ),
+    "parent with other sectors": Damage(
+        ("parent-sector-size",),
+        lambda p: Patient(parent_of(p.path)).set_value(LOGICAL_SECTOR_SIZE_ITEM, 4096),
         make_child,
+    ),
+    "parent damaged": Damage(
+        ("parent-damaged",), lambda p: Patient(parent_of(p.path)).set_headers(version=7), make_child
+    ),
+    "parent of itself": Damage(("parent-loop",), lambda p: name_parent(p, f".\\{p.path.name}"), make_child),
+    "locator cut": Damage(
+        ("parent-locator-malformed",), lambda p: p.set_item(PARENT_LOCATOR_ITEM, length=30), make_child
+    ),
+    "locator without a path": Damage(
+        ("parent-locator-malformed",),
+        lambda p: p.set_locator(pack_parent_locator({PARENT_LINKAGE: braced(UNKNOWN)})),
+        make_child,
+    ),
+    "locator of another type": Damage(
+        ("parent-locator-type",), lambda p: p.set_locator(UNKNOWN.bytes_le + bytes(4)), make_child
     ),
     "no parent named": Damage(
         ("parent-locator-missing",), lambda p: p.set_value(FILE_PARAMETERS_ITEM, 2, at=4)

@@ -6,7 +6,12 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from hvreplica.formats.vhdx_header import HEADER, HEADER_BYTES, HEADER_OFFSETS, unpack_header
-from hvreplica.formats.vhdx_metadata import METADATA_TABLE_ENTRY, METADATA_TABLE_HEADER, unpack_metadata_table
+from hvreplica.formats.vhdx_metadata import (
+    METADATA_TABLE_ENTRY,
+    METADATA_TABLE_HEADER,
+    PARENT_LOCATOR_ITEM,
+    unpack_metadata_table,
+)
 from hvreplica.formats.vhdx_region import (
     BAT_REGION,
     METADATA_REGION,
@@ -99,7 +104,7 @@ class Patient:
 
     def set_item(self, item_id: uuid.UUID, *, new_id: uuid.UUID | None = None, **changes: Any) -> None:
         """Change fields of a metadata table entry."""
-        entry = self._item(item_id)
+        entry = self.item(item_id)
         fields = {
             "item_id": new_id or item_id,
             "offset": entry.offset,
@@ -110,7 +115,7 @@ class Patient:
 
     def set_value(self, item_id: uuid.UUID, value: int, *, at: int = 0, length: int = 4) -> None:
         """Change `length` bytes of a metadata item's value."""
-        self.write(self.metadata_at + self._item(item_id).offset + at, value.to_bytes(length, "little"))
+        self.write(self.metadata_at + self.item(item_id).offset + at, value.to_bytes(length, "little"))
 
     def add_item(self, item_id: uuid.UUID, data: bytes, *, flags: int) -> None:
         """Append a metadata item, half a MiB into the region."""
@@ -121,6 +126,11 @@ class Patient:
         self.write(self.metadata_at + 32 * (1 + table.entry_count), row)
         self.set_item_count(table.entry_count + 1)
 
+    def set_locator(self, data: bytes) -> None:
+        """Put another parent locator in the place of the one that is there."""
+        self.set_item(PARENT_LOCATOR_ITEM, length=len(data))
+        self.write(self.metadata_at + self.item(PARENT_LOCATOR_ITEM).offset, data)
+
     def set_item_count(self, count: int) -> None:
         """Change the number of metadata items that the table claims."""
         self.write(
@@ -130,7 +140,8 @@ class Patient:
     def _table(self) -> Any:
         return unpack_metadata_table(self.read(self.metadata_at, 64 << 10), file_offset=self.metadata_at)
 
-    def _item(self, item_id: uuid.UUID) -> Any:
+    def item(self, item_id: uuid.UUID) -> Any:
+        """Return the metadata table entry of an item."""
         return next(entry for entry in self._table().entries if entry.item_id == item_id)
 
     def entry_at(self, index: int) -> int:

@@ -49,14 +49,15 @@ class StateCommand(click.Command):
     multiple=True,
     help="Run this level and those that it needs; may be given more than once.  [default: all]",
 )
+@option("--parent", type=PATH, metavar="FILE", help="The parent of a differencing disk, if it has moved.")
 @verb
-def check(output: Output, *, file: Path, levels: tuple[Level, ...]) -> None:
+def check(output: Output, *, file: Path, levels: tuple[Level, ...], parent: Path | None) -> None:
     """Look for damage in FILE, which is only read.
 
     The exit code is 0 if it is clean (there may be warnings), 1 if `disk repair` can mend it, 2 if it is
     corrupt; wrong usage is 5. A log that is not empty is judged as a replay would leave the file.
     """
-    report = hvreplica.disk_check(file, levels=levels or None)
+    report = hvreplica.disk_check(file, levels=levels or None, parent=parent)
     output.answer(report, lambda: _show_check(output, report))
     click.get_current_context().exit(report.status)
 
@@ -111,6 +112,7 @@ def _sentence(finding: Finding) -> str:
     details: list[Any] = [
         f"{name} {value}"
         for name, value in (
+            ("in", finding.path),
             ("field", finding.field),
             ("offset", finding.offset),
             ("expected", finding.expected),

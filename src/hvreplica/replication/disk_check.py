@@ -18,13 +18,16 @@ if TYPE_CHECKING:
     PathLike = str | os.PathLike[str]
 
 
-def disk_check(path: PathLike, *, levels: Iterable[Level] | None = None) -> CheckReport:
+def disk_check(
+    path: PathLike, *, levels: Iterable[Level] | None = None, parent: PathLike | None = None
+) -> CheckReport:
     """Look for damage in the file of a disk, which is only read; damage never raises.
 
-    levels: of "structure", "log", "bat", "leaks", "parents"; None runs all. Raises: OSError;
-    UnsupportedVersion for formats that are not read here.
+    levels: of "structure", "log", "bat", "leaks", "parents"; None runs all. parent: the parent of a
+    differencing disk, where its names do not lead to it. Raises: OSError; UnsupportedVersion for formats that
+    are not read here.
     """
-    return check_disk(OS_FILES, path, levels=levels)
+    return check_disk(OS_FILES, path, levels=levels, parent=parent, clock=SYSTEM)
 
 
 def disk_repair(path: PathLike, *, backup: PathLike | None = None, dry_run: bool = False) -> RepairReport:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hvreplica.disk.check.chain import Chain
 from hvreplica.disk.check.codes import LEVELS, NEEDED_LEVELS
 from hvreplica.disk.check.findings import Findings, Statistics
 from hvreplica.disk.check.raw import check_raw
@@ -17,39 +18,48 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterable, Mapping
 
+    from hvreplica.clock import Clock
     from hvreplica.disk.check.codes import Level
     from hvreplica.disk.check.findings import CheckReport
     from hvreplica.files import BlockFile, FileSystem
 
 _VHDX_ENDINGS = (".vhdx", ".avhdx")
-CHECKS: Mapping[str, Callable[[BlockFile, Findings, Statistics], Any]] = {
+CHECKS: Mapping[str, Callable[[BlockFile, Findings, Statistics, Chain | None], Any]] = {
     "raw": check_raw,
     "vhdx": check_vhdx,
 }
 
 
 def check_disk(
-    files: FileSystem, path: str | os.PathLike[str], *, levels: Iterable[Level] | None = None
+    files: FileSystem,
+    path: str | os.PathLike[str],
+    *,
+    levels: Iterable[Level] | None = None,
+    parent: str | os.PathLike[str] | None = None,
+    clock: Clock,
 ) -> CheckReport:
     """Return what is wrong with the disk in the file at `path`.
 
-    levels: None runs all; a level is run together with those that it needs. Damage never raises. Raises:
-    OSError; UnsupportedVersion for the signatures of formats that are not read here.
+    levels: None runs all; a level is run together with those that it needs. parent: the file of the parent,
+    where the names in a differencing disk do not lead to it. Damage never raises. Raises: OSError;
+    UnsupportedVersion for the signatures of formats that are not read here.
     """
     file = files.open(Path(path))
     try:
-        return check_open_file(file, levels)[0]
+        chain = Chain(files, Path(path), parent, clock)
+        return check_open_file(file, LEVELS if levels is None else levels, chain)[0]
     finally:
         file.close()
 
 
-def check_open_file(file: BlockFile, levels: Iterable[Level] | None = None) -> tuple[CheckReport, Any]:
+def check_open_file(
+    file: BlockFile, levels: Iterable[Level], chain: Chain | None = None
+) -> tuple[CheckReport, Any]:
     """Return the report of an open file, and what the check of its format learned for a repair."""
-    asked = tuple(LEVELS if levels is None else levels)
-    findings = Findings(needed for level in asked for needed in NEEDED_LEVELS[level])
+    findings = Findings(needed for level in levels for needed in NEEDED_LEVELS[level])
     statistics = Statistics(file_bytes=file.size())
     name = _format_of(file)
-    learned = CHECKS[name](file, findings, statistics)
+    learned = CHECKS[name](file, findings, statistics, chain)
     return findings.report(str(file.path), name, statistics), learned
 
 

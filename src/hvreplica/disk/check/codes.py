@@ -176,5 +176,18 @@ CODES: Mapping[str, Code] = {
     "file-end-unaligned": Code("leaks", "warning", "the file does not end on a 1 MiB boundary", "file-end"),
     # parents
     "parent-locator-missing": Code("parents", "corrupt", "a differencing disk that names no parent"),
+    "parent-locator-malformed": Code(
+        "parents", "corrupt", "the parent locator breaks its format, or lacks the parent's identity or path"
+    ),
+    "parent-locator-type": Code("parents", "corrupt", "the parent is of a kind that is not known here"),
+    "parent-missing": Code("parents", "corrupt", "a parent is not where any of its names leads"),
+    "parent-damaged": Code("parents", "corrupt", "a parent is damaged itself; check its file"),
+    "parent-format": Code("parents", "corrupt", "a parent has another format than its child"),
+    "parent-linkage": Code(
+        "parents", "corrupt", "a parent is another disk, or was written to after its child was made"
+    ),
+    "parent-sector-size": Code("parents", "corrupt", "parent and child have sectors of different sizes"),
+    "parent-loop": Code("parents", "corrupt", "the chain of parents leads back to a disk in it"),
+    "parent-in-use": Code("parents", "warning", "a parent is open for writing, and was not looked at"),
     "parent-locator-unused": Code("parents", "warning", "a parent locator in a disk without a parent"),
 }

@@ -28,7 +28,8 @@ LIST_MAX = 100
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
     """One thing that is worth saying.
 
-    code: see codes.py. offset: of the field in the file, in bytes. field, expected, actual, spec, hint: as in
+    code: see codes.py. path: of the file, where it is not the one that was checked. offset: of the field in
+    the file, in bytes. field, expected, actual, spec, hint: as in
     an HvReplicaError. repair: the action of `disk repair` that mends it.
     """
 
@@ -36,6 +37,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     code: str
     severity: Severity
     message: str
+    path: str | None = None
     offset: int | None = None
     field: str | None = None
     expected: str | int | None = None
@@ -50,7 +52,8 @@ class Statistics(msgspec.Struct, kw_only=True):
 
     allocated_blocks: payload blocks with a place in the file, partial_blocks among them. used_bytes: of
     blocks, bitmaps and structures, kept places included. leaked_bytes: of the file in no use, tail_bytes
-    behind the last use among them. log: "none", "clean" or "dirty".
+    behind the last use among them. log: "none", "clean" or "dirty". parents: their files, nearest first, as
+    far as they could be opened.
     """
 
     file_bytes: int
@@ -66,6 +69,7 @@ class Statistics(msgspec.Struct, kw_only=True):
     leaked_bytes: int | None = None
     tail_bytes: int | None = None
     log: str | None = None
+    parents: list[str] | None = None
 
 
 class CheckReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -123,12 +127,15 @@ class Findings:
             )
         )
 
-    def add_error(self, code: str, error: HvReplicaError, *, severity: Severity | None = None) -> None:
-        """Add what an error of formats says."""
+    def add_error(
+        self, code: str, error: HvReplicaError, *, severity: Severity | None = None, path: object = None
+    ) -> None:
+        """Add what an error says. path: of the file, where it is not the one that is checked."""
         self.add(
             code,
             error.message,
             severity=severity,
+            path=path,
             offset=error.offset,
             field=error.field,
             expected=error.expected,

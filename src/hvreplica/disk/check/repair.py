@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from hvreplica.clock import Clock
-    from hvreplica.disk.check.codes import Repair
+    from hvreplica.disk.check.codes import Level, Repair
     from hvreplica.disk.check.findings import CheckReport, Verdict
     from hvreplica.disk.check.plan import RepairPlan
     from hvreplica.files import BlockFile, FileSystem
 
+# What is wrong with parents is not mended here, and does not stand against mending the file itself.
+_LEVELS: tuple[Level, ...] = ("structure", "log", "bat", "leaks")
 _PLANS: Mapping[str, Callable[[Any, CheckReport, Clock], RepairPlan]] = {"vhdx": plan_vhdx}
 _IDENTITIES: Mapping[str, Callable[[BlockFile], uuid.UUID | None]] = {"vhdx": identity_of}
 
@@ -87,7 +89,7 @@ def repair_disk(
     try:
         if not dry_run:
             lock_open_file(file)
-        before, learned = check_open_file(file)
+        before, learned = check_open_file(file, _LEVELS)
         make_plan = _PLANS.get(before.format)
         steps = make_plan(learned, before, clock) if make_plan is not None else None
         actions = tuple(RepairAction(s.action, s.message) for s in (steps.steps if steps else ()))
@@ -97,7 +99,7 @@ def repair_disk(
             saved = write_backup(files, target, file, steps, format_name=before.format, clock=clock)
             for step in steps.steps:
                 step.apply(file)
-            after = check_open_file(file)[0]
+            after = check_open_file(file, _LEVELS)[0]
         now = after or before
         return RepairReport(
             path=str(path),

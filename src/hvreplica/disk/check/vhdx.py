@@ -20,12 +20,15 @@ from hvreplica.formats.guid import NIL
 from hvreplica.formats.vhdx_bat import PayloadState
 
 if TYPE_CHECKING:
+    from hvreplica.disk.check.chain import Chain
     from hvreplica.disk.check.findings import Findings, Statistics
     from hvreplica.files import BlockFile
 
 
-def check_vhdx(file: BlockFile, findings: Findings, statistics: Statistics) -> VhdxFile:
+def check_vhdx(file: BlockFile, findings: Findings, statistics: Statistics, chain: Chain | None) -> VhdxFile:
     """Run the levels of `findings` on `file`, which is only read, and return what was learned.
+
+    chain: where to look for parents; without one they are left out.
 
     Never raises for damage. Raises: OSError.
     """
@@ -41,8 +44,8 @@ def check_vhdx(file: BlockFile, findings: Findings, statistics: Statistics) -> V
         check_bat(subject, findings)
     if "leaks" in findings.levels and is_known:
         check_space(subject, findings, statistics)
-    if "parents" in findings.levels:
-        check_parents(subject, findings)
+    if "parents" in findings.levels and chain is not None:
+        check_parents(subject, findings, statistics, chain)
     _count(subject, statistics)
     return subject
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hvreplica.formats.vhdx_bat import BAT_ENTRY_BYTES, SECTORS_PER_BITMAP_BLOCK
+from hvreplica.formats.vhdx_bat import BAT_ENTRY_BYTES, BatGeometry
 from hvreplica.formats.vhdx_header import FILE_BYTES_MAX, HEADER_SECTION_BYTES
 from hvreplica.formats.vhdx_metadata import BLOCK_BYTES_MAX, BLOCK_BYTES_MIN, SECTOR_SIZES, VIRTUAL_BYTES_MAX
 from hvreplica.formats.vhdx_region import BAT_REGION
@@ -79,16 +79,16 @@ class Entries:
         parameters, bat = subject.parameters, subject.bat
         if parameters is None or bat is None or not _can_count(parameters):
             return None
-        chunk_ratio = SECTORS_PER_BITMAP_BLOCK * parameters.logical_sector_bytes // parameters.block_bytes
-        block_count = -(-parameters.virtual_bytes // parameters.block_bytes)
-        if parameters.has_parent:
-            needed_count = -(-block_count // chunk_ratio) * (chunk_ratio + 1)
-        else:
-            needed_count = block_count + (block_count - 1) // chunk_ratio
-        room_bytes = max(min(bat.length, subject.view.size() - bat.file_offset), 0)
-        return Entries(
-            chunk_ratio, block_count, needed_count, min(needed_count, room_bytes // BAT_ENTRY_BYTES)
+        geometry = BatGeometry.of(
+            virtual_bytes=parameters.virtual_bytes,
+            block_bytes=parameters.block_bytes,
+            logical_sector_bytes=parameters.logical_sector_bytes,
+            has_parent=parameters.has_parent,
         )
+        room_bytes = max(min(bat.length, subject.view.size() - bat.file_offset), 0)
+        needed_count = geometry.entry_count
+        present_count = min(needed_count, room_bytes // BAT_ENTRY_BYTES)
+        return Entries(geometry.chunk_ratio, geometry.block_count, needed_count, present_count)
 
     def block_of(self, index: int) -> int:
         """Return the payload block of an entry; for a sector-bitmap entry the block after it."""

@@ -11,7 +11,6 @@ import numpy as np
 
 from hvreplica import native
 from hvreplica.formats.vhdx_bat import PayloadState
-from hvreplica.formats.vhdx_metadata import FLAG_LEAVE_BLOCKS_ALLOCATED
 from hvreplica.units import MIB
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def check_space(subject: VhdxFile, findings: Findings, statistics: Statistics) -
     used_units = native.bitmap_count(used)
     end_units = last_bit(used) + 1
     kept_units = end_units
-    if parameters.flags & FLAG_LEAVE_BLOCKS_ALLOCATED and not parameters.has_parent:
+    if parameters.is_fixed:
         # "the implementation MUST NOT reduce the size of the file to a value lower than would be required
         # to allocate every block", 2.6.2.1
         absent = walk.rules.block_count - int(walk.states[PayloadState.PAYLOAD_BLOCK_FULLY_PRESENT])
