@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from hvreplica.disk import DiskType, Format
 
 _SECTOR_BYTES = 512
-_SIZE_MAX = {"vhdx": 64 * TIB, "vhd": 2040 * GIB}
+_SIZE_MAX = {"vhdx": (64 * TIB, "64T"), "vhd": (2040 * GIB, "2040G")}
 
 
 @click.group()
@@ -118,8 +118,9 @@ def _check(kind: Format, size_bytes: int, type_: DiskType | None, block_bytes: i
     if size_bytes <= 0 or size_bytes % _SECTOR_BYTES:
         message = f"the size of a disk is a multiple of its sectors of {_SECTOR_BYTES} bytes, above 0"
         raise click.BadParameter(message, context, param_hint="'--size'")
-    if size_bytes > _SIZE_MAX.get(kind, size_bytes):
-        message = f"a {kind.upper()} has at most {format_size(_SIZE_MAX[kind])}"
+    size_max, called = _SIZE_MAX.get(kind, (size_bytes, ""))
+    if size_bytes > size_max:
+        message = f"a {kind.upper()} has at most {called}"
         raise click.BadParameter(message, context, param_hint="'--size'")
 
 
