@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hvreplica.disk import compare_disks, convert_disk, create_disk, open_disk
-from hvreplica.errors import FieldOutOfRange
+from hvreplica.errors import FieldOutOfRange, FormatError
 from hvreplica.files import OS_FILES
 from hvreplica.units import MIB, TIB
 from tests.disk.contract import everything, make_disk
@@ -129,3 +129,12 @@ def test_huge_empty_disks_compare_at_once(tmp_path: Path) -> None:
         disk.write(b"x", 64 * TIB - 1)
     report = compare_disks(OS_FILES, tmp_path / "a", tmp_path / "b", clock=FakeClock())
     assert report.first_difference == 64 * TIB - 1
+
+
+def test_a_refused_size_is_told_of_the_name_that_was_asked_for(tmp_path: Path) -> None:
+    source = tmp_path / "a.vhdx"
+    create_disk(OS_FILES, source, virtual_bytes=8 * MIB, logical_sector_bytes=4096, clock=FakeClock())
+    with pytest.raises(FormatError) as caught:
+        convert_disk(OS_FILES, source, tmp_path / "b.vhd", format="vhd", clock=FakeClock())
+    assert caught.value.path == tmp_path / "b.vhd"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.vhdx"]

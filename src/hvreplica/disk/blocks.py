@@ -231,7 +231,9 @@ class BlockDisk(ABC):
         blocks = touched_blocks(rows, self.block_bytes)
         self._table.ensure_checked(blocks)
         try:
-            if self._table.present(blocks).all():
+            if self._bitmaps is not None and (rows % self._bitmaps.sector_bytes).any():
+                self._write_edges(rows, memoryview(data).cast("B"))
+            elif self._table.present(blocks).all():
                 native.write_extents(self._file, self._table.block_map, rows, data)
             else:
                 self._write_allocating(session, rows, memoryview(data).cast("B"))
@@ -241,12 +243,7 @@ class BlockDisk(ABC):
             session.flush()
 
     def _write_allocating(self, session: Session, rows: NDArray[np.int64], view: memoryview) -> None:
-        if int(rows[:, 1].sum()) != len(view):
-            message = f"the extents add up to {int(rows[:, 1].sum())} bytes, the buffer has {len(view)}"
-            raise ValueError(message)
-        if self._bitmaps is not None and (rows % self._bitmaps.sector_bytes).any():
-            self._write_edges(rows, view)
-            return
+        self._check_length(rows, view)
         pieces = cut_at_blocks(rows, self.block_bytes)
         keep = self._give_places(session, pieces, view)
         if keep.all():
@@ -258,6 +255,12 @@ class BlockDisk(ABC):
                 end = int(pieces.data_offset[last - 1] + pieces.length[last - 1])
                 native.write_extents(self._file, self._table.block_map, kept[first:last], view[start:end])
         self._count_sectors(session, chosen(pieces, keep))
+
+    @staticmethod
+    def _check_length(rows: NDArray[np.int64], view: memoryview) -> None:
+        if int(rows[:, 1].sum()) != len(view):
+            message = f"the extents add up to {int(rows[:, 1].sum())} bytes, the buffer has {len(view)}"
+            raise ValueError(message)
 
     def _give_places(self, session: Session, pieces: Pieces, view: memoryview) -> NDArray[np.bool_]:
         """Give places to the blocks that need one, and return which pieces must then be written."""
@@ -314,8 +317,10 @@ class BlockDisk(ABC):
     def _write_edges(self, rows: NDArray[np.int64], view: memoryview) -> None:
         """Write rows that begin or end inside of sectors: only whole sectors can count.
 
-        Two writers of one sector must not come between reading and writing it, so one at a time does this.
+        Two writers of one sector must not come between reading and writing it, so one at a time does this,
+        also where the block is present and needs it no more: another writer may have found it partial.
         """
+        self._check_length(rows, view)
         size = self._bitmaps.sector_bytes if self._bitmaps is not None else 1
         at = 0
         for disk_offset, length in rows.tolist():

@@ -17,6 +17,7 @@ from hvreplica.disk.create import create_disk, require_folder
 from hvreplica.disk.extents import batches, data_windows, select_runs
 from hvreplica.disk.open import open_disk
 from hvreplica.disk.parallel import Scratch, map_ordered
+from hvreplica.errors import HvReplicaError
 from hvreplica.progress import Progress
 from hvreplica.units import MIB, align_up
 
@@ -89,8 +90,10 @@ def convert_disk(  # noqa: PLR0913 - each is a choice that a user may make
             with open_disk(files, temporary, writable=True, format=format, clock=clock) as writer:
                 read_bytes, written_bytes = copy_data(reader, writer, progress)
             files.replace(temporary, target)
-        except BaseException:
+        except BaseException as error:
             files.unlink(temporary)
+            if isinstance(error, HvReplicaError) and error.path == temporary:
+                error.path = target  # the name that the user knows
             raise
         files.sync_directory(target.parent)
         return ConvertReport(
