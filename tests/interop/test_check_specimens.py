@@ -10,11 +10,15 @@ from hvreplica.clock import SYSTEM
 from hvreplica.disk import open_disk
 from hvreplica.disk.check import check_disk, repair_disk
 from hvreplica.files import OS_FILES
-from tests.interop.test_vhdx_specimens import CHILDREN, NAMES, WHOLE, content, nz4k, unpack
+from tests.support.images import disk_content, file_content, unpack
+from tests.support.specimens import EXPECTED
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+NAMES = sorted(name for name in EXPECTED if "vhdx" in name)
+CHILDREN = [name for name in NAMES if "with" in EXPECTED[name] or "refuse" in EXPECTED[name]]
+WHOLE = [name for name in NAMES if name not in CHILDREN]
 # Others: no finding at all. openvmm makes its files longer than what it has used of them.
 _TAIL = {"file-tail-unused"}
 _KNOWN = {
@@ -36,25 +40,25 @@ _KNOWN = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_specimen_has_the_findings_that_are_known_of_it(specimens: Path, tmp_path: Path, name: str) -> None:
-    path = unpack(specimens, name, tmp_path / "disk.vhdx")
-    before = content(path)
+    path = unpack(specimens, name, tmp_path)
+    before = file_content(path)
     report = check_disk(OS_FILES, path, clock=SYSTEM)
     assert set(report.codes()) == _KNOWN.get(name, set())
     status = 2 if "parent-missing" in report.codes() else 1 if "log-dirty" in report.codes() else 0
     assert report.status == status
-    assert content(path) == before
+    assert file_content(path) == before
 
 
 @pytest.mark.parametrize("name", [name for name in WHOLE if name in _KNOWN])
 def test_mended_specimen_holds_the_same_bytes(specimens: Path, tmp_path: Path, name: str) -> None:
-    path = unpack(specimens, name, tmp_path / "disk.vhdx")
+    path = unpack(specimens, name, tmp_path)
     with open_disk(OS_FILES, path, clock=SYSTEM) as disk:
-        expected = nz4k(disk)
+        expected = disk_content(disk)
     report = repair_disk(OS_FILES, path, clock=SYSTEM)
     assert report.after is not None
     assert set(report.after.codes()) <= {"space-unused"}
     with open_disk(OS_FILES, path, clock=SYSTEM) as disk:
-        assert nz4k(disk) == expected
+        assert disk_content(disk) == expected
 
 
 def test_differencing_specimens_are_checked_too() -> None:

@@ -16,6 +16,8 @@ PACKAGES = {
     "qemu-img": "qemu-utils",
     "qemu-io": "qemu-utils",
     "qemu-nbd": "qemu-utils",
+    "7z": "p7zip-full",
+    "vhdiinfo": "libvhdi-utils",
     "nbdinfo": "libnbd-bin",
     "nbdcopy": "libnbd-bin",
     "nbdkit": "nbdkit",
