@@ -318,6 +318,7 @@ def test_a_partial_block_without_its_bitmap_is_refused(tmp_path: Path) -> None:
         file.write(bytes(8))
     with pytest.raises(FieldOutOfRange) as caught:
         read(child)
+    assert caught.value.path == child
     assert caught.value.offset == 3 * MIB + 4096 * 8
     assert caught.value.hint
 

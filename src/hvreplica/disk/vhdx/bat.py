@@ -32,6 +32,8 @@ from hvreplica.formats.vhdx_log import LOG_SECTOR_BYTES
 from hvreplica.units import MIB, align_up
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from numpy.typing import NDArray
 
     from hvreplica.disk.vhdx.image import Image
@@ -171,6 +173,11 @@ class Bat(BlockTable):
             self._check_pages(np.array([index >> _PAGE_SHIFT]))
         entry = self.entries[index : index + 1]
         return int(offsets_of(entry)[0]) if has_place(entry)[0] else None
+
+    @property
+    def path(self) -> Path:
+        """The file's name."""
+        return self._file.path
 
     def bitmap_entry_offset(self, chunk: int) -> int:
         """Return where in the file the entry of a chunk's sector bitmap stands."""

@@ -42,6 +42,7 @@ def page_offset(bat: Bat, page: int) -> int:
     if block is None:
         raise FieldOutOfRange(
             f"a block of chunk {chunk} is partially present, and the chunk has no sector bitmap",
+            path=bat.path,
             offset=bat.bitmap_entry_offset(chunk),
             field="state",
             expected="6 in the BAT entry of the sector bitmap",
