@@ -35,6 +35,7 @@ from hvreplica.disk.extents import (
     union,
     widened,
 )
+from hvreplica.disk.held import held_parts
 from hvreplica.disk.parallel import COPY_WINDOW_BYTES
 from hvreplica.disk.pieces import are_zero, chosen, in_order, joined, joined_runs
 from hvreplica.formats.vhdx_bat import PayloadState
@@ -482,11 +483,8 @@ class BlockDisk(ABC):
             return NO_EXTENTS
         first, last = start // self.block_bytes, (end - 1) // self.block_bytes
         self._table.ensure_checked(self._table.held_blocks(first, last))
-        rows = []
-        for disk_offset, length, file_offset in self._present_ranges(first, last, start, end):
-            for data_offset, data_length in self._file.data_extents(file_offset, file_offset + length):
-                rows.append((disk_offset + data_offset - file_offset, data_length))
-        found = merge(np.array(rows, np.int64).reshape(-1, 2))
+        ranges = np.array(self._present_ranges(first, last, start, end), np.int64).reshape(-1, 3)
+        found = merge(held_parts(self._file, ranges)[:, :2])
         if self._bitmaps is not None:
             found = self._more_extents(found, start, end)
         return widened(found, start=start, end=end) if len(found) else NO_EXTENTS
