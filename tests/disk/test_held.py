@@ -59,7 +59,12 @@ def test_held_parts_are_the_octets_that_the_file_holds(places: list[int], holes:
 
 
 def test_blocks_that_are_neighbours_in_the_file_are_asked_for_once() -> None:
-    file = Held(set(range(100)))
+    size = 16384
+    file = Held(set())
     places = [3, 1, 2, 7]
-    held_parts(file, np.array([(i * BLOCK, BLOCK, place * BLOCK) for i, place in enumerate(places)]))  # type: ignore[arg-type]
-    assert file.asked == [(BLOCK, 4 * BLOCK), (7 * BLOCK, 8 * BLOCK)]
+    rows = [
+        (i * size, size, place * size + 512 * place) for i, place in enumerate(places)
+    ]  # bitmaps between them
+    held_parts(file, np.array(rows))  # type: ignore[arg-type]
+    gap = 4096
+    assert file.asked == [(size + 512, 4 * size + 1536 + gap), (7 * size + 3584, 8 * size + 3584 + gap)]

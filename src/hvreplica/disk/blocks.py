@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from collections import deque
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -524,7 +525,10 @@ class BlockDisk(ABC):
             own, zero, below = self._sorted_out(self._block_pieces(low, high, held_only=not self._has_parent))
             offsets = self._table.offsets_of(self._table.entries_of(own.block))
             offsets = offsets + own.disk_offset - own.block * self.block_bytes
-            rows = [(*row, "own") for row in joined_runs(own, offsets)]
+            runs = joined_runs(own, offsets)
+            held = held_parts(self._file, np.array(runs, np.int64).reshape(-1, 3))
+            data = deque(map(tuple, held[np.argsort(held[:, 0], kind="stable")].tolist()))
+            rows = [(*row, "own") for row in runs]
             rows += [(*row, "zero") for row in joined_runs(zero, None)]
             rows += [(*row, "parent") for row in joined_runs(below, None)]
             position = low
@@ -532,23 +536,12 @@ class BlockDisk(ABC):
                 if disk_offset > position:
                     yield Stretch(position, disk_offset - position, "absent", None)
                 if kind == "own":
-                    yield from self._stored(disk_offset, length, file_offset)
+                    yield from _stored(disk_offset, length, file_offset, data)
                 else:
                     yield Stretch(disk_offset, length, "zero" if kind == "zero" else "parent", None)
                 position = disk_offset + length
             if position < high:
                 yield Stretch(position, high - position, "absent", None)
-
-    def _stored(self, disk_offset: int, length: int, file_offset: int) -> Iterator[Stretch]:
-        shift = disk_offset - file_offset
-        position, end = file_offset, file_offset + length
-        for data_offset, data_length in self._file.data_extents(file_offset, end):
-            if data_offset > position:
-                yield Stretch(position + shift, data_offset - position, "hole", position)
-            yield Stretch(data_offset + shift, data_length, "data", data_offset)
-            position = data_offset + data_length
-        if position < end:
-            yield Stretch(position + shift, end - position, "hole", position)
 
     def flush(self) -> None:
         if self._session is not None:
@@ -587,3 +580,19 @@ class BlockDisk(ABC):
             raise error
         self._session.begin()
         return self._session
+
+
+def _stored(
+    disk_offset: int, length: int, file_offset: int, data: deque[tuple[int, int, int]]
+) -> Iterator[Stretch]:
+    """Yield what a stored run is made of. data: (disk_offset, length, file_offset), in order; used up."""
+    shift = disk_offset - file_offset
+    position, end = disk_offset, disk_offset + length
+    while data and data[0][0] < end:
+        data_offset, data_length, data_file_offset = data.popleft()
+        if data_offset > position:
+            yield Stretch(position, data_offset - position, "hole", position - shift)
+        yield Stretch(data_offset, data_length, "data", data_file_offset)
+        position = data_offset + data_length
+    if position < end:
+        yield Stretch(position, end - position, "hole", position - shift)

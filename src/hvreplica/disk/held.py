@@ -18,13 +18,16 @@ if TYPE_CHECKING:
     from hvreplica.files import BlockFile
 
 
+_GAP_BYTES = 4096  # between the blocks of a VHD stand their bitmaps
+
+
 def held_parts(file: BlockFile, ranges: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the parts of `ranges` that are no holes in `file`, as rows of the same kind in file order.
 
     ranges: int64 (n, 3) with rows (disk_offset, length, file_offset).
     """
     ranges = ranges[np.argsort(ranges[:, 2], kind="stable")]
-    asked = merge(ranges[:, [2, 1]]).tolist()
+    asked = merge(ranges[:, [2, 1]] + np.array([0, _GAP_BYTES])).tolist()
     found = [row for start, length in asked for row in file.data_extents(start, start + length)]
     if not found:
         return ranges[:0]
