@@ -9,6 +9,7 @@ import pytest
 
 from hvreplica.disk.check import check_disk, repair_disk, undo_repair
 from hvreplica.errors import FormatError, HvReplicaError, StateError
+from hvreplica.formats.vhdx_header import HEADER_OFFSETS, unpack_header
 from tests.disk.damage import MENDABLE, make_dirty
 from tests.support.fakeclock import FakeClock
 from tests.support.faultfile import FaultFiles, crash_states
@@ -106,6 +107,33 @@ def test_an_undo_cut_anywhere_is_completed_by_the_next(harmed: bytes, seed: int)
     for _, world in crash_states(files.trace(), seed=seed, limit=120):
         undo_repair(world, DISK, BACKUP)
         assert world.content_of(DISK) == harmed, world.story
+
+
+def test_the_order_of_writes_and_syncs_is_the_one_that_is_documented(harmed: bytes) -> None:
+    """Backup: records, sync, header, sync. Undo: the header copy that was valid, sync, the bad one, sync."""
+    bad, good = sorted(HEADER_OFFSETS, key=lambda at: is_valid(harmed, at))
+    assert is_valid(harmed, good) > is_valid(harmed, bad)
+    files = FaultFiles("/vm")
+    files.load(DISK, harmed)
+    repair_disk(files, DISK, backup=BACKUP, clock=FakeClock(seed=1))
+    saved = [
+        (e.kind, e.offset) for e in files.trace().events if e.path == BACKUP and e.kind in {"write", "sync"}
+    ]
+    assert saved[-3:] == [("sync", 0), ("write", 0), ("sync", 0)]
+    first_change = next(i for i, e in enumerate(files.trace().events) if e.path == DISK)
+    assert "sync_directory" in [event.kind for event in files.trace().events[:first_change]]
+    files.settle()
+    undo_repair(files, DISK, BACKUP)
+    undone = [(e.kind, e.offset) for e in files.trace().events if e.kind in {"write", "sync"}]
+    assert undone[-4:] == [("write", good), ("sync", 0), ("write", bad), ("sync", 0)]
+
+
+def is_valid(content: bytes, at: int) -> bool:
+    try:
+        unpack_header(content[at : at + 4096], file_offset=at).validate()
+    except FormatError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("operation", ["write", "sync", "resize", "open", "sync_directory"])

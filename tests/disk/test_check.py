@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,7 @@ from hvreplica.disk.check import LEVELS, check_disk
 from hvreplica.disk.check.codes import CODES
 from hvreplica.errors import UnsupportedVersion
 from hvreplica.files import OS_FILES, lock_open_file
+from hvreplica.formats.vhdx_metadata import METADATA_TABLE_ENTRY
 from hvreplica.native import crc32c
 from hvreplica.units import MIB, TIB
 from tests.disk.damage import (
@@ -173,6 +175,16 @@ def test_a_flood_of_findings_is_counted_and_not_kept(path: Path) -> None:
     assert report.counts["corrupt"] == 4000
     assert len(report.findings) == 200
     assert report.omitted == {"bat-state": 1900, "bat-block-overlap": 1900}
+
+
+def test_many_unknown_items_are_counted_and_not_all_kept(path: Path) -> None:
+    patient = make_patient(path)
+    rows = [METADATA_TABLE_ENTRY.pack(item_id=uuid.UUID(int=number), flags=1) for number in range(1, 301)]
+    patient.write(patient.metadata_at + 6 * 32, b"".join(rows))
+    patient.set_item_count(5 + 300)
+    report = check_disk(OS_FILES, path, clock=FakeClock())
+    assert (report.counts["info"], len(report.findings)) == (300, 100)
+    assert report.omitted == {"metadata-item-unknown": 200}
 
 
 def test_raw_disks_have_little_to_check(tmp_path: Path) -> None:
