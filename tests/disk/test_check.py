@@ -16,6 +16,7 @@ from hvreplica.files import OS_FILES, lock_open_file
 from hvreplica.formats.vhdx_metadata import METADATA_TABLE_ENTRY
 from hvreplica.native import crc32c
 from hvreplica.units import MIB, TIB
+from tests.disk import damage_vhd
 from tests.disk.damage import (
     CORRUPT,
     DAMAGES,
@@ -42,7 +43,8 @@ def path(tmp_path: Path) -> Path:
 
 def test_enough_kinds_of_damage_are_tried() -> None:
     assert len(MENDABLE) + len(CORRUPT) >= 30
-    found = {code for damage in DAMAGES.values() for code in damage.codes}
+    every = (*DAMAGES.values(), *damage_vhd.DAMAGES.values())
+    found = {code for damage in every for code in damage.codes}
     elsewhere = {
         "file-too-long",  # test_a_file_of_any_length_is_judged
         "log-too-large",  # test_a_log_beyond_the_bound_is_told

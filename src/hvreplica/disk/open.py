@@ -79,7 +79,7 @@ def open_layer(
     try:
         if writable or shared:
             lock_open_file(file, shared=not writable)
-        found = format or _format_of(file)
+        found = format or format_of(file)
         if found == "vhdx":
             return open_vhdx(file, clock=clock)
         return open_vhd(file) if found == "vhd" else RawDisk(file)
@@ -166,7 +166,11 @@ def _absolute(path: Path) -> Path:
     return Path(os.path.abspath(path))
 
 
-def _format_of(file: BlockFile) -> Format:
+def format_of(file: BlockFile) -> Format:
+    """Return the format that the file's signatures tell, raw where there is none.
+
+    Raises: UnsupportedVersion for those of formats that are not read here.
+    """
     size = file.size()
     head = file.read(0, min(size, _HEAD_BYTES))
     if head.startswith(FILE_SIGNATURE):

@@ -9,8 +9,10 @@ from hvreplica.disk.check.chain import Chain
 from hvreplica.disk.check.codes import LEVELS, NEEDED_LEVELS
 from hvreplica.disk.check.findings import Findings, Statistics
 from hvreplica.disk.check.raw import check_raw
+from hvreplica.disk.check.vhd import check_vhd
 from hvreplica.disk.check.vhdx import check_vhdx
-from hvreplica.disk.open import _format_of as signed_format
+from hvreplica.disk.open import format_of
+from hvreplica.disk.vhd.open import looks_like_vhd
 from hvreplica.errors import FormatError
 from hvreplica.formats.vhdx_header import FILE_SIGNATURE, HEADER_BYTES, HEADER_OFFSETS, unpack_header
 
@@ -23,9 +25,11 @@ if TYPE_CHECKING:
     from hvreplica.disk.check.findings import CheckReport
     from hvreplica.files import BlockFile, FileSystem
 
-_VHDX_ENDINGS = (".vhdx", ".avhdx")
+# What a file claims to be that says nothing of itself any more.
+_BY_ENDING = {".vhdx": "vhdx", ".avhdx": "vhdx", ".vhd": "vhd", ".avhd": "vhd"}
 CHECKS: Mapping[str, Callable[[BlockFile, Findings, Statistics, Chain | None], Any]] = {
     "raw": check_raw,
+    "vhd": check_vhd,
     "vhdx": check_vhdx,
 }
 
@@ -66,10 +70,12 @@ def check_open_file(
 def _format_of(file: BlockFile) -> str:
     """Return the format, also of a file whose first bytes are damaged. Raises: UnsupportedVersion."""
     head = file.read(0, min(len(FILE_SIGNATURE), file.size()))
-    if head == FILE_SIGNATURE or any(_has_header(file, at) for at in HEADER_OFFSETS):
+    if head == FILE_SIGNATURE:
         return "vhdx"
-    signed = signed_format(file)
-    return "vhdx" if file.path.suffix.lower() in _VHDX_ENDINGS else signed
+    if not looks_like_vhd(file) and any(_has_header(file, at) for at in HEADER_OFFSETS):
+        return "vhdx"
+    found = format_of(file)
+    return _BY_ENDING.get(file.path.suffix.lower(), found) if found == "raw" else found
 
 
 def _has_header(file: BlockFile, file_offset: int) -> bool:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Level = Literal["structure", "log", "bat", "leaks", "parents"]
 Severity = Literal["info", "warning", "repairable", "corrupt"]
-Repair = Literal["identifier", "headers", "region-tables", "log", "bat-entries", "file-end"]
+Repair = Literal["identifier", "headers", "region-tables", "log", "bat-entries", "footers", "file-end"]
 
 LEVELS: tuple[Level, ...] = ("structure", "log", "bat", "leaks", "parents")
 SEVERITIES: tuple[Severity, ...] = ("info", "warning", "repairable", "corrupt")
@@ -129,6 +129,43 @@ CODES: Mapping[str, Code] = {
     "parameter-logical-sector-size": Code("structure", "corrupt", "the logical sector is not 512 or 4096"),
     "parameter-physical-sector-size": Code("structure", "corrupt", "the physical sector is not 512 or 4096"),
     "parameter-disk-size": Code("structure", "corrupt", "the size of the disk is not allowed"),
+    # structure of a VHD
+    "no-valid-footer": Code("structure", "corrupt", "VHD: neither footer nor a copy of it is valid"),
+    "footer-missing": Code(
+        "structure",
+        "repairable",
+        "VHD: no valid footer at the end, as a crash leaves it; the copy at the start is",
+        "footers",
+    ),
+    "footer-copy-invalid": Code(
+        "structure", "repairable", "VHD: the copy of the footer is not valid; the footer is", "footers"
+    ),
+    "footer-copy-differs": Code(
+        "structure", "warning", "VHD: footer and copy are valid, and differ; the footer counts", "footers"
+    ),
+    "footer-old": Code("structure", "info", "VHD: a footer of 511 bytes, as Virtual PC wrote it"),
+    "footer-version": Code("structure", "corrupt", "VHD: a version of the format that is not known here"),
+    "footer-disk-type": Code("structure", "corrupt", "VHD: the type of the disk is not 2, 3 or 4"),
+    "footer-disk-size": Code("structure", "corrupt", "VHD: the size of the disk is not allowed"),
+    "footer-data-offset": Code("structure", "corrupt", "VHD: the dynamic disk header cannot stand there"),
+    "footer-file-too-short": Code(
+        "structure", "corrupt", "VHD: the file ends before the disk or its dynamic disk header does"
+    ),
+    "dynamic-header-cookie": Code("structure", "corrupt", "VHD: there is no dynamic disk header"),
+    "dynamic-header-checksum": Code(
+        "structure", "corrupt", "VHD: the dynamic disk header, which has no copy, has a wrong checksum"
+    ),
+    "dynamic-header-version": Code(
+        "structure", "corrupt", "VHD: a dynamic disk header of a version that is not known here"
+    ),
+    "dynamic-header-block-size": Code("structure", "corrupt", "VHD: the block size is not allowed"),
+    "dynamic-header-table-entries": Code(
+        "structure", "corrupt", "VHD: the BAT has fewer entries than the disk has blocks"
+    ),
+    "dynamic-header-table-offset": Code("structure", "corrupt", "VHD: the BAT cannot stand there"),
+    "batmap-invalid": Code(
+        "structure", "warning", "VHD: the batmap that XenServer believes is missing or damaged"
+    ),
     # log
     "log-dirty": Code("log", "repairable", "the file was not closed cleanly; its log can be replayed", "log"),
     "log-entry-torn": Code(
@@ -167,6 +204,12 @@ CODES: Mapping[str, Code] = {
     ),
     "bat-anchor-overlap": Code(
         "bat", "warning", "an UNDEFINED or UNMAPPED block keeps a place that something else has"
+    ),
+    "bat-blocks-unaligned": Code(
+        "bat", "info", "VHD: data of blocks is not on a boundary of 4 KiB, as of qemu and VirtualBox"
+    ),
+    "bat-entry-beyond-disk": Code(
+        "bat", "info", "VHD: entries behind those that the disk needs are not 0xffffffff"
     ),
     # leaks
     "space-unused": Code(

@@ -14,7 +14,8 @@ import msgspec
 from hvreplica.clock import iso_time
 from hvreplica.disk.check.backup import read_backup, restore, write_backup
 from hvreplica.disk.check.check import check_open_file
-from hvreplica.disk.check.repair_vhdx import identity_of, plan_vhdx
+from hvreplica.disk.check.repair_vhd import plan_vhd, vhd_identity
+from hvreplica.disk.check.repair_vhdx import plan_vhdx, vhdx_identity
 from hvreplica.errors import StateError, UnsupportedVersion
 from hvreplica.files import lock_open_file
 from hvreplica.formats.guid import NIL
@@ -32,8 +33,11 @@ if TYPE_CHECKING:
 
 # What is wrong with parents is not mended here, and does not stand against mending the file itself.
 _LEVELS: tuple[Level, ...] = ("structure", "log", "bat", "leaks")
-_PLANS: Mapping[str, Callable[[Any, CheckReport, Clock], RepairPlan]] = {"vhdx": plan_vhdx}
-_IDENTITIES: Mapping[str, Callable[[BlockFile], uuid.UUID | None]] = {"vhdx": identity_of}
+_PLANS: Mapping[str, Callable[[Any, CheckReport, Clock], RepairPlan]] = {"vhd": plan_vhd, "vhdx": plan_vhdx}
+_IDENTITIES: Mapping[str, Callable[[BlockFile], uuid.UUID | None]] = {
+    "vhd": vhd_identity,
+    "vhdx": vhdx_identity,
+}
 
 
 class RepairAction(msgspec.Struct, frozen=True):
@@ -157,7 +161,7 @@ def _check_identity(file: BlockFile, format_name: str, identities: tuple[uuid.UU
         raise StateError(
             "this is not the file that was repaired, or it has changed since",
             path=file.path,
-            field="file_write_guid",
+            field="identity",
             expected=" or ".join(str(each) for each in identities),
             actual=identity,
             hint="undo the latest repair first; what a guest wrote since cannot be kept by an undo",

@@ -68,7 +68,7 @@ def plan_vhdx(subject: VhdxFile, report: CheckReport, clock: Clock) -> RepairPla
     return RepairPlan((_headers_step(subject, after), *steps), header.file_write_guid, after)
 
 
-def identity_of(file: BlockFile) -> uuid.UUID | None:
+def vhdx_identity(file: BlockFile) -> uuid.UUID | None:
     """Return the FileWriteGuid of the current header, None where there is none."""
     try:
         return Headers(file).current.file_write_guid
