@@ -13,7 +13,8 @@ import pytest
 from hvreplica.clock import SYSTEM
 from hvreplica.disk import open_disk
 from hvreplica.disk.check import check_disk, repair_disk
-from hvreplica.files import OS_FILESfrom tests.support.images import disk_content, file_content, unpack
+from hvreplica.files import OS_FILES
+from tests.support.images import disk_content, file_content, unpack
 from tests.support.specimens import EXPECTED
 
 if TYPE_CHECKING:
