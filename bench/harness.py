@@ -104,25 +104,32 @@ def timed(command: Sequence[str | os.PathLike[str]], **options: object) -> tuple
     return seconds, done.stdout
 
 
+# A process counts as its own the most memory of the one that started it, which may be a large one: so a small
+# one stands between.
+_WATCHER = """
+import os, resource, sys, time
+start = time.perf_counter()
+status = os.spawnvp(os.P_WAIT, sys.argv[1], sys.argv[1:])
+seconds = time.perf_counter() - start
+sys.stderr.write(f"{seconds} {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss}")
+sys.exit(status)
+"""
+
+
 def peak_of(command: Sequence[str | os.PathLike[str]]) -> tuple[float, str, int]:
     """Run a command; return its seconds, what it printed, and the most memory it had, in bytes.
 
-    Linux counts what this process had when it started the child, too: call it from a small one. Raises:
-    RuntimeError if the command fails.
+    Raises: RuntimeError if it fails.
     """
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        start = time.perf_counter()
-        process = subprocess.Popen([str(word) for word in command], stdout=out, stderr=err)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
-        out.seek(0)
-        err.seek(0)
-        answer = out.read()
-        if process.returncode:
-            message = f"{command} ended with {process.returncode}: {(answer + err.read())[-2000:]}"
-            raise RuntimeError(message)
-    return seconds, answer, usage.ru_maxrss * 1024
+    words = [str(word) for word in command]
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", _WATCHER, *words], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        message = f"{command} ended with {done.returncode}: {(done.stdout + done.stderr)[-2000:]}"
+        raise RuntimeError(message)
+    seconds, peak_kib = done.stderr.split()[-2:]
+    return float(seconds), done.stdout, int(peak_kib) * 1024
 
 
 def missing(*tools: str) -> list[str]:
