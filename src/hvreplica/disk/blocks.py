@@ -179,6 +179,9 @@ class BlockDisk(ABC):
 
     def read_extents(self, extents: NDArray[Any], out: Buffer) -> None:
         rows = self._rows(extents)
+        if self._bitmaps is None and self._table.is_checked:
+            native.read_extents(self._file, self._table.block_map, rows, out)
+            return
         blocks = touched_blocks(rows, self.block_bytes)
         self._table.ensure_checked(blocks)
         if self._bitmaps is None or self._is_direct[self._table.states(blocks)].all():
@@ -230,19 +233,31 @@ class BlockDisk(ABC):
     def write_extents(self, extents: NDArray[Any], data: Buffer) -> None:
         rows = self._rows(extents)
         session = self._begin()
-        blocks = touched_blocks(rows, self.block_bytes)
-        self._table.ensure_checked(blocks)
         try:
-            if self._bitmaps is not None and (rows % self._bitmaps.sector_bytes).any():
-                self._write_edges(rows, memoryview(data).cast("B"))
-            elif self._table.present(blocks).all():
-                native.write_extents(self._file, self._table.block_map, rows, data)
+            if self._bitmaps is not None:
+                self._write_counting(session, self._bitmaps, rows, data)
             else:
-                self._write_allocating(session, rows, memoryview(data).cast("B"))
+                try:
+                    native.write_extents(self._file, self._table.block_map, rows, data)
+                except native.BlockAbsent:  # found before anything was written
+                    self._write_allocating(session, rows, memoryview(data).cast("B"))
         finally:
             session.changed()
         if self._bitmaps is not None and self._bitmaps.dirty_count > _DIRTY_PAGE_COUNT_MAX:
             session.flush()
+
+    def _write_counting(
+        self, session: Session, bitmaps: SectorBitmaps, rows: NDArray[np.int64], data: Buffer
+    ) -> None:
+        """Write to a disk of whose blocks only some sectors may count."""
+        blocks = touched_blocks(rows, self.block_bytes)
+        self._table.ensure_checked(blocks)
+        if (rows % bitmaps.sector_bytes).any():
+            self._write_edges(rows, memoryview(data).cast("B"))
+        elif self._table.present(blocks).all():
+            native.write_extents(self._file, self._table.block_map, rows, data)
+        else:
+            self._write_allocating(session, rows, memoryview(data).cast("B"))
 
     def _write_allocating(self, session: Session, rows: NDArray[np.int64], view: memoryview) -> None:
         self._check_length(rows, view)

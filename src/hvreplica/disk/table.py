@@ -86,6 +86,11 @@ class BlockTable:
         )
         self._occupied = occupied
 
+    @property
+    def is_checked(self) -> bool:
+        """Whether every entry may be used without ensure_checked()."""
+        return True
+
     def ensure_checked(self, blocks: NDArray[np.int64]) -> None:
         """Make sure that the entries of `blocks` may be used. Raises: FormatError for what cannot be."""
 

@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     from hvreplica.files import BlockFile
 
 _PAGE_SHIFT = ENTRIES_PER_PAGE.bit_length() - 1
-# 2 Mi entries: read and checked in a few milliseconds. Larger tables are mapped, and checked where they are
-# used.
-_LOADED_BYTES_MAX = 16 * MIB
+# 128 Ki entries: read and checked in a few milliseconds. Larger tables are mapped, and checked where they are
+# used, all of them before the first change.
+_LOADED_BYTES_MAX = MIB
 # More blocks than this are not sorted at open to find two on one place; a repair run may.
 _APART_COUNT_MAX = 1 << 22
 
@@ -62,9 +62,9 @@ class Bat(BlockTable):
         entries = self._load(occupied)
         super().__init__(image.geometry, entries, occupied, offset_mask=OFFSET_MASK)
         self._checked = ~occupied
+        self._is_checked = False
         if not self._is_mapped:
-            self._check_pages(np.flatnonzero(occupied))
-            self._check_apart()
+            self.check_all()
 
     def _find_occupied(self, page_count: int) -> NDArray[np.bool_]:
         occupied = np.zeros(page_count, bool)
@@ -91,17 +91,22 @@ class Bat(BlockTable):
             self._file.read_into(window, self.file_offset + first * LOG_SECTOR_BYTES)
         return entries
 
+    @property
+    def is_checked(self) -> bool:
+        return self._is_checked
+
     def ensure_checked(self, blocks: NDArray[np.int64]) -> None:
-        if not self._is_mapped or not len(blocks):
+        if self._is_checked or not len(blocks):
             return
         pages = np.unique(self._image.geometry.index_of(blocks) >> _PAGE_SHIFT)
         self._check_pages(pages[~self._checked[pages]])
 
     def check_all(self) -> None:
-        if self._checked.all():
+        if self._is_checked:
             return
         self._check_pages(np.flatnonzero(~self._checked))
         self._check_apart()
+        self._is_checked = True
 
     def _check_pages(self, pages: NDArray[np.int64]) -> None:
         try:

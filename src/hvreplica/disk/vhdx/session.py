@@ -144,11 +144,15 @@ class WriteSession:
 
     def allocate(self, blocks: NDArray[np.int64]) -> None:
         """Give each of `blocks`, unique, a place that reads as zeros, unless it has one. After begin()."""
+        if not len(blocks):
+            return
         with self._lock:
             self._place(blocks[~self._bat.placed(blocks)], PayloadState.PAYLOAD_BLOCK_FULLY_PRESENT)
 
     def allocate_partial(self, blocks: NDArray[np.int64]) -> None:
         """Give each of `blocks`, unique, that has none a place of which nothing counts. After begin()."""
+        if not len(blocks):
+            return
         with self._lock:
             blocks = blocks[~self._bat.placed(blocks)]
             for block in blocks.tolist():
@@ -200,6 +204,8 @@ class WriteSession:
 
         A block that another thread has just allocated is left alone. After begin().
         """
+        if not len(blocks):
+            return
         with self._lock:
             loose = np.unique(blocks[np.isin(states_of(self._bat.entries_of(blocks)), _LOOSE_STATES)])
             if len(loose):
