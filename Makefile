@@ -44,7 +44,10 @@ tests: dev ## every test; PYTEST_ARGS="-k name" for some
 crash: dev ## the power-cut and kill tests with many more states and examples
 	HVREPLICA_PROFILE=deep $(PY) -m pytest tests/crash $(PYTEST_ARGS)
 
-fuzz: dev ## every fuzzer for FUZZ_SECONDS in all
+fuzz: dev ## every fuzzer, guided by coverage, for FUZZ_SECONDS in all; installs atheris where it can be had
+	@$(PY) -c 'import atheris' 2>/dev/null || { echo "installing atheris"; \
+	    $(PY) -m pip install --quiet --retries 1 --timeout 15 --editable '.[fuzz]' || \
+	    echo "atheris cannot be had here: nothing will be guided by coverage" >&2; }
 	$(PY) -m tests.fuzz --seconds $(FUZZ_SECONDS)
 
 bench: dev ## the figures of docs/benchmarks.md, on this machine

@@ -1,14 +1,1 @@
-"""Every fuzzer of the project."""
-
-from __future__ import annotations
-
-from tests.fuzz import targets_disk, targets_hrl, targets_text, targets_vhd, targets_vhdx, targets_wire
-
-FUZZERS = (
-    *targets_vhdx.FUZZERS,
-    *targets_vhd.FUZZERS,
-    *targets_disk.FUZZERS,
-    *targets_hrl.FUZZERS,
-    *targets_wire.FUZZERS,
-    *targets_text.FUZZERS,
-)
+"""Attacks on every parser: see docs/testing.md."""

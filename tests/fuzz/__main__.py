@@ -1,99 +1,130 @@
-"""Run the fuzzers: python -m tests.fuzz [--seconds 60] [--only NAME] [--seed N] [--round N] [--input FILE].
+"""Run the fuzzers: python -m tests.fuzz [--seconds 60] [--only NAME] [--seed N] [--jobs N] [-- libFuzzer options].
 
-Without --seed the clock gives one; it is printed with every finding. --round replays one input with its traceback,
---input one file. --atheris NAME hands a target to libFuzzer where atheris is installed; what follows goes to it.
+With atheris installed every fuzzer is guided by coverage; without it, or with --seeded, its seeds are mutated
+at random. Without --seed the clock gives one. --input replays one file with its traceback, --round one input
+of a seeded run. --distil chooses the committed corpus from all inputs that were found.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
+import contextlib
+import fnmatch
+import os
 import sys
 import time
 import warnings
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING
 
-from tests.fuzz import FUZZERS
-from tests.fuzz.registry import Finding, Fuzzer, make_input, run
+from tests.fuzz import guided
 
-FINDINGS = Path("build/fuzz")
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tests.fuzz.registry import Finding, Fuzzer
 
 
 def main() -> int:
-    """Return 1 if any fuzzer found anything."""
+    """Return 1 if any fuzzer found anything, or a canary was not found."""
+    options = _options()
+    is_guided = guided.is_available() and not options.seeded and options.input is options.round is None
+    with guided.instrumented() if is_guided and not options.distil else contextlib.nullcontext():
+        from tests.fuzz.canary import guided_canary  # noqa: PLC0415 - what is imported here is instrumented
+        from tests.fuzz.fuzzers import FUZZERS  # noqa: PLC0415
+    warnings.simplefilter("error")
+    chosen = [fuzzer for fuzzer in FUZZERS if fnmatch.fnmatch(fuzzer.name, options.only)]
+    if not chosen:
+        sys.exit(f"no fuzzer {options.only}; there are: {', '.join(fuzzer.name for fuzzer in FUZZERS)}")
+    if options.input is not None or options.round is not None:
+        return _replay_all(chosen, options)
+    if options.distil:
+        return _distil_all(chosen)
+    if not is_guided:
+        return _run_seeded(chosen, options.seed, options.seconds)
+    print(f"guided by coverage, seed {options.seed}", flush=True)
+    failed = not guided.find_canary(guided_canary(), seed=options.seed)
+    _say_canary(is_found=not failed)
+    for outcome in guided.run_guided(
+        chosen, seconds=options.seconds, seed=options.seed, jobs=options.jobs, arguments=options.rest
+    ):
+        print(outcome.summary, flush=True)
+        if outcome.code:
+            print(outcome.story, file=sys.stderr, flush=True)
+            failed = True
+    return int(failed)
+
+
+def _say_canary(*, is_found: bool) -> None:
+    print(f"{'canary':18} {'found' if is_found else 'NOT FOUND: do not believe this run'}", flush=True)
+
+
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz")
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--only", choices=[fuzzer.name for fuzzer in FUZZERS])
+    parser.add_argument("--only", default="*", help="a name, or a pattern such as 'vhdx_*'")
     parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--seeded", action="store_true")
     parser.add_argument("--round", type=int)
     parser.add_argument("--input", type=Path)
-    parser.add_argument("--atheris", action="store_true")
-    options, rest = parser.parse_known_args()
-    warnings.simplefilter("error")
-    chosen = [fuzzer for fuzzer in FUZZERS if options.only in {None, fuzzer.name}]
-    if options.atheris:
-        _run_atheris(chosen[0], rest)
-    if rest:
-        parser.error(f"unknown: {rest}")
-    if options.input is not None or options.round is not None:
-        for fuzzer in chosen:
-            data = (
-                options.input.read_bytes()
-                if options.input is not None
-                else make_input(fuzzer, fuzzer.seeds(), options.seed, options.round)
-            )
-            _replay(fuzzer, data)
-        return 0
-    found = [_run(fuzzer, options.seed, options.seconds / len(chosen)) for fuzzer in chosen]
-    return int(any(found))
+    parser.add_argument("--distil", action="store_true")
+    parser.add_argument("rest", nargs="*")
+    return parser.parse_args()
 
 
-def _run(fuzzer: Fuzzer, seed: int, seconds: float) -> bool:
-    rounds, finding = run(fuzzer, seed=seed, seconds=seconds)
-    print(f"{fuzzer.name:16} {rounds:8} rounds, seed {seed}", flush=True)
-    if finding is not None:
-        _keep(finding)
-    return finding is not None
+def _run_seeded(fuzzers: Sequence[Fuzzer], seed: int, seconds: float) -> int:
+    from tests.fuzz.canary import canary  # noqa: PLC0415
+    from tests.fuzz.registry import run  # noqa: PLC0415
+
+    if not guided.is_available():
+        print(
+            "atheris is not installed: seeds are mutated at random, coverage guides nothing", file=sys.stderr
+        )
+    _, planted = run(canary(), seed=seed, rounds=50_000)
+    _say_canary(is_found=planted is not None)
+    found = planted is None
+    for fuzzer in fuzzers:
+        rounds, finding = run(fuzzer, seed=seed, seconds=seconds / len(fuzzers))
+        print(f"{fuzzer.name:18} {rounds:>9} rounds, seed {seed}", flush=True)
+        if finding is not None:
+            _keep(finding)
+            found = True
+    return int(found)
 
 
 def _keep(finding: Finding) -> None:
-    FINDINGS.mkdir(parents=True, exist_ok=True)
-    path = FINDINGS / f"{finding.fuzzer}-{finding.seed}-{finding.round}.bin"
+    guided.FINDINGS.mkdir(parents=True, exist_ok=True)
+    path = guided.FINDINGS / f"{finding.fuzzer}-{finding.seed}-{finding.round}.bin"
     path.write_bytes(finding.data)
     print(f"FOUND {finding}\ninput: {path}", file=sys.stderr, flush=True)
 
 
-def _replay(fuzzer: Fuzzer, data: bytes) -> None:
-    try:
-        fuzzer.target(data)
-    except fuzzer.allowed as error:
-        print(f"{fuzzer.name}: refused as it should be: {error}")
-    else:
-        print(f"{fuzzer.name}: accepted")
+def _replay_all(fuzzers: Sequence[Fuzzer], options: argparse.Namespace) -> int:
+    from tests.fuzz.registry import attempt, make_input  # noqa: PLC0415
+
+    for fuzzer in fuzzers:
+        if options.input is not None:
+            data = options.input.read_bytes()
+        else:
+            data = make_input(fuzzer, fuzzer.seeds(), options.seed, options.round)
+        error = attempt(fuzzer, data)
+        if error is not None:
+            raise error
+        print(f"{fuzzer.name}: a value, or a refusal as it should be")
+    return 0
 
 
-def _run_atheris(fuzzer: Fuzzer, arguments: list[str]) -> NoReturn:
-    """Give one target to libFuzzer, its seeds written as the first corpus."""
-    if importlib.util.find_spec("atheris") is None:
-        sys.exit("atheris is not installed: pip install atheris, or leave --atheris away")
-    atheris = importlib.import_module("atheris")
-    corpus = FINDINGS / f"corpus-{fuzzer.name}"
-    corpus.mkdir(parents=True, exist_ok=True)
-    for number, seed in enumerate(fuzzer.seeds()):
-        (corpus / f"seed-{number}").write_bytes(seed)
+def _distil_all(fuzzers: Sequence[Fuzzer]) -> int:
+    from tests.fuzz.distil import distil  # noqa: PLC0415
 
-    def target(data: bytes) -> None:
-        try:
-            fuzzer.target(data)
-        except fuzzer.allowed:
-            pass
-
-    atheris.instrument_all()
-    atheris.Setup([sys.argv[0], str(corpus), *arguments], target)
-    atheris.Fuzz()
-    sys.exit(0)
+    total = 0
+    for fuzzer in fuzzers:
+        count, size = distil(fuzzer)
+        total += size
+        print(f"{fuzzer.name:18} {count:>5} inputs {size:>7} bytes", flush=True)
+    print(f"{total} bytes in all")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,125 +1,131 @@
-"""Whole VHDX files, of which the metadata is attacked: opened, replayed, read and written."""
+"""Whole disks whose structures are attacked: opened, replayed, mapped, read through their parents, written."""
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
+import itertools
+from typing import TYPE_CHECKING
 
-from hvreplica.disk import create_disk, open_disk
-from hvreplica.formats import vhdx_header, vhdx_region
-from hvreplica.units import KIB, MIB
+import numpy as np
+
+from hvreplica.disk import map_disk, open_disk
+from hvreplica.units import MIB
+from tests.fuzz import scenes_vhd, scenes_vhdx
+from tests.fuzz.damage import ONLY_READ, stored
 from tests.fuzz.registry import Fuzzer
-from tests.fuzz.targets_vhdx import sealed
 from tests.support.fakeclock import FakeClock
-from tests.support.faultfile import FaultFiles, crash_states
 
-_DISK = Path("/d/disk.vhdx")
-_HEADERS = (64 * KIB, 128 * KIB)
-_REGION_TABLES = (192 * KIB, 256 * KIB)
-_LOG_WINDOW_BYTES = 48 * KIB
-_SIZE_BYTES = 8  # of the file, at the end of an input
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
+    from hvreplica.disk import Disk
+    from tests.fuzz.damage import Scene
+    from tests.support.faultfile import FaultFiles
 
-@functools.cache
-def _files() -> FaultFiles:
-    """Return the making of a small dynamic disk, so that a cut leaves entries in its log."""
-    files = FaultFiles("/d")
-    clock = FakeClock()
-    create_disk(files, _DISK, virtual_bytes=64 * MIB, block_bytes=MIB, clock=clock)
-    files.sync_directory(_DISK.parent)
-    files.settle()
-    disk = open_disk(files, _DISK, writable=True, clock=clock)
-    for block in range(3):
-        disk.write(bytes([block + 1]) * 4096, block * 5 * MIB)
-        disk.flush()
-    return files
+_LOOKED_AT_BYTES = 32 * MIB
+_MAPPED_BYTES_MAX = 1 << 40  # a map of all blocks of the largest disks takes longer than an attack may
+_PLACES = tuple(block * MIB + 512 for block in (0, 3, 5, 6, 8))
+_PIECE_BYTES = 4096
+_MARK = b"\x55" * _PIECE_BYTES
 
 
-@functools.cache
-def _windows() -> tuple[tuple[int, int], ...]:
-    """Return (offset, length) of every structure of the file, the start of the log included."""
-    content = _files().content_of(_DISK)
-    header = vhdx_header.unpack_header(content[_HEADERS[0] :], file_offset=0)
-    regions = vhdx_region.unpack_region_table(content[_REGION_TABLES[0] :], file_offset=0)
-    bat = regions.find(vhdx_region.BAT_REGION).file_offset
-    metadata = regions.find(vhdx_region.METADATA_REGION).file_offset
-    return (
-        (0, 4 * KIB),
-        *((offset, 4 * KIB) for offset in _HEADERS),
-        *((offset, KIB) for offset in _REGION_TABLES),
-        (header.log_offset, _LOG_WINDOW_BYTES),
-        (metadata, KIB),
-        (metadata + 64 * KIB, KIB),
-        (bat, 4 * KIB),
-    )
+def _attack(scene: Scene, data: bytes) -> None:
+    """Damage the scene, read its first disk, write to it, and read again what another process would find."""
+    world = scene.damaged(data)
+    path = scene.paths[0]
+    shown = _show(world, path)
+    if data[1:2] and data[1] & ONLY_READ:
+        return
+    written = _write(world, path, shown)
+    again = _show(world, path)
+    for place, piece in written.items():
+        assert again[place] == piece, f"what was written at {place} is not what was read after a close"
 
 
-def _hot() -> list[int]:
-    """Return where each window begins in an input, and the log's first sectors besides."""
-    starts: list[int] = []
-    at = 0
-    for _, length in _windows():
-        starts += range(at, at + (3 * 4 * KIB if length == _LOG_WINDOW_BYTES else 1), 4 * KIB)
-        at += length
-    return starts
+def _show(world: FaultFiles, path: Path) -> dict[int, bytes]:
+    """Read a disk in every way there is; return some of its bytes."""
+    with open_disk(world, path, clock=FakeClock()) as disk:
+        end = min(disk.virtual_bytes, _LOOKED_AT_BYTES)
+        extents = disk.extents(0, end)
+        assert (extents >= 0).all()
+        assert extents.size == 0 or int(extents.sum(axis=1).max()) <= disk.virtual_bytes
+        disk.info()
+        if disk.virtual_bytes <= _MAPPED_BYTES_MAX:
+            _check_map(disk)
+        pieces = _pieces(disk)
+        for place, piece in pieces.items():
+            covered = any(
+                start < place + len(piece) and place < start + length for start, length in extents.tolist()
+            )
+            assert covered or not any(piece), f"data at {place} that no extent covers"
+        return pieces
 
 
-def _seeds() -> list[bytes]:
-    seeds = []
-    for _, world in crash_states(_files().trace(), subsets_per_prefix=2, limit=24):
-        content = world.content_of(_DISK)
-        pieces = [content[start : start + length].ljust(length, b"\0") for start, length in _windows()]
-        seeds.append(b"".join(pieces) + len(content).to_bytes(_SIZE_BYTES, "little"))
-    return seeds
+def _check_map(disk: Disk) -> None:
+    position = 0
+    for entry in itertools.islice(map_disk(disk), 1000):
+        assert entry.start == position
+        assert entry.length > 0
+        position += entry.length
+        assert position <= disk.virtual_bytes
 
 
-def _repair(data: bytes) -> bytes:
-    """Set the checksums of headers and of log entries right; the target does so for region tables."""
-    at = 0
-    for start, length in _windows():
-        if start in _HEADERS:
-            data = sealed(data, at, 4 * KIB)
-        if length == _LOG_WINDOW_BYTES:
-            for sector in range(at, at + length, 4 * KIB):
-                entry_bytes = int.from_bytes(data[sector + 8 : sector + 12], "little")
-                if data[sector : sector + 4] == b"loge" and 64 <= entry_bytes <= at + length - sector:
-                    data = sealed(data, sector, entry_bytes)
-        at += length
-    return data
+def _pieces(disk: Disk) -> dict[int, bytes]:
+    lengths = [max(min(disk.virtual_bytes - place, _PIECE_BYTES), 0) for place in _PLACES]
+    rows = [(place, length) for place, length in zip(_PLACES, lengths, strict=True) if length]
+    data = bytearray(sum(lengths))
+    disk.read_extents(np.array(rows, np.int64).reshape(-1, 2), data)
+    ends = itertools.accumulate(lengths)
+    return {
+        place: bytes(data[end - length : end])
+        for place, length, end in zip(_PLACES, lengths, ends, strict=True)
+    }
 
 
-def _attack(data: bytes) -> None:
-    """Lay the attacked windows over the disk, open it as a reader and as a writer, and use it."""
-    world = _files().after_kill()
-    with world.open(_DISK, writable=True) as file:
-        at = 0
-        for start, length in _windows():
-            file.write(data[at : at + length], start)
-            at += length
-        for table in _REGION_TABLES:
-            file.write(sealed(file.read(table, 64 * KIB), 0, 64 * KIB), table)
-        size = int.from_bytes(data[at : at + _SIZE_BYTES], "little")
-        file.resize(size if 0 < size < 1 << 44 else file.size())
-    world.settle()
-    for writable in (False, True):
-        disk = open_disk(world, _DISK, writable=writable, clock=FakeClock())
-        try:
-            end = min(disk.virtual_bytes, 32 * MIB)
-            extents = disk.extents(0, end)
-            assert (extents >= 0).all()
-            assert extents.size == 0 or int(extents.sum(axis=1).max()) <= disk.virtual_bytes
-            for disk_offset in (0, 5 * MIB, 10 * MIB):
-                disk.read_into(bytearray(max(min(end - disk_offset, 8192), 0)), min(disk_offset, end))
-            disk.info()
-            if writable:
-                written = b"\x55" * min(end, 4096)
-                disk.write(written, 0)
-                disk.flush()
-                again = bytearray(len(written))
-                disk.read_into(again, 0)
-                assert again == written
-        finally:
-            disk.close()
+def _write(world: FaultFiles, path: Path, shown: dict[int, bytes]) -> dict[int, bytes]:
+    """Write, zero and flush; return what must be there from now on."""
+    with open_disk(world, path, writable=True, clock=FakeClock()) as disk:
+        assert _pieces(disk) == shown, "a writer's replay shows other bytes than a reader's"
+        place, zeroed = _PLACES[1], _PLACES[2]
+        written = _MARK[: len(shown[place])]
+        if written:
+            disk.write(written, place)
+            disk.flush()
+        if shown[zeroed]:
+            disk.write_zeroes(zeroed, len(shown[zeroed]))
+        expected = {**shown, place: written, zeroed: bytes(len(shown[zeroed]))}
+        assert _pieces(disk) == expected, "not what was written"
+        return expected
 
 
-FUZZERS = (Fuzzer("vhdx_file", _seeds, _attack, _repair, hot=_hot),)
+def _fuzzer(name: str, scene: Callable[[], Scene]) -> Fuzzer:
+    return Fuzzer(name, lambda: scene().seeds(), lambda data: _attack(scene(), data))
+
+
+def _attack_replay(data: bytes) -> None:
+    """Replay a damaged log in memory and in place: both show the same, and only a writer changes the file."""
+    scene = scenes_vhdx.chain_scene()
+    world = scene.damaged(data)
+    path = scene.paths[0]
+    before = stored(world, path)
+    try:
+        with open_disk(world, path, clock=FakeClock()) as disk:
+            shown = _pieces(disk)
+            if disk.format != "vhdx":  # without its signature it is a raw disk, and those have no log
+                return
+    finally:
+        assert stored(world, path) == before, "a reader changed the file"
+    open_disk(world, path, writable=True, clock=FakeClock()).abandon()
+    with open_disk(world.after_kill(), path, clock=FakeClock()) as disk:
+        assert disk.info().log == "clean"
+        assert _pieces(disk) == shown
+
+
+FUZZERS = (
+    _fuzzer("vhdx_file", scenes_vhdx.dynamic_scene),
+    _fuzzer("vhdx_chain", scenes_vhdx.chain_scene),
+    _fuzzer("vhd_file", scenes_vhd.dynamic_scene),
+    _fuzzer("vhd_fixed", scenes_vhd.fixed_scene),
+    _fuzzer("vhd_chain", scenes_vhd.chain_scene),
+    Fuzzer("vhdx_replay", lambda: scenes_vhdx.chain_scene().seeds(), _attack_replay),
+)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import uuid
 from pathlib import Path
 
 from hvreplica import native
+from hvreplica.disk.paths import candidate_paths
 from hvreplica.errors import HvReplicaError
 from hvreplica.formats import fingerprint
 from hvreplica.replication.state import StateFolder
@@ -84,6 +86,28 @@ def _attack_vm_name(data: bytes) -> None:
         assert vm_name(folder) in {name, None}
 
 
+def _attack_parent_names(data: bytes) -> None:
+    """Take lines as the names in a disk: what is to be looked at has no NUL, is bounded, and never a folder."""
+    names = data.decode().split("\n") if _is_text(data) else [data.decode("latin-1")]
+    child = Path("/vm/sub/child.avhdx")
+    paths = candidate_paths(child, names)
+    assert len(paths) <= 2 * len(names)
+    assert len(set(paths)) == len(paths)
+    for path in paths:
+        assert path.is_absolute()
+        assert "\0" not in str(path)
+        assert len(str(path)) <= 4096 + len(str(child))
+        os.fsencode(path)
+
+
+def _is_text(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def _attack_words(data: bytes) -> None:
     text = data.decode("utf-8", "replace")
     for parse in (parse_size, parse_address):
@@ -101,6 +125,17 @@ FUZZERS = (
         "vm_name",
         lambda: [b"web01", "wéb 01/..".encode(), b"CON.x", b"..", b"a" * 100, b"%2e"],
         _attack_vm_name,
+    ),
+    Fuzzer(
+        "parent_names",
+        lambda: [
+            b".\\a.vhdx\nC:\\vm\\a.vhdx",
+            b"..\\..\\x\\a.vhd",
+            b"\\\\host\\share\\a.vhdx",
+            b"file:///vm/a%20b.vhd\nfile://./a.vhd",
+            b"/vm/a.vhdx",
+        ],
+        _attack_parent_names,
     ),
     Fuzzer(
         "words", lambda: [b"10G", b"1.5 TiB", b"127.0.0.1:8084", b"[::1]:1", b"host:99999"], _attack_words

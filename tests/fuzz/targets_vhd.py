@@ -1,4 +1,4 @@
-"""The structures of a VHD, each by itself, and whole files of which the metadata is attacked."""
+"""The structures of a VHD, each by itself."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from tests.support.faultfile import FaultFiles
 _DISK, _PARENT = Path("/d/disk.vhd"), Path("/d/base.vhd")
 _FOOTER_BYTES = vhd_footer.FOOTER_BYTES
 _HEADER_BYTES = vhd_header.DYNAMIC_HEADER_BYTES
-_HEAD_BYTES = 0x800  # copy of the footer, header, BAT
-_SIZE_BYTES = 8
+_CODES = (vhd_locator.RELATIVE, vhd_locator.ABSOLUTE, vhd_locator.FILE_URL, vhd_locator.RELATIVE_OLD, b"Mac ")
 
 
 def _summed(data: bytes, start: int, length: int, checksum_offset: int) -> bytes:
@@ -112,42 +111,11 @@ def _header_seeds() -> list[bytes]:
     return [content[512 : 512 + _HEADER_BYTES], other.pack()]
 
 
-def _file_seeds() -> list[bytes]:
-    content = _files().content_of(_DISK)
-    return [content[:_HEAD_BYTES] + content[-_FOOTER_BYTES:] + len(content).to_bytes(_SIZE_BYTES, "little")]
-
-
-def _file_repair(data: bytes) -> bytes:
-    return _footer_summed(_header_summed(_footer_summed(data, 0), 512), _HEAD_BYTES)
-
-
-def _attack_file(data: bytes) -> None:
-    """Lay the attacked structures over the disk, open it as a reader and as a writer, and use it."""
-    world = _files().after_kill()
-    with world.open(_DISK, writable=True) as file:
-        size = int.from_bytes(data[_HEAD_BYTES + _FOOTER_BYTES :][:_SIZE_BYTES], "little")
-        file.resize(size if _HEAD_BYTES < size < 1 << 44 else file.size())
-        file.write(data[:_HEAD_BYTES], 0)
-        tail = data[_HEAD_BYTES : _HEAD_BYTES + _FOOTER_BYTES]
-        file.write(tail, max(file.size() - _FOOTER_BYTES, 0))
-    world.settle()
-    for writable in (False, True):
-        disk = open_disk(world, _DISK, writable=writable, format="vhd", clock=FakeClock())
-        try:
-            end = min(disk.virtual_bytes, 4 * MIB)
-            extents = disk.extents(0, end)
-            assert extents.size == 0 or int(extents.sum(axis=1).max()) <= end
-            disk.read_into(bytearray(end), 0)
-            disk.info()
-            if writable:
-                written = b"\x55" * min(end, 4096)
-                disk.write(written, 0)
-                disk.flush()
-                again = bytearray(len(written))
-                disk.read_into(again, 0)
-                assert again == written
-        finally:
-            disk.close()
+def _attack_locator(data: bytes) -> None:
+    """Take the first byte for the platform: whatever the rest is, it spells a name of bounded length."""
+    name = vhd_locator.decode_locator(_CODES[data[0] % len(_CODES)] if data else b"none", data[1:])
+    assert "\0" not in name
+    assert len(name) <= len(data)
 
 
 FUZZERS = (
@@ -167,10 +135,6 @@ FUZZERS = (
         _attack_batmap,
     ),
     Fuzzer(
-        "vhd_file",
-        _file_seeds,
-        _attack_file,
-        _file_repair,
-        hot=lambda: (0, 512, 0x600, _HEAD_BYTES, _HEAD_BYTES + _FOOTER_BYTES),
+        "vhd_locator", lambda: [b"\0" + ".\\a.vhd".encode("utf-16-le"), b"\2file:///a.vhd"], _attack_locator
     ),
 )

@@ -8,7 +8,8 @@ import uuid
 import numpy as np
 
 from hvreplica import native
-from hvreplica.formats import vhdx_header, vhdx_log, vhdx_metadata, vhdx_region
+from hvreplica.disk.bitmaps import SectorBitmaps
+from hvreplica.formats import vhdx_bat, vhdx_header, vhdx_locator, vhdx_log, vhdx_metadata, vhdx_region
 from hvreplica.units import MIB
 from tests.fuzz.registry import Fuzzer
 
@@ -109,7 +110,93 @@ def _log_entry_repair(data: bytes) -> bytes:
     return sealed(data, 0, min(length, len(data))) if length >= 8 else data
 
 
+def _attack_locator(data: bytes) -> None:
+    locator = vhdx_locator.unpack_parent_locator(data, file_offset=2 * MIB)
+    locator.validate()
+    assert locator.paths
+    assert locator.linkages
+    for text in (*locator.entries, *locator.entries.values()):
+        assert "\0" not in text
+    # Windows' NULs at the end are dropped, and so may be a whole value: such a locator has no other form.
+    again = vhdx_locator.unpack_parent_locator(
+        vhdx_locator.pack_parent_locator(locator.entries), file_offset=2 * MIB
+    )
+    assert again.entries == locator.entries
+
+
+def _locator_seeds() -> list[bytes]:
+    entries = vhdx_locator.locator_entries(uuid.UUID(int=5), {vhdx_locator.RELATIVE_PATH: ".\\a.vhdx"})
+    more = {
+        vhdx_locator.PARENT_LINKAGE2: entries[vhdx_locator.PARENT_LINKAGE],
+        vhdx_locator.ABSOLUTE_WIN32_PATH: "C:\\vm\\a.vhdx",
+        vhdx_locator.VOLUME_PATH: "\\\\?\\Volume{26A21BDA-A627-11D7-9931-806E6F6E6963}\\vm\\a.vhdx",
+    }
+    return [vhdx_locator.pack_parent_locator(each) for each in (entries, {**entries, **more})]
+
+
+_BAT_FILE_BYTES = 64 * MIB
+
+
+def _attack_bat(data: bytes) -> None:
+    """Take the bytes as a table: what passes all checks lies in the file, outside of structures, and apart."""
+    entries = np.frombuffer(data[: len(data) // 8 * 8], "<u8")
+    indices = np.arange(len(entries), dtype=np.int64)
+    vhdx_bat.validate_entries(entries, file_offset=3 * MIB, indices=indices, has_parent=bool(len(data) % 2))
+    structures = ((0, 4 * MIB, "header section"),)
+    vhdx_bat.validate_entries_within(
+        entries,
+        file_offset=3 * MIB,
+        indices=indices,
+        block_bytes=2 * MIB,
+        file_size_bytes=_BAT_FILE_BYTES,
+        structures=structures,
+    )
+    placed = np.sort(vhdx_bat.offsets_of(entries[vhdx_bat.has_place(entries)]))
+    vhdx_bat.validate_apart(np.column_stack((placed, np.full(len(placed), 2 * MIB))))
+    ends = [offset + 2 * MIB for offset in placed.tolist()]
+    assert all(start >= end for start, end in zip(placed.tolist(), [4 * MIB, *ends], strict=False))
+    assert max(ends, default=0) <= _BAT_FILE_BYTES
+
+
+def _bat_seeds() -> list[bytes]:
+    places = np.array([[4, 6, 8], [4, 60, 30]], np.int64) * MIB
+    entries = [vhdx_bat.present_entry(row) for row in places]
+    return [entries[0].tobytes(), np.concatenate((entries[1], [np.uint64(1 << 20 | 3)])).tobytes() + b"\0"]
+
+
+def _attack_bitmaps(data: bytes) -> None:
+    """Take the bytes as marks, clearings and questions of sector bitmaps, beside an array of flags."""
+    page_sectors, page_count = 64, 8
+    msb_first = bool(data[:1] and data[0] & 1)
+    model = np.zeros(page_sectors * page_count, bool)
+    bitmaps = SectorBitmaps(
+        sector_bytes=512,
+        page_sectors=page_sectors,
+        msb_first=msb_first,
+        load=lambda _: np.zeros(page_sectors // 8, np.uint8),
+    )
+    for at in range(1, len(data) - 3, 4):
+        first = int.from_bytes(data[at + 1 : at + 3], "little") % len(model)
+        count = min(data[at + 3] + 1, len(model) - first)
+        part = model[first : first + count]
+        if data[at] % 3 == 0:
+            bitmaps.mark(first, count)
+            part[:] = True
+        elif data[at] % 3 == 1:
+            bitmaps.clear(first, count)
+            part[:] = False
+        assert bitmaps.all_set(first, count) == part.all()
+        assert bitmaps.none_set(first, count) == (not part.any())
+    assert (bitmaps.lookup(np.arange(len(model))) == model).all()
+    for number, octets in bitmaps.take_dirty():
+        bits = np.unpackbits(octets, bitorder="big" if msb_first else "little").astype(bool)
+        assert (bits == model[number * page_sectors : (number + 1) * page_sectors]).all()
+
+
 FUZZERS = (
+    Fuzzer("vhdx_locator", _locator_seeds, _attack_locator),
+    Fuzzer("vhdx_bat", _bat_seeds, _attack_bat),
+    Fuzzer("bitmaps", lambda: [bytes(41), b"\1\0\5\0\x3f\1\x0a\0\7\2\0\0\xff"], _attack_bitmaps),
     Fuzzer(
         "vhdx_header", _header_seeds, _attack_header, lambda data: sealed(sealed(data, 0, 4096), 4096, 4096)
     ),

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from tests.fuzz import FUZZERS
-from tests.fuzz.registry import MEMORY_BYTES_MAX, Fuzzer, attempt, canary, make_input, peak_bytes, run
+from hvreplica.units import KIB
+from tests.fuzz import registry
+from tests.fuzz.canary import canary
+from tests.fuzz.fuzzers import FUZZERS
+from tests.fuzz.guided import CORPUS, Outcome
+from tests.fuzz.registry import MEMORY_BYTES_MAX, Fuzzer, attempt, make_input, peak_bytes, run
 
 SMOKE_SECONDS = 1.0
 NAMES = [fuzzer.name for fuzzer in FUZZERS]
@@ -13,9 +17,10 @@ NAMES = [fuzzer.name for fuzzer in FUZZERS]
 
 @pytest.mark.parametrize("fuzzer", FUZZERS, ids=NAMES)
 def test_any_bytes_give_a_value_or_an_error_of_ours(fuzzer: Fuzzer, seed: int) -> None:
-    rounds, finding = run(fuzzer, seed=seed, seconds=SMOKE_SECONDS)
+    # Seeds come first in a run; they have a test of their own.
+    rounds, finding = run(fuzzer, seed=seed, seconds=SMOKE_SECONDS, first=len(fuzzer.seeds()))
     assert finding is None, str(finding)
-    assert rounds > 10
+    assert rounds > 2
 
 
 @pytest.mark.parametrize("fuzzer", FUZZERS, ids=NAMES)
@@ -34,6 +39,59 @@ def test_seeds_are_valid(fuzzer: Fuzzer) -> None:
 @pytest.mark.parametrize("fuzzer", FUZZERS, ids=NAMES)
 def test_memory_stays_in_proportion(fuzzer: Fuzzer, seed: int) -> None:
     assert peak_bytes(fuzzer, seed=seed, rounds=25) < MEMORY_BYTES_MAX
+
+
+def test_corpus_is_kept(fuzzer_with_corpus: Fuzzer) -> None:
+    """Each input reached something new once, or was a bug."""
+    for path in sorted((CORPUS / fuzzer_with_corpus.name).iterdir()):
+        error = attempt(fuzzer_with_corpus, path.read_bytes())
+        assert error is None, f"{path}: {error!r}"
+
+
+@pytest.fixture(
+    params=[fuzzer for fuzzer in FUZZERS if (CORPUS / fuzzer.name).is_dir()], ids=lambda each: each.name
+)
+def fuzzer_with_corpus(request: pytest.FixtureRequest) -> Fuzzer:
+    fuzzer: Fuzzer = request.param
+    return fuzzer
+
+
+def test_corpus_is_small_and_belongs_to_fuzzers() -> None:
+    folders = sorted(CORPUS.iterdir())
+    assert {folder.name for folder in folders} <= set(NAMES)
+    assert sum(path.stat().st_size for folder in folders for path in folder.iterdir()) < 256 * KIB
+
+
+def test_guided_outcome_tells_what_was_done_and_how_to_replay() -> None:
+    log = "INFO: seed\n#99\tDONE   cov: 54 ft: 79 corp: 7/386Kb lim: 9 exec/s: 716 rss: 60Mb\n"
+    assert Outcome("words", 0, log).summary.split() == [
+        "words",
+        "99",
+        "rounds",
+        "54",
+        "branches",
+        "7",
+        "inputs",
+    ]
+    broken = Outcome(
+        "words", 77, "KeyError: 'x'\n#9 NEW\nTest unit written to .cache/fuzz/findings/words-crash-1\n"
+    )
+    assert "ended with 77" in broken.summary
+    assert "KeyError" in broken.story
+    assert "#9" not in broken.story
+    assert broken.story.endswith("--only words --input .cache/fuzz/findings/words-crash-1")
+
+
+def test_a_target_that_hangs_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spin(data: bytes) -> None:
+        while data:
+            try:
+                sum(range(1000))
+            except Exception:
+                continue
+
+    monkeypatch.setattr(registry, "ROUND_SECONDS_MAX", 0.05)
+    assert isinstance(attempt(Fuzzer("spin", lambda: [b"x"], spin), b"x"), registry.TooLong)
 
 
 @pytest.mark.parametrize("seed_of_canary", range(3))
