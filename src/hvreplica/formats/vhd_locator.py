@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 LOCATOR_COUNT = 8
 # The longest path that Windows knows is 32767 UTF-16 units.
 LOCATOR_BYTES_MAX = 64 * KIB
+# Room for a name of ours. A path of 4096 bytes has at most as many UTF-16 units: a rebase onto any name fits.
+LOCATOR_SPACE_BYTES = 8 * KIB
 
 NONE = b"\0\0\0\0"
 RELATIVE = b"W2ru"

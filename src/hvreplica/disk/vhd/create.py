@@ -10,17 +10,16 @@ creator and geometry say, and why, is in docs/design/0006-vhd-creator-and-geomet
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hvreplica.clock import hrl_timestamp
-from hvreplica.disk.paths import relative_windows_path
 from hvreplica.disk.vhd.image import read_footer, read_image
-from hvreplica.disk.vhd.parent import unique_id_of
+from hvreplica.disk.vhd.parent import names_of
 from hvreplica.disk.vhd.space import first_place
-from hvreplica.errors import FieldOutOfRange, ParentMismatch
+from hvreplica.errors import FieldOutOfRange
 from hvreplica.formats.vhd_bat import NO_OFFSET, BlockGeometry, pack_bat
 from hvreplica.formats.vhd_footer import (
     FOOTER,
@@ -38,21 +37,19 @@ from hvreplica.formats.vhd_header import (
     DynamicHeader,
 )
 from hvreplica.formats.vhd_locator import (
-    ABSOLUTE,
     LOCATOR_COUNT,
-    RELATIVE,
+    LOCATOR_SPACE_BYTES,
     LocatorEntry,
-    encode_locator,
 )
 from hvreplica.units import KIB, MIB, align_up
 
 if TYPE_CHECKING:
-    import uuid
     from collections.abc import Callable
     from pathlib import Path
 
     from hvreplica.clock import Clock
     from hvreplica.disk.disk import Disk
+    from hvreplica.disk.vhd.parent import ParentNames
     from hvreplica.files import BlockFile
 
 CREATOR_APPLICATION = b"win "
@@ -63,15 +60,6 @@ TABLE_OFFSET = HEADER_OFFSET + DYNAMIC_HEADER_BYTES
 # All that Windows makes; others can be read.
 BLOCK_BYTES_ALLOWED = (512 * KIB, 2 * MIB)
 _BLOCK_BYTES_DEFAULT = 2 * MIB
-# A path of 4096 bytes has at most as many UTF-16 units: a rebase onto any name finds room.
-_LOCATOR_SPACE_BYTES = 8 * KIB
-
-
-@dataclass(frozen=True, slots=True)
-class _Parent:
-    unique_id: uuid.UUID
-    name: str
-    locators: tuple[tuple[bytes, bytes], ...]  # platform code, data
 
 
 def vhd_writer(
@@ -92,7 +80,7 @@ def vhd_writer(
     _require_parameters(path, virtual_bytes, block_bytes, logical_sector_bytes)
     footer = new_footer(virtual_bytes, VhdType.FIXED if fixed else VhdType.DYNAMIC, clock=clock)
     if below is not None:
-        parent = _parent_of(path, below)
+        parent = names_of(path, below)
         footer = new_footer(virtual_bytes, VhdType.DIFFERENCING, clock=clock)
     elif fixed:
         return lambda file: _write_fixed(file, footer)
@@ -154,25 +142,6 @@ def _require_parameters(
         )
 
 
-def _parent_of(path: Path, below: Disk) -> _Parent:
-    unique_id = unique_id_of(below)
-    if unique_id is None:
-        raise ParentMismatch(
-            "the parent of a VHD must be a VHD",
-            path=below.path,
-            field="format",
-            expected="vhd",
-            actual=below.format,
-            hint=f"convert it first: hvreplica disk convert {below.path} PARENT.vhd",
-        )
-    relative = relative_windows_path(path, below.path)
-    locators = (
-        (ABSOLUTE, encode_locator(ABSOLUTE, str(below.path.absolute()))),
-        (RELATIVE, encode_locator(RELATIVE, relative)),
-    )
-    return _Parent(unique_id, below.path.name, locators)
-
-
 def _write_fixed(file: BlockFile, footer: Footer) -> None:
     file.resize(footer.current_size)
     file.write(footer.pack(), footer.current_size)
@@ -180,13 +149,13 @@ def _write_fixed(file: BlockFile, footer: Footer) -> None:
     read_footer(file)  # what was written must read back before it gets its name
 
 
-def _write_empty(file: BlockFile, footer: Footer, block_bytes: int, parent: _Parent | None) -> None:
+def _write_empty(file: BlockFile, footer: Footer, block_bytes: int, parent: ParentNames | None) -> None:
     geometry = BlockGeometry.of(virtual_bytes=footer.current_size, block_bytes=block_bytes)
     table = pack_bat(np.full(geometry.block_count, NO_OFFSET, np.int64))
     at = TABLE_OFFSET + align_up(geometry.block_count * BAT_ENTRY_BYTES, SECTOR_BYTES)
     entries = []
     for platform_code, data in parent.locators if parent is not None else ():
-        space = max(_LOCATOR_SPACE_BYTES, align_up(len(data), SECTOR_BYTES))
+        space = max(LOCATOR_SPACE_BYTES, align_up(len(data), SECTOR_BYTES))
         entries.append(LocatorEntry(platform_code, space, len(data), at))
         file.write(data, at)
         at += space

@@ -8,7 +8,8 @@ from hvreplica.disk.blocks import BlockDisk
 from hvreplica.disk.disk import DiskInfo
 from hvreplica.disk.raw import RawDisk
 from hvreplica.disk.vhd.bitmaps import open_bitmaps
-from hvreplica.disk.vhd.parent import VhdParentReference
+from hvreplica.disk.vhd.parent import VhdParentReference, names_of
+from hvreplica.disk.vhd.relink import relink
 from hvreplica.disk.vhd.session import WriteSession
 from hvreplica.formats.vhd_footer import SECTOR_BYTES
 from hvreplica.formats.vhdx_bat import has_place
@@ -16,6 +17,7 @@ from hvreplica.formats.vhdx_bat import has_place
 if TYPE_CHECKING:
     import uuid
 
+    from hvreplica.disk.disk import Disk
     from hvreplica.disk.vhd.image import Image
     from hvreplica.disk.vhd.table import VhdTable
     from hvreplica.files import BlockFile
@@ -48,6 +50,7 @@ class VhdDisk(BlockDisk):
         )
         self.parent_reference = VhdParentReference(file.path, image) if image.has_parent else None
         self._image = image
+        self._vhd_table = table
 
     @property
     def data_write_guid(self) -> None:
@@ -58,6 +61,21 @@ class VhdDisk(BlockDisk):
     def unique_id(self) -> uuid.UUID:
         """The identity by which children name their parent."""
         return self._image.footer.unique_id
+
+    def rebase(self, parent: Disk) -> None:
+        """Make `parent` the parent of this differencing disk, durably and at once. Close it afterwards.
+
+        Before the first change of a session. Raises: ParentMismatch if it is no VHD.
+        """
+        if not self.writable:
+            error = PermissionError(f"{self.path} is open for reading only")
+            raise error
+        relink(
+            self._file,
+            self._image,
+            bitmap_offsets=self._vhd_table.bitmap_offsets(),
+            parent=names_of(self.path, parent),
+        )
 
     @property
     def _keeps_blocks(self) -> bool:

@@ -40,6 +40,7 @@ from hvreplica.formats.vhd_locator import (
 if TYPE_CHECKING:
     from hvreplica.files import BlockFile
 
+LOCATOR_STRUCTURE = "parent locator"
 # A relative name still leads to the parent where a chain was moved as a whole.
 _NAME_ORDER = (RELATIVE, FILE_URL, ABSOLUTE, RELATIVE_OLD, ABSOLUTE_OLD)
 
@@ -106,7 +107,7 @@ def read_image(file: BlockFile, footer: Footer) -> Image:
     names: tuple[str, ...] = ()
     if footer.disk_type == VhdType.DIFFERENCING:
         used = _locators_within(header, size)
-        structures += [(e.platform_data_offset, e.platform_data_length, "parent locator") for e in used]
+        structures += [(e.platform_data_offset, e.platform_data_length, LOCATOR_STRUCTURE) for e in used]
         names = _parent_names(file, header, used)
     batmap = _batmap_structures(file, footer, header)
     return Image(

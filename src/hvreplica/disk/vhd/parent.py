@@ -7,11 +7,14 @@ proves as little: Windows 10 writes 0, and whoever copies a file changes it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hvreplica.disk.paths import relative_windows_path
 from hvreplica.errors import ParentMismatch
 from hvreplica.formats.guid import NIL
 from hvreplica.formats.vhd_header import DYNAMIC_HEADER
+from hvreplica.formats.vhd_locator import ABSOLUTE, RELATIVE, encode_locator
 
 if TYPE_CHECKING:
     import uuid
@@ -74,3 +77,31 @@ def unique_id_of(disk: Disk) -> uuid.UUID | None:
     """Return the unique_id of a VHD, None for disks of other formats."""
     found: uuid.UUID | None = getattr(disk, "unique_id", None)
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class ParentNames:
+    """What a child says of its parent. locators: platform codes and data."""
+
+    unique_id: uuid.UUID
+    name: str
+    locators: tuple[tuple[bytes, bytes], ...]
+
+
+def names_of(child: Path, parent: Disk) -> ParentNames:
+    """Return what the disk `child` is to say of `parent`. Raises: ParentMismatch if that is no VHD."""
+    unique_id = unique_id_of(parent)
+    if unique_id is None:
+        raise ParentMismatch(
+            "the parent of a VHD must be a VHD",
+            path=parent.path,
+            field="format",
+            expected="vhd",
+            actual=parent.format,
+            hint=f"convert it first: hvreplica disk convert {parent.path} PARENT.vhd",
+        )
+    locators = (
+        (ABSOLUTE, encode_locator(ABSOLUTE, str(parent.path.absolute()))),
+        (RELATIVE, encode_locator(RELATIVE, relative_windows_path(child, parent.path))),
+    )
+    return ParentNames(unique_id, parent.path.name, locators)

@@ -6,15 +6,19 @@ from typing import TYPE_CHECKING
 
 from hvreplica.disk.blocks import BlockDisk
 from hvreplica.disk.disk import DiskInfo
+from hvreplica.disk.paths import relative_windows_path
 from hvreplica.disk.vhdx.bitmaps import open_bitmaps
 from hvreplica.disk.vhdx.parent import VhdxParentReference
+from hvreplica.disk.vhdx.relink import locator_change
 from hvreplica.disk.vhdx.session import WriteSession
 from hvreplica.formats.vhdx_bat import has_place
 
 if TYPE_CHECKING:
     import uuid
+    from collections.abc import Sequence
 
     from hvreplica.clock import Clock
+    from hvreplica.disk.disk import Disk
     from hvreplica.disk.vhdx.bat import Bat
     from hvreplica.disk.vhdx.headers import Headers
     from hvreplica.disk.vhdx.image import Image
@@ -50,14 +54,14 @@ class VhdxDisk(BlockDisk):
         if parameters.has_parent and image.locator is not None:
             bitmaps = open_bitmaps(shown, bat, sector_bytes=parameters.logical_sector_bytes)
             self.parent_reference = VhdxParentReference(file.path, image.locator, parameters)
-        session = None
+        self._changes = None
         if file.writable:
-            session = WriteSession(file, headers, image, bat, bitmaps=bitmaps, clock=clock)
+            self._changes = WriteSession(file, headers, image, bat, bitmaps=bitmaps, clock=clock)
         super().__init__(
             file=shown,
             table=bat,
             bitmaps=bitmaps,
-            session=session,
+            session=self._changes,
             has_parent=parameters.has_parent,
             virtual_bytes=parameters.virtual_bytes,
         )
@@ -74,6 +78,43 @@ class VhdxDisk(BlockDisk):
     def virtual_disk_id(self) -> uuid.UUID:
         """The identity that a guest sees, which a child shares with its parent. Spec: [MS-VHDX] 2.6.2.3."""
         return self._image.parameters.virtual_disk_id
+
+    def identify(self, data_write_guid: uuid.UUID) -> None:
+        """Flush, and give the file this DataWriteGuid, durably.
+
+        Before the first change of a session, that change takes it in place of a new one.
+        """
+        self._writing().identify(data_write_guid)
+
+    def relink(self, linkages: Sequence[uuid.UUID], relative_path: str | None = None) -> None:
+        """Make the parent's locator name these identities, one or two, and another path, durably and at once.
+
+        relative_path: as Windows spells it; None keeps the paths. What the guest sees has not changed for
+        that, and so the DataWriteGuid stays. What this object knows of the parent stays as it was. Raises:
+        FieldOutOfRange where the file has no room for the path.
+        """
+        session = self._writing()
+        session.identify(self.data_write_guid)
+        change = locator_change(
+            self._file, self._image.metadata, linkages=linkages, relative_path=relative_path
+        )
+        session.commit_structures(*change)
+        session.clear()
+
+    def rebase(self, parent: Disk) -> None:
+        """Make `parent`, a VHDX, the parent of this differencing disk, durably and at once.
+
+        Close it afterwards.
+        """
+        if parent.data_write_guid is None:
+            raise TypeError("a parent without a DataWriteGuid")
+        self.relink([parent.data_write_guid], relative_windows_path(self.path, parent.path))
+
+    def _writing(self) -> WriteSession:
+        if self._changes is None:
+            error = PermissionError(f"{self.path} is open for reading only")
+            raise error
+        return self._changes
 
     @property
     def _keeps_blocks(self) -> bool:

@@ -30,6 +30,8 @@ from hvreplica.formats.vhdx_bat import BITMAP_BLOCK_BYTES, PayloadState, has_pla
 from hvreplica.units import MIB
 
 if TYPE_CHECKING:
+    import uuid
+
     from numpy.typing import NDArray
 
     from hvreplica.clock import Clock
@@ -76,6 +78,7 @@ class WriteSession:
         self._flush_lock = threading.Lock()
         self._space: Space | None = None
         self._ring: LogRing | None = None
+        self._first_guid: uuid.UUID | None = None
         self._unsynced = False
         self._failure: BaseException | None = None
 
@@ -107,7 +110,9 @@ class WriteSession:
 
     def _begin(self) -> Space:
         """Change identity before content. Spec: [MS-VHDX] 2.2.2.1, and 2.2.2 for DataWriteGuid."""
-        self._headers.update(file_write_guid=self._clock.guid(), data_write_guid=self._clock.guid())
+        self._headers.update(
+            file_write_guid=self._clock.guid(), data_write_guid=self._first_guid or self._clock.guid()
+        )
         keep_tail = self._image.parameters.is_fixed
         space = Space(
             block_bytes=self._image.parameters.block_bytes,
@@ -137,6 +142,25 @@ class WriteSession:
         return np.concatenate(
             (np.array(rows, np.int64), self._bat.used_ranges(), np.column_stack((anchors, lengths)))
         )
+
+    def identify(self, data_write_guid: uuid.UUID) -> None:
+        """Begin, and give the file this DataWriteGuid, durably and after all that was written before.
+
+        For those who know better than begin() whether the guest's view changes, and into what: a merge, and
+        changes that the guest does not see. Spec: [MS-VHDX] 2.2.2.
+        """
+        if self._space is None:
+            self._first_guid = data_write_guid
+        self.begin()
+        self.flush()
+        if self._headers.current.data_write_guid == data_write_guid:
+            return
+        with self._flush_lock:
+            try:
+                self._headers.update(data_write_guid=data_write_guid)
+            except BaseException as error:
+                self._failure = kept(error)
+                raise
 
     def changed(self) -> None:
         """Say that payload was written; called after the write and before it returns to its caller."""
