@@ -14,7 +14,7 @@
       StateError                  a verb at the wrong time
         InvalidTransition  FailoverRefused
       ParentError                 the parents of a differencing disk
-        ParentMissing  ParentMismatch  ParentLoop
+        ParentMissing  ParentMismatch  ParentLoop  ParentInUse
 
 An OSError of a file passes as it is: files.py adds path and offset to it as a note. Translated is what has a
 reason of its own: a full disk below the store or an export is StoreFull (store/room.py), a certificate that
@@ -319,6 +319,12 @@ class ParentLoop(ParentError):
     """A chain of parents leads back to itself, or has more members than any real one."""
 
     exit_code = 83
+
+
+class ParentInUse(ParentError):
+    """Other disks rest on a disk that is to be changed or removed, and would no longer open."""
+
+    exit_code = 84
 
 
 IO_ERROR_EXIT_CODE = 70

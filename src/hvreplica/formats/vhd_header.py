@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 HEADER_COOKIE = b"cxsparse"
 DYNAMIC_HEADER_BYTES = 1024
+HEADER_OFFSET = 512  # where all known writers put it; the footer's data_offset is what counts
 HEADER_VERSION = 0x0001_0000
 HEADER_DATA_OFFSET = 0xFFFF_FFFF_FFFF_FFFF
 BAT_ENTRY_BYTES = 4

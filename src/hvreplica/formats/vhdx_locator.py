@@ -98,13 +98,17 @@ class ParentLocator:
 
         Raises: FieldOutOfRange for one that is no GUID.
         """
-        found = []
-        for key in (PARENT_LINKAGE, PARENT_LINKAGE2):
-            if key in self.entries:
-                guid = _linkage(key, self.entries[key], at=self.at)
-                if guid != NIL:
-                    found.append(guid)
-        return tuple(found)
+        found = (self._linkage(key) for key in (PARENT_LINKAGE, PARENT_LINKAGE2))
+        return tuple(guid for guid in found if guid is not None)
+
+    @property
+    def second_linkage(self) -> uuid.UUID | None:
+        """The value that the parent's DataWriteGuid has once the change of it is done that is under way."""
+        return self._linkage(PARENT_LINKAGE2)
+
+    def _linkage(self, key: str) -> uuid.UUID | None:
+        guid = _linkage(key, self.entries[key], at=self.at) if key in self.entries else NIL
+        return None if guid == NIL else guid
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -34,6 +34,7 @@ from hvreplica.formats.vhd_header import (
     BAT_ENTRY_BYTES,
     DYNAMIC_HEADER,
     DYNAMIC_HEADER_BYTES,
+    HEADER_OFFSET,
     DynamicHeader,
 )
 from hvreplica.formats.vhd_locator import (
@@ -55,7 +56,6 @@ if TYPE_CHECKING:
 CREATOR_APPLICATION = b"win "
 CREATOR_VERSION = 0x000A_0000
 CREATOR_HOST_OS = b"Wi2k"
-HEADER_OFFSET = 512
 TABLE_OFFSET = HEADER_OFFSET + DYNAMIC_HEADER_BYTES
 # All that Windows makes; others can be read.
 BLOCK_BYTES_ALLOWED = (512 * KIB, 2 * MIB)

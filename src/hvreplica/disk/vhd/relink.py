@@ -11,9 +11,8 @@ the whole header goes to a new place, and the footer, one sector, says which pla
     6. footer over what was written aside, sync; file cut behind it, sync
 
 In between each footer that a reader may choose, the one at the end or the copy, points to a header that is
-durable and whole. Afterwards the file is laid out as before: some readers look for the header at 512 only.
-Names go where old ones stood if they fit, else they stay at the end. Whatever is left out of six steps is cut
-off by the next session, or is a name in no use.
+durable and whole. Afterwards the file is laid out as before, because readers that look for the header at 512
+only are likely. Names go where old ones stood if they fit, else they stay at the end.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import numpy as np
 
 from hvreplica.disk.vhd.image import LOCATOR_STRUCTURE
 from hvreplica.formats.vhd_footer import FOOTER_BYTES, SECTOR_BYTES
-from hvreplica.formats.vhd_header import DYNAMIC_HEADER_BYTES
+from hvreplica.formats.vhd_header import DYNAMIC_HEADER_BYTES, HEADER_COOKIE, HEADER_OFFSET
 from hvreplica.formats.vhd_locator import LOCATOR_COUNT, LOCATOR_SPACE_BYTES, LocatorEntry
 from hvreplica.units import align_up
 
@@ -53,7 +52,7 @@ def relink(file: BlockFile, image: Image, *, bitmap_offsets: NDArray[np.int64], 
     image: as the file is now, with a footer at its end. bitmap_offsets: of all blocks. What `image` says of
     header and footer is stale afterwards.
     """
-    home = image.footer.data_offset
+    home = _home(file, image, bitmap_offsets)
     end = align_up(image.footer.at, SECTOR_BYTES)
     places, end = _places(image, bitmap_offsets, parent, end)
     beyond = end + DYNAMIC_HEADER_BYTES
@@ -67,11 +66,21 @@ def relink(file: BlockFile, image: Image, *, bitmap_offsets: NDArray[np.int64], 
     _write_header(file, image, parent, at=end, places=aside)
     _switch(file, replace(image.footer, data_offset=end), beyond)
     _write_header(file, image, parent, at=home, places=places)
-    _switch(file, image.footer, beyond)
-    file.write(image.footer.pack(), end)
+    at_home = replace(image.footer, data_offset=home)
+    _switch(file, at_home, beyond)
+    file.write(at_home.pack(), end)
     file.sync()
     file.resize(end + FOOTER_BYTES)
     file.sync()
+
+
+def _home(file: BlockFile, image: Image, bitmap_offsets: NDArray[np.int64]) -> int:
+    """Return where the header is to stand: where it stands, or back at 512 if a power cut left it aside."""
+    usual_end = HEADER_OFFSET + DYNAMIC_HEADER_BYTES
+    was_there = file.read(HEADER_OFFSET, len(HEADER_COOKIE)) == HEADER_COOKIE
+    rest = [at for at, length, _ in image.structures if at + length > HEADER_OFFSET]
+    first = min([*rest, *bitmap_offsets[:1].tolist()])
+    return HEADER_OFFSET if was_there and first >= usual_end else image.footer.data_offset
 
 
 def _places(

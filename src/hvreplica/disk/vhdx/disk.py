@@ -101,6 +101,12 @@ class VhdxDisk(BlockDisk):
         session.commit_structures(*change)
         session.clear()
 
+    @property
+    def is_merged(self) -> bool:
+        """Whether the second identity that its parent may have is its own: the last step of a merge."""
+        locator = self._image.locator
+        return locator is not None and locator.second_linkage == self.data_write_guid
+
     def rebase(self, parent: Disk) -> None:
         """Make `parent`, a VHDX, the parent of this differencing disk, durably and at once.
 
