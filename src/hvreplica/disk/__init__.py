@@ -8,7 +8,9 @@ from hvreplica.disk.create import create_disk
 from hvreplica.disk.disk import Disk, DiskInfo, MapEntry
 from hvreplica.disk.extents import data_windows
 from hvreplica.disk.map import map_disk
+from hvreplica.disk.merge import MergeReport, merge_disk
 from hvreplica.disk.open import DiskType, Format, open_disk
+from hvreplica.disk.rebase import RebaseReport, rebase_disk
 
 __all__ = [
     "CompareReport",
@@ -18,6 +20,8 @@ __all__ = [
     "DiskType",
     "Format",
     "MapEntry",
+    "MergeReport",
+    "RebaseReport",
     "compare_disks",
     "compare_open_disks",
     "convert_disk",
@@ -25,5 +29,7 @@ __all__ = [
     "create_disk",
     "data_windows",
     "map_disk",
+    "merge_disk",
     "open_disk",
+    "rebase_disk",
 ]
