@@ -140,9 +140,7 @@ def _merge(
     child.parent_reference.verify(parent)
     _require_room(child, parent)
     if not isinstance(child, VhdxDisk) or not isinstance(parent, VhdxDisk):
-        figures = _copy(child, parent, progress)
-        parent.flush()
-        return figures
+        return _copy(child, parent, progress)  # flushed when it is closed, before the child goes
     figures = 0, 0
     final = child.data_write_guid
     if not (child.is_merged and parent.data_write_guid == final):
