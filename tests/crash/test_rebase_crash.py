@@ -96,6 +96,21 @@ def check_layout(world: FaultFiles, path: Path) -> None:
     assert tail.data_offset == 512, world.story
 
 
+@pytest.mark.parametrize(("ending", "has_copy"), [("vhdx", True), ("vhd", True), ("vhd", False)])
+def test_every_order_in_which_the_link_becomes_durable(ending: str, has_copy: bool, seed: int) -> None:
+    """Only the link changes, so that each of its few writes is tried with every set of the others."""
+    files, expected = make(ending, "unsafe", seed)
+    child, parent = names(ending)["child"], new_parent(ending, "unsafe")
+    if not has_copy:
+        files.load(child, bytes(512) + files.content_of(child)[512:])
+        files.settle()
+    rebase(files, ending, "unsafe")
+    parents = set()
+    for _, world in crash_states(files.trace(), seed=seed, subsets_per_prefix=40, limit=None):
+        parents.add(check(world, ending, expected, writable=False))
+    assert parents == {parent, names(ending)["parent"]}
+
+
 @pytest.mark.parametrize("ending", FORMATS)
 def test_power_cut_after_which_the_child_is_written(ending: str, seed: int) -> None:
     """What a cut left can be written and cut again: nothing that counts stands where a block is put."""

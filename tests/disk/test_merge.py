@@ -6,12 +6,17 @@ import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hvreplica.disk import create_disk, merge_disk, open_disk, rebase_disk
 from hvreplica.disk.open import open_layer
+from hvreplica.disk.vhd.parent import ParentNames
+from hvreplica.disk.vhd.relink import relink
 from hvreplica.errors import FieldOutOfRange, Locked, ParentInUse, ParentMissing
 from hvreplica.files import OS_FILES
+from hvreplica.formats.guid import NIL
+from hvreplica.formats.vhd_locator import RELATIVE, encode_locator
 from hvreplica.progress import Progress
 from hvreplica.units import KIB, MIB
 from tests.disk.contract import everything
@@ -193,7 +198,9 @@ def test_only_a_child_can_be_merged(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", FORMATS)
 @pytest.mark.parametrize("which", ["base", "child"])
-def test_files_that_somebody_writes_are_left_alone(tmp_path: Path, ending: str, which: str, seed: int) -> None:
+def test_files_that_somebody_writes_are_left_alone(
+    tmp_path: Path, ending: str, which: str, seed: int
+) -> None:
     base, child, grandchild = chain(tmp_path, ending, seed=seed)
     grandchild.unlink()
     before = base.read_bytes(), child.read_bytes()
@@ -252,3 +259,53 @@ def test_progress_reaches_the_end(tmp_path: Path, seed: int) -> None:
     assert told[-1].done_bytes <= told[-1].total_bytes
     assert base.exists()
     assert child.exists()
+
+
+def test_an_identity_that_is_the_parents_by_chance_proves_nothing(tmp_path: Path) -> None:
+    """A program that copies a parent's header to its new child: the child holds data, and none of it is lost."""
+    base = make(tmp_path / "base.vhdx")
+    scribble(base, 3)
+    child = make(tmp_path / "child.vhdx", parent=base, seed=2)
+    with open_disk(OS_FILES, child, writable=True, clock=FakeClock(seed=5)) as disk:
+        disk.identify(identity(base))
+        disk.write(b"\2" * MIB, MIB)
+    expected = read(child)
+    merge(child)
+    assert read(base) == expected
+
+
+def test_a_child_of_a_raw_disk(tmp_path: Path, seed: int) -> None:
+    """XenServer's: nothing proves the parent but that it stands beside its child. A sibling is told by its name."""
+    raw, other = tmp_path / "base.raw", tmp_path / "other.raw"
+    for path in (raw, other):
+        path.write_bytes(random.Random(seed).randbytes(SIZE))
+    names = [tmp_path / "child.vhd", tmp_path / "sibling.vhd", tmp_path / "other.vhd"]
+    for path, parent in zip(names, (raw, raw, other), strict=True):
+        make_on_raw(path, parent)
+        scribble(path, seed)
+    expected = read(names[0])
+    with pytest.raises(ParentInUse) as caught:
+        merge(names[0])
+    assert str(names[1]) in str(caught.value)
+    assert str(names[2]) not in str(caught.value)
+    names[1].unlink()
+    merge(names[0])
+    assert raw.read_bytes() == expected
+
+
+def make_on_raw(path: Path, parent: Path) -> None:
+    make(path, parent=make(path.with_name("unused.vhd")))
+    path.with_name("unused.vhd").unlink()
+    with open_layer(OS_FILES, path, writable=True, clock=FakeClock()) as disk:
+        file, image = disk._file, disk._image
+        raw = ParentNames(NIL, parent.name, ((RELATIVE, encode_locator(RELATIVE, f".\\{parent.name}")),))
+        relink(file, image, bitmap_offsets=np.empty(0, np.int64), parent=raw)
+
+
+def test_a_child_behind_a_link_is_removed_and_not_the_link(tmp_path: Path, seed: int) -> None:
+    _, child, grandchild = chain(tmp_path, "vhdx", seed=seed)
+    grandchild.unlink()
+    link = tmp_path / "link.vhdx"
+    link.symlink_to(child)
+    merge(link)
+    assert not child.exists()

@@ -19,6 +19,7 @@ docs/merge.md. Spec: [MS-VHDX] 2.6.2.6.3.
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -36,7 +37,6 @@ from hvreplica.progress import Progress
 from hvreplica.units import MIB
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterator
 
     from numpy.typing import NDArray
@@ -91,8 +91,9 @@ def merge_disk(
         with open_disk(files, below, writable=True, clock=clock) as lower:
             copied, zeroed = _merge(upper, lower, keep=keep, clock=clock, progress=progress)
         if not keep:  # while its lock is held, and with the parent's own log empty
-            files.unlink(path)
-            files.sync_directory(path.parent)
+            real = Path(os.path.realpath(path))  # a link may stand for the file
+            files.unlink(real)
+            files.sync_directory(real.parent)
         return MergeReport(
             child=str(path),
             parent=str(below),

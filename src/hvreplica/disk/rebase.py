@@ -181,7 +181,7 @@ def _with_old_parent(files: FileSystem, path: Path, parent: Disk, clock: Clock) 
 
 
 def _copy_differences(child: Disk, parent: Disk, progress: ProgressCallback | None) -> tuple[int, int]:
-    """Write to the child what its parent shows and `parent` does not; durable on return."""
+    """Write to the child what its parent shows and `parent` does not; durable when it is closed."""
     old = parent_of(child)
     size = child.logical_sector_bytes
     scratches = Scratch(_BATCH_BYTES), Scratch(_BATCH_BYTES)
@@ -203,7 +203,6 @@ def _copy_differences(child: Disk, parent: Disk, progress: ProgressCallback | No
         compared, copied = compared + length, copied + written
         if progress is not None:
             progress(Progress("rebase", end, child.virtual_bytes, raw_bytes=compared))
-    child.flush()
     return compared, copied
 
 

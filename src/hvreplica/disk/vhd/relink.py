@@ -5,9 +5,9 @@ the whole header goes to a new place, and the footer, one sector, says which pla
 
     1. copy of the footer made right: from here the footer at the end may get lost
     2. aside, at the end: new header, new names, sync; nothing points there yet
-    3. footer behind them, which points there, sync: the new parent counts from here. Copy of the footer, sync
+    3. footer behind them, which points there, and copy of the footer, sync: now the new parent counts
     4. at home, where the old header was: new header, new names, sync; nothing pointed there any more
-    5. footer at the end, which points home again, sync. Copy of the footer, sync
+    5. footer at the end, which points home again, and copy of the footer, sync
     6. footer over what was written aside, sync; file cut behind it, sync
 
 In between each footer that a reader may choose, the one at the end or the copy, points to a header that is
@@ -61,7 +61,8 @@ def relink(file: BlockFile, image: Image, *, bitmap_offsets: NDArray[np.int64], 
         aside.append(_Place(beyond, align_up(len(data), SECTOR_BYTES)))
         beyond += aside[-1].space
     if file.read(0, FOOTER_BYTES) != image.footer.pack():
-        _write_copy(file, image.footer)
+        file.write(image.footer.pack(), 0)
+        file.sync()
     file.resize(beyond + FOOTER_BYTES)
     _write_header(file, image, parent, at=end, places=aside)
     _switch(file, replace(image.footer, data_offset=end), beyond)
@@ -141,11 +142,7 @@ def _write_header(
 
 
 def _switch(file: BlockFile, footer: Footer, end: int) -> None:
+    """Make `footer` count, at the end and as the copy: each old or new by itself is right in between."""
     file.write(footer.pack(), end)
-    file.sync()
-    _write_copy(file, footer)
-
-
-def _write_copy(file: BlockFile, footer: Footer) -> None:
     file.write(footer.pack(), 0)
     file.sync()
