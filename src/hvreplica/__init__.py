@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from hvreplica.progress import Progress
     from hvreplica.replication.disk_check import disk_check, disk_repair, disk_repair_undo
+    from hvreplica.replication.disk_merge import disk_merge, disk_rebase
     from hvreplica.replication.disk_verbs import (
         disk_compare,
         disk_convert,
@@ -40,6 +41,8 @@ __all__ = [
     "disk_create",
     "disk_info",
     "disk_map",
+    "disk_merge",
+    "disk_rebase",
     "disk_repair",
     "disk_repair_undo",
     "log_apply",
@@ -63,6 +66,8 @@ _HOMES = {
     "ShippedLog": "replication.results",
     "__version__": "replication.version",
     "disk_check": "replication.disk_check",
+    "disk_merge": "replication.disk_merge",
+    "disk_rebase": "replication.disk_merge",
     "disk_repair": "replication.disk_check",
     "disk_repair_undo": "replication.disk_check",
     "replicate": "replication.verbs",

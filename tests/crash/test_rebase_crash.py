@@ -21,7 +21,7 @@ MODES = ("content", "identity", "unsafe")
 
 
 def new_parent(ending: str, mode: str) -> Path:
-    """A long name, so that it does not fit where the old one stood, or does, as the mode has it."""
+    """Return the name: one too long for the place of the old one, or a short one, as the mode has it."""
     return Path("/vm/new") / f"{'n' * (200 if mode == 'content' else 3)}.{ending}"
 
 
@@ -96,12 +96,12 @@ def check_layout(world: FaultFiles, path: Path) -> None:
     assert tail.data_offset == 512, world.story
 
 
-@pytest.mark.parametrize(("ending", "has_copy"), [("vhdx", True), ("vhd", True), ("vhd", False)])
-def test_every_order_in_which_the_link_becomes_durable(ending: str, has_copy: bool, seed: int) -> None:
+@pytest.mark.parametrize(("ending", "lacks"), [("vhdx", ""), ("vhd", ""), ("vhd", "copy of the footer")])
+def test_every_order_in_which_the_link_becomes_durable(ending: str, lacks: str, seed: int) -> None:
     """Only the link changes, so that each of its few writes is tried with every set of the others."""
     files, expected = make(ending, "unsafe", seed)
     child, parent = names(ending)["child"], new_parent(ending, "unsafe")
-    if not has_copy:
+    if lacks:
         files.load(child, bytes(512) + files.content_of(child)[512:])
         files.settle()
     rebase(files, ending, "unsafe")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -17,11 +18,13 @@ from hvreplica.errors import FieldOutOfRange, Locked, ParentInUse, ParentMissing
 from hvreplica.files import OS_FILES
 from hvreplica.formats.guid import NIL
 from hvreplica.formats.vhd_locator import RELATIVE, encode_locator
-from hvreplica.progress import Progress
 from hvreplica.units import KIB, MIB
 from tests.disk.contract import everything
 from tests.support.fakeclock import FakeClock
 from tests.support.tools import run_tool
+
+if TYPE_CHECKING:
+    from hvreplica.progress import Progress
 
 SIZE = 9 * MIB + 3 * 4096
 FORMATS = ("vhdx", "vhd")
@@ -212,7 +215,7 @@ def test_files_that_somebody_writes_are_left_alone(
     assert (base.read_bytes(), child.read_bytes()) == before
 
 
-def test_logs_that_are_not_empty_are_replayed(tmp_path: Path, seed: int) -> None:
+def test_logs_that_are_not_empty_are_replayed(tmp_path: Path) -> None:
     base = make(tmp_path / "base.vhdx")
     for path, parent in ((base, None), (tmp_path / "child.vhdx", base)):
         if parent is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ from hvreplica.disk.open import open_layer
 from hvreplica.errors import FieldOutOfRange, Locked, ParentLoop, ParentMismatch, ParentMissing
 from hvreplica.files import OS_FILES
 from hvreplica.formats.vhdx_metadata import METADATA_TABLE_BYTES, METADATA_TABLE_ENTRY, PARENT_LOCATOR_ITEM
-from hvreplica.progress import Progress
 from hvreplica.units import GIB, KIB, MIB, TIB
 from tests.disk.test_merge import FORMATS, SIZE, chain, identity, make, read, scribble
 from tests.support.fakeclock import FakeClock
+
+if TYPE_CHECKING:
+    from hvreplica.progress import Progress
 
 
 def rebase(child: Path, parent: Path, **options: object) -> object:

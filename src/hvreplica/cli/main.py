@@ -17,6 +17,7 @@ from hvreplica.cli.completion import completion
 from hvreplica.cli.demo import demo
 from hvreplica.cli.disk import disk
 from hvreplica.cli.disk_check import check, repair
+from hvreplica.cli.disk_merge import merge, rebase
 from hvreplica.cli.log import log
 from hvreplica.cli.point import point
 from hvreplica.cli.render import Output, nobody_reads, silence_output, write_error
@@ -175,7 +176,7 @@ def cli() -> None:
     """
 
 
-for _verb in (check, repair):
+for _verb in (check, repair, merge, rebase):
     disk.add_command(_verb)
 for _command in (demo, tls, serve, replicate, store, point, disk, log, completion):
     cli.add_command(_command)
