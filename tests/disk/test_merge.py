@@ -189,7 +189,7 @@ def test_a_longer_child_is_refused_before_anything_changes(tmp_path: Path) -> No
     before = base.read_bytes(), child.read_bytes()
     with pytest.raises(FieldOutOfRange) as caught:
         merge(child)
-    assert "disk resize" in caught.value.hint
+    assert "disk convert" in caught.value.hint
     assert (base.read_bytes(), child.read_bytes()) == before
 
 

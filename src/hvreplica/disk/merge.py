@@ -128,7 +128,8 @@ def _require_room(child: Disk, parent: Disk) -> None:
             field="virtual size",
             expected=f"at least {child.virtual_bytes}",
             actual=parent.virtual_bytes,
-            hint=f"grow the parent first: hvreplica disk resize {parent.path} {child.virtual_bytes}",
+            # Growing the parent by itself would give it an identity that the child does not know.
+            hint=f"write both into one new disk: hvreplica disk convert {child.path} NEW.{child.format}",
         )
 
 

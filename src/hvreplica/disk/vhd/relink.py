@@ -8,7 +8,7 @@ the whole header goes to a new place, and the footer, one sector, says which pla
     3. footer behind them, which points there, and copy of the footer, sync: now the new parent counts
     4. at home, where the old header was: new header, new names, sync; nothing pointed there any more
     5. footer at the end, which points home again, and copy of the footer, sync
-    6. footer over what was written aside, sync; file cut behind it, sync
+    6. footer over what was written aside, file cut behind it, sync; until then the copy counts
 
 In between each footer that a reader may choose, the one at the end or the copy, points to a header that is
 durable and whole. Afterwards the file is laid out as before, because readers that look for the header at 512
@@ -70,7 +70,6 @@ def relink(file: BlockFile, image: Image, *, bitmap_offsets: NDArray[np.int64], 
     at_home = replace(image.footer, data_offset=home)
     _switch(file, at_home, beyond)
     file.write(at_home.pack(), end)
-    file.sync()
     file.resize(end + FOOTER_BYTES)
     file.sync()
 
