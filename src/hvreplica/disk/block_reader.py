@@ -115,6 +115,15 @@ class BlockReader(ABC):
         reference = self.parent_reference
         return None if reference is None else next(iter(reference.names), "")
 
+    @property
+    def block_count(self) -> int:
+        """How many blocks hold the disk."""
+        return self._block_count
+
+    def has_place(self, block: int) -> bool:
+        """Return whether a block has a place in the file."""
+        return bool(self._table.placed(np.array([block]))[0])
+
     # ---- reading
 
     def read_into(self, buffer: Buffer, disk_offset: int) -> None:

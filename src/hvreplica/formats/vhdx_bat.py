@@ -123,6 +123,13 @@ class BatGeometry:
         )
         return payload
 
+    def is_used(self, indices: NDArray[Any], *, has_parent: bool) -> NDArray[np.bool_]:
+        """Return which of `indices` are entries that the disk needs: payload, and bitmaps with a parent."""
+        used = self.is_payload(indices)
+        if has_parent:
+            used |= (indices % (self.chunk_ratio + 1) == self.chunk_ratio) & (indices < self.entry_count)
+        return used
+
 
 def states_of(entries: NDArray[Any]) -> NDArray[Any]:
     """Return the state of each entry."""

@@ -264,6 +264,20 @@ def region_errors_within(
             end, holder = file_offset + length, name
 
 
+def moved_region(buffer: Buffer, guid: uuid.UUID, *, file_offset: int, length: int) -> bytes:
+    """Return a valid table with one region at another place, and all else byte for byte as it is.
+
+    Raises: FieldOutOfRange if the table has no such region.
+    """
+    table = bytearray(memoryview(buffer).cast("B")[:REGION_TABLE_BYTES])
+    region = unpack_region_table(table, file_offset=0).find(guid)
+    row = REGION_TABLE_ENTRY.pack(guid=guid, file_offset=file_offset, length=length, required=region.required)
+    table[region.at : region.at + len(row)] = row
+    table[4:8] = bytes(4)
+    table[4:8] = crc32c(table).to_bytes(4, "little")
+    return bytes(table)
+
+
 def pack_region_table(regions: Iterable[Region]) -> bytes:
     """Return the 64 KiB of a table with its checksum."""
     rows = [

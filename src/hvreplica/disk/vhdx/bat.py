@@ -19,6 +19,7 @@ from hvreplica.formats.vhdx_bat import (
     BAT_ENTRY_BYTES,
     BITMAP_BLOCK_BYTES,
     OFFSET_MASK,
+    STATE_MASK,
     BitmapState,
     has_place,
     is_anchored,
@@ -193,6 +194,34 @@ class Bat(BlockTable):
         index = self._image.geometry.bitmap_index_of(chunk)
         self._changed(np.array([index]))
         self.entries[index] = np.uint64(file_offset | BitmapState.SB_BLOCK_PRESENT)
+
+    def bitmap_chunks(self) -> NDArray[np.int64]:
+        """Return the chunks of a disk with a parent that have a sector-bitmap block, sorted."""
+        self.check_all()
+        chunks: NDArray[np.int64] = np.flatnonzero(has_place(self.entries[self._bitmap_indices()]))
+        return chunks
+
+    def release_bitmaps(self, chunks: NDArray[np.int64]) -> None:
+        """Take the sector-bitmap blocks of chunks away in which no block is partially present."""
+        indices = (chunks + 1) * (self._image.geometry.chunk_ratio + 1) - 1
+        self._changed(indices)
+        self.entries[indices] = np.uint64(BitmapState.SB_BLOCK_NOT_PRESENT)
+
+    def placed_indices(self) -> NDArray[np.int64]:
+        """Return the indices of all entries with a place, payload and sector bitmaps."""
+        self.check_all()
+        pages = np.flatnonzero(self._occupied)
+        parts = [indices[has_place(entries)] for indices, entries in self._windows(pages)]
+        if self._has_parent:
+            indices = self._bitmap_indices()
+            parts.append(indices[has_place(self.entries[indices])])
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def move(self, indices: NDArray[np.int64], file_offsets: NDArray[np.int64]) -> None:
+        """Let the entries at `indices`, which have places, point to other ones; their states stay."""
+        self._changed(indices)
+        states = self.entries[indices] & np.uint64(STATE_MASK)
+        self.entries[indices] = file_offsets.view(np.uint64) | states
 
     def _changed(self, indices: NDArray[np.int64]) -> None:
         super()._changed(indices)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from hvreplica.disk.blocks import BlockDisk
 from hvreplica.disk.disk import DiskInfo
@@ -18,11 +18,25 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hvreplica.clock import Clock
+    from hvreplica.disk.bitmaps import SectorBitmaps
     from hvreplica.disk.disk import Disk
     from hvreplica.disk.vhdx.bat import Bat
     from hvreplica.disk.vhdx.headers import Headers
     from hvreplica.disk.vhdx.image import Image
     from hvreplica.files import BlockFile
+
+
+class VhdxParts(NamedTuple):
+    """What a VHDX that is open for writing is made of, for whoever changes more than the guest's bytes.
+
+    bitmaps: of a differencing disk, else None.
+    """
+
+    file: BlockFile
+    image: Image
+    bat: Bat
+    bitmaps: SectorBitmaps | None
+    session: WriteSession
 
 
 class VhdxDisk(BlockDisk):
@@ -54,14 +68,16 @@ class VhdxDisk(BlockDisk):
         if parameters.has_parent and image.locator is not None:
             bitmaps = open_bitmaps(shown, bat, sector_bytes=parameters.logical_sector_bytes)
             self.parent_reference = VhdxParentReference(file.path, image.locator, parameters)
-        self._changes = None
+        session = None
+        self._parts: VhdxParts | None = None
         if file.writable:
-            self._changes = WriteSession(file, headers, image, bat, bitmaps=bitmaps, clock=clock)
+            session = WriteSession(file, headers, image, bat, bitmaps=bitmaps, clock=clock)
+            self._parts = VhdxParts(file, image, bat, bitmaps, session)
         super().__init__(
             file=shown,
             table=bat,
             bitmaps=bitmaps,
-            session=self._changes,
+            session=session,
             has_parent=parameters.has_parent,
             virtual_bytes=parameters.virtual_bytes,
         )
@@ -69,6 +85,13 @@ class VhdxDisk(BlockDisk):
         self._headers = headers
         self._image = image
         self._replayed = replayed
+
+    def parts(self) -> VhdxParts:
+        """Return what the disk is made of. Raises: PermissionError if it is open for reading only."""
+        if self._parts is None:
+            error = PermissionError(f"{self.path} is open for reading only")
+            raise error
+        return self._parts
 
     @property
     def data_write_guid(self) -> uuid.UUID:
@@ -84,7 +107,7 @@ class VhdxDisk(BlockDisk):
 
         Before the first change of a session, that change takes it in place of a new one.
         """
-        self._writing().identify(data_write_guid)
+        self.parts().session.identify(data_write_guid)
 
     def relink(self, linkages: Sequence[uuid.UUID], relative_path: str | None = None) -> None:
         """Make the parent's locator name these identities, one or two, and another path, durably and at once.
@@ -93,7 +116,7 @@ class VhdxDisk(BlockDisk):
         that, and so the DataWriteGuid stays. What this object knows of the parent stays as it was. Raises:
         FieldOutOfRange where the file has no room for the path.
         """
-        session = self._writing()
+        session = self.parts().session
         session.identify(self.data_write_guid)
         change = locator_change(
             self._file, self._image.metadata, linkages=linkages, relative_path=relative_path
@@ -115,12 +138,6 @@ class VhdxDisk(BlockDisk):
         if parent.data_write_guid is None:
             raise TypeError("a parent without a DataWriteGuid")
         self.relink([parent.data_write_guid], relative_windows_path(self.path, parent.path))
-
-    def _writing(self) -> WriteSession:
-        if self._changes is None:
-            error = PermissionError(f"{self.path} is open for reading only")
-            raise error
-        return self._changes
 
     @property
     def _keeps_blocks(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from hvreplica.errors import FieldOutOfRange, FormatError
@@ -48,6 +48,7 @@ class Image:
     """The fixed facts of one VHDX file.
 
     structures: (file_offset, length, name) of all that is not a block. locator: of a disk with a parent.
+    region_table_offset: of the copy that was read.
     """
 
     creator: str
@@ -58,6 +59,7 @@ class Image:
     locator: ParentLocator | None
     metadata: Region
     metadata_table: MetadataTable
+    region_table_offset: int
 
 
 def read_creator(file: BlockFile) -> str:
@@ -65,10 +67,11 @@ def read_creator(file: BlockFile) -> str:
     return unpack_creator(file.read(0, FILE_IDENTIFIER.size))
 
 
-def read_image(file: BlockFile, header: Header, creator: str) -> Image:
+def read_image(file: BlockFile, header: Header, creator: str, *, virtual_bytes: int | None = None) -> Image:
     """Return what the file is, all of it checked.
 
-    Raises: FormatError of the kind that fits. A parent locator is only read: validate() it before its use.
+    virtual_bytes: take this for the size of the disk, not what the metadata says. Raises: FormatError of the
+    kind that fits. A parent locator is only read: validate() it before its use.
     """
     table = choose_region_table([_read_region_table(file, at) for at in REGION_TABLE_OFFSETS])
     validate_regions_within(
@@ -80,6 +83,9 @@ def read_image(file: BlockFile, header: Header, creator: str) -> Image:
     metadata = table.find(METADATA_REGION)
     metadata_table = _read_metadata_table(file, metadata)
     parameters = _read_parameters(file, metadata_table)
+    if virtual_bytes is not None:
+        parameters = replace(parameters, virtual_bytes=virtual_bytes)
+        parameters.validate()
     geometry = BatGeometry.of(
         virtual_bytes=parameters.virtual_bytes,
         block_bytes=parameters.block_bytes,
@@ -109,6 +115,7 @@ def read_image(file: BlockFile, header: Header, creator: str) -> Image:
         locator=_read_locator(file, metadata_table) if parameters.has_parent else None,
         metadata=metadata,
         metadata_table=metadata_table,
+        region_table_offset=table.at,
     )
 
 

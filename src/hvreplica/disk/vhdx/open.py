@@ -21,21 +21,22 @@ if TYPE_CHECKING:
     from hvreplica.files import BlockFile
 
 
-def open_vhdx(file: BlockFile, *, clock: Clock) -> VhdxDisk:
+def open_vhdx(file: BlockFile, *, clock: Clock, virtual_bytes: int | None = None) -> VhdxDisk:
     """Return the disk in `file`, which it then owns, without its parent; writable if the file is.
 
     A log that is not empty is replayed in place if the file is writable, else in memory; a clean file is not
-    changed. On an error the file stays open and belongs to the caller. Raises: FormatError of the kind that
-    fits.
+    changed. virtual_bytes: show a disk of this size instead of the one that the file says, for whoever is
+    about to change that. On an error the file stays open and belongs to the caller. Raises: FormatError of
+    the kind that fits.
     """
     try:
-        return _open(file, clock)
+        return _open(file, clock, virtual_bytes)
     except FormatError as error:
         error.at(file.path)
         raise
 
 
-def _open(file: BlockFile, clock: Clock) -> VhdxDisk:
+def _open(file: BlockFile, clock: Clock, virtual_bytes: int | None) -> VhdxDisk:
     creator = read_creator(file)
     headers = Headers(file)
     replayed = headers.current.log_guid != NIL
@@ -52,7 +53,7 @@ def _open(file: BlockFile, clock: Clock) -> VhdxDisk:
             headers.update(log_guid=NIL)
         else:
             shown = overlay
-    image = read_image(shown, headers.current, creator)
+    image = read_image(shown, headers.current, creator, virtual_bytes=virtual_bytes)
     bat = Bat(shown, image)
     return VhdxDisk(
         file=file,

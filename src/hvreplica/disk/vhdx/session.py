@@ -27,7 +27,7 @@ from hvreplica.disk.vhdx.ring import ENTRY_DESCRIPTOR_COUNT_MAX, FileSizes, LogR
 from hvreplica.disk.vhdx.space import Space
 from hvreplica.errors import kept
 from hvreplica.formats.vhdx_bat import BITMAP_BLOCK_BYTES, PayloadState, has_place, offsets_of, states_of
-from hvreplica.units import MIB
+from hvreplica.units import MIB, align_up
 
 if TYPE_CHECKING:
     import uuid
@@ -80,6 +80,7 @@ class WriteSession:
         self._ring: LogRing | None = None
         self._first_guid: uuid.UUID | None = None
         self._unsynced = False
+        self._changes_data = False
         self._failure: BaseException | None = None
 
     @property
@@ -92,34 +93,44 @@ class WriteSession:
 
         Does nothing later. Raises: the error that ended the session.
         """
+        self._begin_as(changes_data=True)
+
+    def begin_unseen(self) -> None:
+        """Do as begin() for changes that no guest sees, such as moving blocks.
+
+        DataWriteGuid stays, so that children still know their parent. Spec: [MS-VHDX] 2.2.2.
+        """
+        self._begin_as(changes_data=False)
+
+    def _begin_as(self, *, changes_data: bool) -> None:
         if self._failure is not None:
             raise kept(self._failure)
-        if self._space is None:
+        if self._space is None or (changes_data and not self._changes_data):
             with self._lock:
-                self._begin_once()
+                self._begin_once(changes_data=changes_data)
 
-    def _begin_once(self) -> None:
-        if self._space is not None:
+    def _begin_once(self, *, changes_data: bool) -> None:
+        if self._space is not None and (self._changes_data or not changes_data):
             return  # another thread was first
         self._bat.check_all()  # first, and outside of the try: refused here, the session lives on
         try:
-            self._space = self._begin()
+            self._change_identity(changes_data=changes_data)
+            if self._space is None:
+                self._space = self._begin()
+            self._changes_data = changes_data
         except BaseException as error:
             self._failure = kept(error)
             raise
 
-    def _begin(self) -> Space:
+    def _change_identity(self, *, changes_data: bool) -> None:
         """Change identity before content. Spec: [MS-VHDX] 2.2.2.1, and 2.2.2 for DataWriteGuid."""
-        self._headers.update(
-            file_write_guid=self._clock.guid(), data_write_guid=self._first_guid or self._clock.guid()
-        )
-        keep_tail = self._image.parameters.is_fixed
-        space = Space(
-            block_bytes=self._image.parameters.block_bytes,
-            used=self._used(),
-            file_bytes=self._file.size(),
-            keep_tail=keep_tail,
-        )
+        changes = {"file_write_guid": self._clock.guid()}
+        if changes_data:
+            changes["data_write_guid"] = self._first_guid or self._clock.guid()
+        self._headers.update(**changes)
+
+    def _begin(self) -> Space:
+        space = self._find_space()
         if self._headers.current.log_length == 0:
             # Legal while LogGuid is zero, but then there is no way to change the BAT: give the file a log.
             log_offset, space.end = space.end, space.end + _NEW_LOG_BYTES
@@ -131,6 +142,14 @@ class WriteSession:
             # zeros.
             self._file.resize(space.end)
         return space
+
+    def _find_space(self) -> Space:
+        return Space(
+            block_bytes=self._image.parameters.block_bytes,
+            used=self._used(),
+            file_bytes=self._file.size(),
+            keep_tail=self._image.parameters.is_fixed,
+        )
 
     def _used(self) -> NDArray[np.int64]:
         rows = [(file_offset, length) for file_offset, length, _ in self._image.structures]
@@ -149,7 +168,7 @@ class WriteSession:
         For those who know better than begin() whether the guest's view changes, and into what: a merge, and
         changes that the guest does not see. Spec: [MS-VHDX] 2.2.2.
         """
-        if self._space is None:
+        if not self._changes_data:
             self._first_guid = data_write_guid
         self.begin()
         self.flush()
@@ -216,11 +235,18 @@ class WriteSession:
 
     def discard(self, blocks: NDArray[np.int64]) -> None:
         """Make `blocks`, unique, read as zeros without a place of their own. After begin()."""
+        # PAYLOAD_BLOCK_ZERO is the only absent state that every reader must show as zeros.
+        self._give_back(blocks, PayloadState.PAYLOAD_BLOCK_ZERO)
+
+    def forget(self, blocks: NDArray[np.int64]) -> None:
+        """Take `blocks`, unique, out of this file, so that their bytes are the parent's. After begin()."""
+        self._give_back(blocks, PayloadState.PAYLOAD_BLOCK_NOT_PRESENT)
+
+    def _give_back(self, blocks: NDArray[np.int64], state: PayloadState) -> None:
         space = self._begun()
         with self._lock:
             entries = self._bat.entries_of(blocks)
-            # PAYLOAD_BLOCK_ZERO is the only absent state that every reader must show as zeros.
-            self._bat.set_state(blocks, PayloadState.PAYLOAD_BLOCK_ZERO)
+            self._bat.set_state(blocks, state)
             space.release(offsets_of(entries[has_place(entries)]))
 
     def settle(self, blocks: NDArray[np.int64]) -> None:
@@ -298,6 +324,53 @@ class WriteSession:
                     sizes = FileSizes(flushed_bytes=self._file.size(), last_bytes=self._begun().end)
                 self._file.sync()
                 self._commit(file_offsets, data, sizes)
+            except BaseException as error:
+                self._failure = kept(error)
+                raise
+
+    def move(self, indices: NDArray[np.int64], file_offsets: NDArray[np.int64]) -> None:
+        """Let entries of the BAT point to `file_offsets`, where the caller has put copies of their blocks.
+
+        indices: in the BAT, of payload and sector-bitmap blocks that have places. After begin().
+        """
+        with self._lock:
+            self._unsynced = True
+            self._bat.move(indices, file_offsets)
+
+    def release_bitmaps(self, chunks: NDArray[np.int64]) -> None:
+        """Take away the sector bitmaps of chunks in which, durably, no block is partially present.
+
+        Their places come back with the next session.
+        """
+        if len(chunks):
+            with self._lock:
+                self._bat.release_bitmaps(chunks)
+
+    def reserve(self, length: int) -> int:
+        """Return where `length` bytes of zeros, a multiple of 1 MiB, begin that are new at the file's end.
+
+        Nothing names them yet: the next session would cut them off. After begin().
+        """
+        with self._lock:
+            space = self._begun()
+            file_offset, space.end = space.end, space.end + length
+            self._file.resize(max(space.end, self._file.size()))
+        return file_offset
+
+    def cut(self) -> None:
+        """Flush, empty the log, and cut off what lies behind the last thing in the file, durably.
+
+        The log goes first: its entries say how long the file is, and a replay refuses a shorter one. After
+        begin().
+        """
+        self.clear()
+        with self._flush_lock, self._lock:
+            try:
+                end = align_up(int(self._used().sum(axis=1).max()), MIB)
+                if end < self._file.size():
+                    self._file.resize(end)
+                    self._file.sync()
+                self._space = self._find_space()
             except BaseException as error:
                 self._failure = kept(error)
                 raise
