@@ -137,6 +137,10 @@ class FileSystem(Protocol):
         """Rename over whatever has the target's name, at once and whole; durable after sync_directory()."""
         ...
 
+    def copy_attributes(self, source: Path, target: Path) -> None:
+        """Give `target` the permissions of `source`, and its owner where this process may."""
+        ...
+
     def unlink(self, path: Path) -> None:
         """Remove a file; fine where absent. Durable after sync_directory()."""
         ...
@@ -356,6 +360,13 @@ class OsFiles:
     def replace(self, source: Path, target: Path) -> None:
         with _noted("rename", source):
             os.replace(source, target)
+
+    def copy_attributes(self, source: Path, target: Path) -> None:
+        with _noted("copy attributes to", target):
+            found = os.stat(source)
+            with contextlib.suppress(PermissionError):
+                os.chown(target, found.st_uid, found.st_gid)
+            os.chmod(target, stat.S_IMODE(found.st_mode))
 
     def unlink(self, path: Path) -> None:
         with _noted("unlink", path), contextlib.suppress(FileNotFoundError):

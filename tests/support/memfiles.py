@@ -378,6 +378,14 @@ class FaultFiles:
                 self._tree.names[target] = inode
                 self.record(Event("rename", source, inode, target=target))
 
+    def copy_attributes(self, source: Path, target: Path) -> None:
+        """Copy the permissions, which no cut loses."""
+        source, target = _absolute(source), _absolute(target)
+        with self.guard:
+            self._step("copy_attributes", target)
+            inode = self._lookup("copy attributes", target)
+            self._modes[inode] = self._modes.get(self._lookup("copy attributes", source), 0o644)
+
     def unlink(self, path: Path) -> None:
         """Remove a name, volatile until sync_directory()."""
         path = _absolute(path)

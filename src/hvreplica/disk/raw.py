@@ -43,6 +43,11 @@ class RawDisk:
         self.virtual_bytes = file.size()
         self._closed = False
 
+    @property
+    def file(self) -> BlockFile:
+        """The file, which belongs to the disk."""
+        return self._file
+
     def read_into(self, buffer: Buffer, disk_offset: int) -> None:
         length = memoryview(buffer).nbytes
         self._check_range(disk_offset, length)

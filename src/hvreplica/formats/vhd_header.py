@@ -194,6 +194,23 @@ class DynamicHeader:
         )
 
 
+def repointed_header(buffer: Buffer, *, table_offset: int, max_table_entries: int) -> bytes:
+    """Return the 1024 bytes of a header with its table somewhere else, and all else byte for byte as it is.
+
+    All that changes lies in the first 512 bytes.
+    """
+    changed = bytearray(memoryview(buffer).cast("B")[:DYNAMIC_HEADER_BYTES])
+    for field, length, value in (
+        ("table_offset", 8, table_offset),
+        ("max_table_entries", 4, max_table_entries),
+    ):
+        at = DYNAMIC_HEADER.offset_of(field)
+        changed[at : at + length] = value.to_bytes(length, "big")
+    at = DYNAMIC_HEADER.offset_of("checksum")
+    changed[at : at + 4] = vhd_checksum(changed, at).to_bytes(4, "big")
+    return bytes(changed)
+
+
 def unpack_dynamic_header(buffer: Buffer, *, file_offset: int) -> DynamicHeader:
     """Return the header in `buffer`, which came from `file_offset`, unchecked. Raises: Truncated."""
     values = DYNAMIC_HEADER.unpack(buffer)

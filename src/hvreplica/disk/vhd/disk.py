@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from hvreplica.disk.blocks import BlockDisk
 from hvreplica.disk.disk import DiskInfo
@@ -17,6 +17,7 @@ from hvreplica.formats.vhdx_bat import has_place
 if TYPE_CHECKING:
     import uuid
 
+    from hvreplica.disk.bitmaps import SectorBitmaps
     from hvreplica.disk.disk import Disk
     from hvreplica.disk.vhd.image import Image
     from hvreplica.disk.vhd.table import VhdTable
@@ -30,6 +31,16 @@ def creator_of(footer: Footer) -> str:
     return f"{name} {footer.creator_version >> 16}.{footer.creator_version & 0xFFFF}".strip()
 
 
+class VhdParts(NamedTuple):
+    """What a VHD that is open for writing is made of, for whoever changes more than the guest's bytes."""
+
+    file: BlockFile
+    image: Image
+    table: VhdTable
+    bitmaps: SectorBitmaps
+    session: WriteSession
+
+
 class VhdDisk(BlockDisk):
     """See disk.Disk. A dynamic or differencing VHD. Owns `file`."""
 
@@ -38,19 +49,34 @@ class VhdDisk(BlockDisk):
     physical_sector_bytes = SECTOR_BYTES
     virtual_disk_id = None
 
-    def __init__(self, *, file: BlockFile, image: Image, table: VhdTable) -> None:
+    def __init__(
+        self, *, file: BlockFile, image: Image, table: VhdTable, footer: Footer | None = None
+    ) -> None:
+        """footer: what the file's footers say, where that is not what `image` shows."""
         bitmaps = open_bitmaps(file, table, image.geometry)
+        session = None
+        self._parts: VhdParts | None = None
+        if file.writable:
+            session = WriteSession(file, image, table, bitmaps, footer=footer)
+            self._parts = VhdParts(file, image, table, bitmaps, session)
         super().__init__(
             file=file,
             table=table,
             bitmaps=bitmaps,
-            session=WriteSession(file, image, table, bitmaps) if file.writable else None,
+            session=session,
             has_parent=image.has_parent,
             virtual_bytes=image.footer.current_size,
         )
         self.parent_reference = VhdParentReference(file.path, image) if image.has_parent else None
         self._image = image
         self._vhd_table = table
+
+    def parts(self) -> VhdParts:
+        """Return what the disk is made of. Raises: PermissionError if it is open for reading only."""
+        if self._parts is None:
+            error = PermissionError(f"{self.path} is open for reading only")
+            raise error
+        return self._parts
 
     @property
     def data_write_guid(self) -> None:
@@ -109,7 +135,7 @@ class FixedVhdDisk(RawDisk):
         super().__init__(file)
         self.virtual_bytes = footer.current_size
         self.unique_id = footer.unique_id
-        self._footer = footer
+        self.footer = footer
 
     def info(self) -> DiskInfo:
         allocated = sum(length for _, length in self._file.data_extents(0, self.virtual_bytes))
@@ -122,6 +148,6 @@ class FixedVhdDisk(RawDisk):
             allocated_bytes=allocated,
             logical_sector_bytes=self.logical_sector_bytes,
             physical_sector_bytes=self.physical_sector_bytes,
-            creator=creator_of(self._footer),
+            creator=creator_of(self.footer),
             disk_id=str(self.unique_id),
         )

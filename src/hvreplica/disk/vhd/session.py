@@ -28,8 +28,9 @@ import numpy as np
 
 from hvreplica.disk.vhd.space import Space
 from hvreplica.errors import kept
-from hvreplica.formats.vhd_footer import FOOTER_BYTES
+from hvreplica.formats.vhd_footer import FOOTER_BYTES, SECTOR_BYTES
 from hvreplica.formats.vhdx_bat import PayloadState
+from hvreplica.units import align_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from hvreplica.disk.vhd.image import Image
     from hvreplica.disk.vhd.table import VhdTable
     from hvreplica.files import BlockFile
+    from hvreplica.formats.vhd_footer import Footer
 
 
 class _Changes(NamedTuple):
@@ -57,12 +59,21 @@ class WriteSession:
     # A BAT entry is a place or "ask below": zeros over a parent's bytes need a place.
     has_zero_state = False
 
-    def __init__(self, file: BlockFile, image: Image, table: VhdTable, bitmaps: SectorBitmaps) -> None:
+    def __init__(
+        self,
+        file: BlockFile,
+        image: Image,
+        table: VhdTable,
+        bitmaps: SectorBitmaps,
+        *,
+        footer: Footer | None = None,
+    ) -> None:
+        """footer: what the file's footers say, where that is not what `image` shows."""
         self._file = file
         self._image = image
         self._table = table
         self._bitmaps = bitmaps
-        self._footer = image.footer.pack()
+        self._footer = (footer or image.footer).pack()
         self._lock = threading.Lock()  # allocation: table, space, the fields below
         self._flush_lock = threading.Lock()
         self._space: Space | None = None
@@ -150,6 +161,68 @@ class WriteSession:
 
     def settle(self, blocks: NDArray[np.int64]) -> None:
         """Do nothing: a block without a place reads as zeros everywhere, or is the parent's."""
+
+    def forget(self, blocks: NDArray[np.int64]) -> None:
+        """Take `blocks`, unique, out of this file, so that their bytes are the parent's. After begin()."""
+        self.discard(blocks)
+
+    def move(self, blocks: NDArray[np.int64], bitmap_offsets: NDArray[np.int64]) -> None:
+        """Let the BAT point to `bitmap_offsets`, where the caller has put copies of blocks with places.
+
+        After begin().
+        """
+        with self._lock:
+            self._unsynced = True
+            self._table.move(blocks, bitmap_offsets + self._image.geometry.bitmap_bytes)
+
+    def take_place(self) -> int:
+        """Return where the bitmap of a block begins that belongs to none yet. After begin()."""
+        with self._lock:
+            taken = self._begun().take(1)
+        return int(taken.offsets[0])
+
+    def reserve(self, length: int) -> int:
+        """Return where `length` bytes, a multiple of 512, begin behind all that is in use. After begin()."""
+        with self._lock:
+            space = self._begun()
+            file_offset, space.end = space.end, space.end + length
+            self._unsynced = True
+        return file_offset
+
+    def replace_footer(self, footer: Footer) -> None:
+        """Flush, and make another footer the one that counts, durably.
+
+        First the copy, which does not count while there is one at the end. After begin().
+        """
+        self.flush()
+        with self._flush_lock:
+            try:
+                self._footer = footer.pack()
+                for file_offset in (0, self._begun().end):
+                    self._file.write(self._footer, file_offset)
+                    self._file.sync()
+                self._footer_offset = self._begun().end
+            except BaseException as error:
+                self._failure = kept(error)
+                raise
+
+    def cut(self, *, floor: int) -> None:
+        """Flush, and cut off what lies behind the last thing in the file, durably, but nothing before
+        `floor`.
+
+        At any moment there is a footer at the file's end. The session is over then. After begin().
+        """
+        self.flush()
+        with self._flush_lock:
+            try:
+                end = min(align_up(max(floor, self._table.end()), SECTOR_BYTES), self._begun().end)
+                if end + FOOTER_BYTES < self._file.size():
+                    self._file.write(self._footer, end)
+                    self._file.sync()
+                    self._file.resize(end + FOOTER_BYTES)
+                    self._file.sync()
+            finally:
+                self._failure = ValueError("the session has ended")
 
     def flush(self) -> None:
         """Make all that was written before durable.

@@ -38,6 +38,7 @@ class VhdTable(BlockTable):
     def __init__(self, file: BlockFile, image: Image) -> None:
         """Load and check the table. Raises: FormatError for entries that cannot be."""
         self._file = file
+        self._image = image
         self._geometry = image.geometry
         self._table_offset = image.header.table_offset
         count = image.geometry.block_count
@@ -121,6 +122,35 @@ class VhdTable(BlockTable):
     def bitmap_offsets(self) -> NDArray[np.int64]:
         """Return the sorted file offsets of all bitmaps, which are those of all blocks with a place."""
         return self.places(has_place) - self._geometry.bitmap_bytes
+
+    def used_ranges(self) -> NDArray[np.int64]:
+        """Return (file_offset, length) of all that is used in the file but the footer at its end.
+
+        Of the last block only what the disk has of it: nothing else need be there.
+        """
+        ends = [row[:2] for row in self._image.structures if row[2] != "footer"]
+        return np.concatenate((np.array(ends, np.int64), self.placed_ranges()[:, 1:]))
+
+    def placed_ranges(self) -> NDArray[np.int64]:
+        """Return (block, file_offset, length) of all blocks with a place, bitmaps included."""
+        blocks = np.flatnonzero(has_place(self.entries))
+        starts = self.offsets_of(self.entries[blocks]) - self._geometry.bitmap_bytes
+        lengths = np.full(len(blocks), self._geometry.place_bytes, np.int64)
+        lengths[blocks == self._geometry.block_count - 1] = (
+            self._geometry.bitmap_bytes + self._geometry.last_block_bytes
+        )
+        return np.column_stack((blocks, starts, lengths))
+
+    def end(self) -> int:
+        """Return the end of what is used in the file, without the footer; the last block counts as whole."""
+        ends = self.used_ranges().sum(axis=1)
+        whole = self.placed_ranges()[:, 1] + self._geometry.place_bytes
+        return max(int(ends.max()), int(whole.max(initial=0)))
+
+    def move(self, blocks: NDArray[np.int64], data_offsets: NDArray[np.int64]) -> None:
+        """Let blocks with places stand somewhere else, in the states that they have."""
+        states = self.entries[blocks] & np.uint64(STATE_MASK)
+        self._set(blocks, data_offsets.view(np.uint64) | states)
 
     @property
     def is_dirty(self) -> bool:
