@@ -103,7 +103,6 @@ def move_bat(parts: VhdxParts, file_offset: int, length: int) -> None:
     """
     geometry = parts.image.geometry
     _copy_entries(parts, file_offset, first=0, end=geometry.entry_count)
-    parts.file.sync()
     table = parts.file.read(parts.image.region_table_offset, REGION_TABLE_BYTES)
     table = moved_region(table, BAT_REGION, file_offset=file_offset, length=length)
     _commit(parts, [(at, table) for at in REGION_TABLE_OFFSETS])
