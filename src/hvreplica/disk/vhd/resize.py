@@ -27,6 +27,7 @@ from hvreplica.disk.vhd.create import CREATOR_APPLICATION, CREATOR_HOST_OS, CREA
 from hvreplica.disk.vhd.disk import VhdDisk
 from hvreplica.disk.vhd.image import read_footer, read_image
 from hvreplica.disk.vhd.open import open_vhd
+from hvreplica.disk.vhd.space import first_place
 from hvreplica.disk.vhd.table import VhdTable
 from hvreplica.formats.vhd_bat import NO_OFFSET, pack_bat, unpack_bat
 from hvreplica.formats.vhd_batmap import BATMAP_COOKIE, batmap_header_offset
@@ -36,6 +37,8 @@ from hvreplica.units import align_up
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from numpy.typing import NDArray
 
     from hvreplica.clock import Clock
     from hvreplica.disk.vhd.disk import FixedVhdDisk, VhdParts
@@ -158,24 +161,42 @@ def drop_batmap(parts: VhdParts) -> Footer:
 
 
 def first_use(parts: VhdParts) -> int:
-    """Return where the first block begins, or the end of the file: what lies before is never cut off."""
+    """Return the first place for a block: behind the structures before the first one that is there.
+
+    Less than a place that no specification names may lie between them, and is kept; more was given back.
+    """
+    header, geometry = parts.image.header, parts.image.geometry
     starts = parts.table.placed_ranges()[:, 1]
-    return int(starts.min()) if len(starts) else 0
+    first = int(starts.min()) if len(starts) else parts.image.footer.at
+    table_end = header.table_offset + header.max_table_entries * BAT_ENTRY_BYTES
+    ends = [sum(row[:2]) for row in parts.image.structures if row[0] < first and row[2] != "footer"]
+    floor = max(*ends, table_end if table_end <= first else 0)
+    place = first_place(floor, geometry)
+    return place if first - place >= geometry.place_bytes else first
+
+
+def whole_ranges(parts: VhdParts) -> NDArray[np.int64]:
+    """Return (block, file_offset, length) of all blocks with a place; of the last all, if it has the room."""
+    geometry = parts.image.geometry
+    ranges = parts.table.placed_ranges()
+    last = ranges[:, 0] == geometry.block_count - 1
+    if last.any():
+        start = int(ranges[last, 1][0])
+        end = start + geometry.place_bytes
+        structures = np.array([row[:2] for row in parts.image.structures], np.int64)
+        busy = np.concatenate((structures, ranges[~last, 1:]))
+        if end <= parts.file.size() and not ((busy[:, 0] < end) & (busy.sum(axis=1) > start)).any():
+            ranges[last, 2] = geometry.place_bytes
+    return ranges
 
 
 def _make_last_whole(parts: VhdParts) -> None:
     """Move the last block if its place has not room for what it will hold."""
-    geometry = parts.image.geometry
-    ranges = parts.table.placed_ranges()
-    last = ranges[ranges[:, 0] == geometry.block_count - 1]
-    if not len(last):
+    ranges = whole_ranges(parts)
+    last = ranges[ranges[:, 0] == parts.image.geometry.block_count - 1]
+    if not len(last) or int(last[0, 2]) == parts.image.geometry.place_bytes:
         return
     start, length = last[0, 1:].tolist()
-    others = [row[:2] for row in parts.image.structures]
-    busy = np.concatenate((np.array(others, np.int64), ranges[ranges[:, 0] != last[0, 0], 1:]))
-    end = start + geometry.place_bytes
-    if not ((busy[:, 0] < end) & (busy.sum(axis=1) > start)).any() and end <= parts.file.size():
-        return
     place = parts.session.take_place()
     copy_range(parts.file, parts.file, start, place, length)
     parts.session.move(last[:, 0], np.array([place], np.int64))

@@ -103,7 +103,9 @@ class WriteSession:
             self._space = Space(
                 self._image.geometry,
                 bitmap_offsets=self._table.bitmap_offsets(),
-                structures=np.array([row[:2] for row in self._image.structures], np.int64),
+                structures=np.array(
+                    [row[:2] for row in self._image.structures if row[2] != "footer"], np.int64
+                ),
                 end=self._footer_offset,
             )
         except BaseException as error:
@@ -172,7 +174,6 @@ class WriteSession:
         After begin().
         """
         with self._lock:
-            self._unsynced = True
             self._table.move(blocks, bitmap_offsets + self._image.geometry.bitmap_bytes)
 
     def take_place(self) -> int:
@@ -210,7 +211,8 @@ class WriteSession:
         """Flush, and cut off what lies behind the last thing in the file, durably, but nothing before
         `floor`.
 
-        At any moment there is a footer at the file's end. The session is over then. After begin().
+        At any moment there is a footer at the file's end. A new begin() comes before more changes. After
+        begin().
         """
         self.flush()
         with self._flush_lock:
@@ -221,8 +223,11 @@ class WriteSession:
                     self._file.sync()
                     self._file.resize(end + FOOTER_BYTES)
                     self._file.sync()
-            finally:
-                self._failure = ValueError("the session has ended")
+                    self._footer_offset = end
+                self._space = None
+            except BaseException as error:
+                self._failure = kept(error)
+                raise
 
     def flush(self) -> None:
         """Make all that was written before durable.

@@ -334,7 +334,6 @@ class WriteSession:
         indices: in the BAT, of payload and sector-bitmap blocks that have places. After begin().
         """
         with self._lock:
-            self._unsynced = True
             self._bat.move(indices, file_offsets)
 
     def release_bitmaps(self, chunks: NDArray[np.int64]) -> None:
