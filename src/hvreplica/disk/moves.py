@@ -39,16 +39,17 @@ def plan_moves(
     any gap before it: then the file ends there, whatever lies before.
     """
     gaps = _gaps(np.concatenate((movable, pinned)), floor)
-    pinned_end = int(pinned.sum(axis=1).max(initial=0))
+    end = int(pinned.sum(axis=1).max(initial=0))
     first_gap: dict[int, int] = {}
     found: dict[int, list[tuple[int, int]]] = {}
     for part in np.argsort(movable[:, 0], kind="stable")[::-1].tolist():
         start, length = movable[part].tolist()
-        if start + length <= pinned_end:
+        if start + length <= end:
             break
         place = _take(gaps, first_gap, length, aligned)
         if place is None or place >= start:
             break
+        end = max(end, place + length)
         found.setdefault(length, []).append((part, place))
     # Parts and gaps both in the order of the file: what was read in order still is.
     moved = [part for pairs in found.values() for part, _ in reversed(pairs)]
