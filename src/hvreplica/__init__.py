@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hvreplica.progress import Progress
+    from hvreplica.replication.disk_change import disk_compact, disk_resize
     from hvreplica.replication.disk_check import disk_check, disk_repair, disk_repair_undo
     from hvreplica.replication.disk_merge import disk_merge, disk_rebase
     from hvreplica.replication.disk_verbs import (
@@ -36,6 +37,7 @@ __all__ = [
     "ShippedLog",
     "__version__",
     "disk_check",
+    "disk_compact",
     "disk_compare",
     "disk_convert",
     "disk_create",
@@ -45,6 +47,7 @@ __all__ = [
     "disk_rebase",
     "disk_repair",
     "disk_repair_undo",
+    "disk_resize",
     "log_apply",
     "log_dump",
     "log_info",
@@ -68,8 +71,10 @@ _HOMES = {
     "disk_check": "replication.disk_check",
     "disk_merge": "replication.disk_merge",
     "disk_rebase": "replication.disk_merge",
+    "disk_compact": "replication.disk_change",
     "disk_repair": "replication.disk_check",
     "disk_repair_undo": "replication.disk_check",
+    "disk_resize": "replication.disk_change",
     "replicate": "replication.verbs",
 }
 _FAMILIES = {

@@ -13,7 +13,7 @@ import click
 
 import hvreplica
 from hvreplica.cli.exit import STATE_USAGE
-from hvreplica.cli.options import PATH, option, verb
+from hvreplica.cli.options import PATH, option, parent_option, verb
 from hvreplica.cli.render import plain
 from hvreplica.units import format_size
 
@@ -49,7 +49,7 @@ class StateCommand(click.Command):
     multiple=True,
     help="Run this level and those that it needs; may be given more than once.  [default: all]",
 )
-@option("--parent", type=PATH, metavar="FILE", help="The parent of a differencing disk, if it has moved.")
+@parent_option
 @verb
 def check(output: Output, *, file: Path, levels: tuple[Level, ...], parent: Path | None) -> None:
     """Look for damage in FILE, which is only read.

@@ -16,6 +16,7 @@ from hvreplica.cli import exit as exits
 from hvreplica.cli.completion import completion
 from hvreplica.cli.demo import demo
 from hvreplica.cli.disk import disk
+from hvreplica.cli.disk_change import compact, resize
 from hvreplica.cli.disk_check import check, repair
 from hvreplica.cli.disk_merge import merge, rebase
 from hvreplica.cli.log import log
@@ -176,7 +177,7 @@ def cli() -> None:
     """
 
 
-for _verb in (check, repair, merge, rebase):
+for _verb in (check, repair, resize, compact, merge, rebase):
     disk.add_command(_verb)
 for _command in (demo, tls, serve, replicate, store, point, disk, log, completion):
     cli.add_command(_command)

@@ -88,12 +88,13 @@ PATH = click.Path(path_type=Path)
 DISK_FORMAT = click.Choice(["vhdx", "vhd", "raw"])
 DISK_TYPE = click.Choice(["dynamic", "fixed"])
 _RAW_ENDINGS = (".raw", ".img")
+_VHD_ENDINGS = (".vhd", ".avhd")
 
 
 def format_for(path: Path, chosen: Format | None) -> Format:
-    """Return the format of a new disk: as chosen, else as its name ends: .vhd, .raw or .img, else vhdx."""
+    """Return the format of a new disk: as chosen, else by its name, as `disk create --help` says it."""
     ending = path.suffix.lower()
-    if ending == ".vhd":
+    if ending in _VHD_ENDINGS:
         return chosen or "vhd"
     return chosen or ("raw" if ending in _RAW_ENDINGS else "vhdx")
 
@@ -185,6 +186,27 @@ def block_size_option(function: Callable[P, R]) -> Callable[P, R]:
         type=SIZE,
         callback=_checked_block_size,
         help="Block of a VHDX: a power of 2 from 1M to 256M. Of a VHD: 512K or 2M.",
+    )(function)
+
+
+def sector_size_option(function: Callable[P, R]) -> Callable[P, R]:
+    """Add --sector-size."""
+    return option(
+        "--sector-size",
+        "sector_bytes",
+        type=click.Choice(["512", "4096"]),
+        callback=lambda _context, _parameter, value: None if value is None else int(value),
+        help="Logical sector of a VHDX, in which its guest counts.",
+    )(function)
+
+
+def parent_option(function: Callable[P, R]) -> Callable[P, R]:
+    """Add --parent for a disk that is there."""
+    return option(
+        "--parent",
+        type=PATH,
+        metavar="FILE",
+        help="The parent of a differencing disk, where the names in it do not lead there.",
     )(function)
 
 

@@ -1,7 +1,8 @@
-"""Virtual disks as guest bytes: open, create, convert, compare."""
+"""Virtual disks as guest bytes: open, create, convert, compare, resize, compact."""
 
 from __future__ import annotations
 
+from hvreplica.disk.compact import CompactReport, compact_disk
 from hvreplica.disk.compare import CompareReport, compare_disks, compare_open_disks
 from hvreplica.disk.convert import ConvertReport, convert_disk, copy_data
 from hvreplica.disk.create import create_disk
@@ -11,8 +12,10 @@ from hvreplica.disk.map import map_disk
 from hvreplica.disk.merge import MergeReport, merge_disk
 from hvreplica.disk.open import DiskType, Format, open_disk
 from hvreplica.disk.rebase import RebaseReport, rebase_disk
+from hvreplica.disk.resize import ResizeReport, resize_disk
 
 __all__ = [
+    "CompactReport",
     "CompareReport",
     "ConvertReport",
     "Disk",
@@ -22,6 +25,8 @@ __all__ = [
     "MapEntry",
     "MergeReport",
     "RebaseReport",
+    "ResizeReport",
+    "compact_disk",
     "compare_disks",
     "compare_open_disks",
     "convert_disk",
@@ -32,4 +37,5 @@ __all__ = [
     "merge_disk",
     "open_disk",
     "rebase_disk",
+    "resize_disk",
 ]

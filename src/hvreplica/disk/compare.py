@@ -48,23 +48,26 @@ class CompareReport(msgspec.Struct, frozen=True, kw_only=True):
     b_virtual_bytes: int
 
 
-def compare_disks(
+def compare_disks(  # noqa: PLR0913 - each is a choice that a user may make
     files: FileSystem,
     a: str | os.PathLike[str],
     b: str | os.PathLike[str],
     *,
     a_format: Format | None = None,
     b_format: Format | None = None,
+    a_parent: str | os.PathLike[str] | None = None,
+    b_parent: str | os.PathLike[str] | None = None,
     clock: Clock,
     progress: ProgressCallback | None = None,
 ) -> CompareReport:
     """Return whether the disks in the files `a` and `b` are equal; stops at the first difference.
 
-    Raises: FormatError for either file.
+    a_parent, b_parent: the files of their parents, where the names in them do not lead there. Raises:
+    FormatError for either file.
     """
     with (
-        open_disk(files, a, format=a_format, clock=clock) as first,
-        open_disk(files, b, format=b_format, clock=clock) as second,
+        open_disk(files, a, format=a_format, parent=a_parent, clock=clock) as first,
+        open_disk(files, b, format=b_format, parent=b_parent, clock=clock) as second,
     ):
         return compare_open_disks(first, second, progress)
 

@@ -60,21 +60,25 @@ def convert_disk(  # noqa: PLR0913 - each is a choice that a user may make
     format: Format = "vhdx",  # noqa: A002 - the word that users type
     type: DiskType = "dynamic",  # noqa: A002 - the word that users type
     block_bytes: int | None = None,
+    logical_sector_bytes: int | None = None,
+    parent: str | os.PathLike[str] | None = None,
     clock: Clock,
     progress: ProgressCallback | None = None,
     overwrite: bool = False,
 ) -> ConvertReport:
     """Write what the disk `source` holds into a new file `target`, durable on return.
 
-    A raw source whose size is no multiple of 512 is padded with zeros. Raises: FileExistsError unless
-    overwrite; FormatError for the source; FieldOutOfRange for sizes that the target's format does not allow.
+    logical_sector_bytes: of the target, None takes the source's. parent: the file of the source's parent,
+    where its names do not lead to it. A raw source whose size is no multiple of 512 is padded with zeros.
+    Raises: FileExistsError unless overwrite; FormatError for the source; FieldOutOfRange for sizes that the
+    target's format does not allow.
     """
     target = Path(target)
     if not overwrite and files.exists(target):
         raise FileExistsError(17, "a file of this name exists; it was not touched", str(target))
     require_folder(files, target)
     temporary = target.with_name(f".{target.name}.{clock.guid().hex[:8]}.partial")
-    with open_disk(files, source, format=source_format, clock=clock) as reader:
+    with open_disk(files, source, format=source_format, parent=parent, clock=clock) as reader:
         try:
             create_disk(
                 files,
@@ -83,7 +87,7 @@ def convert_disk(  # noqa: PLR0913 - each is a choice that a user may make
                 format=format,
                 type=type,
                 block_bytes=block_bytes,
-                logical_sector_bytes=reader.logical_sector_bytes,
+                logical_sector_bytes=logical_sector_bytes or reader.logical_sector_bytes,
                 physical_sector_bytes=reader.physical_sector_bytes,
                 clock=clock,
             )
