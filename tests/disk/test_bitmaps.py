@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import hvreplica.disk.bitmaps as module
+from hvreplica.disk import open_disk
 from hvreplica.disk.bitmaps import SectorBitmaps
 from hvreplica.disk.extents import cut_at_blocks
+from hvreplica.files import OS_FILES
+from hvreplica.units import MIB
+from tests.support.disks import create_kind
+from tests.support.fakeclock import FakeClock
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SECTORS = 300
 ranges = st.lists(st.tuples(st.integers(0, SECTORS - 1), st.integers(1, 90)), max_size=8)
@@ -97,3 +109,52 @@ def test_clean_pages_are_dropped_and_changed_ones_kept() -> None:
     assert bitmaps.lookup(np.array([0, 1])).tolist() == [True, False]
     assert loads.count(0) == 1
     assert [page for page, _ in bitmaps.take_dirty()] == [0]
+
+
+def test_a_page_that_was_taken_is_not_loaded_again_before_it_is_written() -> None:
+    bitmaps = make(64, msb_first=False)  # loads zeros: what the file has until the flush has written
+    bitmaps.mark(0, 1)
+    taken = bitmaps.take_dirty()
+    for page in range(1, 10_000):
+        bitmaps.lookup(np.array([page * 64]))
+    assert bitmaps.lookup(np.array([0])).tolist() == [True]
+    bitmaps.written()
+    assert len(bitmaps._pages) <= 5000
+    assert [page for page, _ in taken] == [0]
+
+
+@pytest.mark.parametrize("kind", ["differencing", "vhd-differencing"])
+def test_what_is_read_and_written_while_a_flush_is_on_its_way_meets_the_bits_of_that_flush(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other threads ask for more pages than are kept, before the flush has written those that it took."""
+    monkeypatch.setattr(module, "_CLEAN_PAGE_COUNT_MAX", 4)
+    path, step, count = tmp_path / "a", 16 * MIB, 8
+    create_kind(OS_FILES, path, kind, virtual_bytes=count * step, clock=FakeClock())
+    disk = open_disk(OS_FILES, path, writable=True, clock=FakeClock())
+    file = disk._file
+    sync = file.sync
+
+    def shown(at: int) -> bytes:
+        buffer = bytearray(4096)
+        disk.read_into(buffer, at)
+        return bytes(buffer)
+
+    def sync_late() -> None:
+        file.sync = sync
+        assert [shown(at) for at in range(8192, count * step, step)] == [b"b" * 4096] * count
+        for at in range(0, count * step, step):
+            disk.write(b"c" * 4096, at + 16384)
+        sync()
+
+    for letter, place in ((b"a", 0), (b"b", 8192)):
+        for at in range(0, count * step, step):
+            disk.write(letter * 4096, at + place)
+        if letter == b"a":
+            disk.flush()
+    file.sync = sync_late
+    disk.flush()
+    disk.close()
+    with open_disk(OS_FILES, path, clock=FakeClock()) as disk:
+        for letter, place in ((b"a", 0), (b"b", 8192), (b"c", 16384)):
+            assert [shown(at) for at in range(place, count * step, step)] == [letter * 4096] * count

@@ -1,7 +1,8 @@
 """Sector bitmaps: which sectors of a partially present block count, page by page, loaded when asked for.
 
-Pages are kept as numpy arrays; clean ones are dropped when there are many, changed ones stay until their
-owner takes them at a flush. Bit order and place in the file are the format's.
+Pages are kept as numpy arrays; clean ones are dropped when there are many. Changed ones stay until their
+owner has taken them at a flush and says that they are written: until then the file has them as they were
+before. Bit order and place in the file are the format's.
 
 Thread rule: all calls lock themselves; mark() and clear() of disjoint ranges may come from any thread.
 """
@@ -47,6 +48,7 @@ class SectorBitmaps:
         self._load = load
         self._pages: dict[int, NDArray[np.uint8]] = {}
         self._dirty: dict[int, NDArray[np.uint8]] = {}
+        self._taken: dict[int, NDArray[np.uint8]] = {}
         self._lock = threading.Lock()
 
     @property
@@ -158,12 +160,18 @@ class SectorBitmaps:
                         page[bit >> 3] &= 0xFF ^ self._bit(bit)
 
     def take_dirty(self) -> list[tuple[int, NDArray[np.uint8]]]:
-        """Return (page number, copy) of the changed pages, in order; they become clean."""
+        """Return (page number, copy) of the changed pages, in order, to be written before written()."""
         with self._lock:
             taken = [(number, page.copy()) for number, page in sorted(self._dirty.items())]
+            self._taken.update(self._dirty)
             self._dirty.clear()
-            self._drop_clean()
         return taken
+
+    def written(self) -> None:
+        """Say that the file has what was taken, so that it may be loaded again."""
+        with self._lock:
+            self._taken.clear()
+            self._drop_clean()
 
     def _parts(self, first_sector: int, count: int) -> list[tuple[int, int, int]]:
         """Return (page, first bit, end bit) of the range, a row for each page."""
@@ -182,11 +190,10 @@ class SectorBitmaps:
     def _page(self, number: int) -> NDArray[np.uint8]:
         page = self._pages.get(number)
         if page is None:
-            if len(self._pages) >= _CLEAN_PAGE_COUNT_MAX + len(self._dirty):
-                self._drop_clean()
+            self._drop_clean()
             page = self._pages[number] = self._load(number)
         return page
 
     def _drop_clean(self) -> None:
-        if len(self._pages) > _CLEAN_PAGE_COUNT_MAX + len(self._dirty) - 1:
-            self._pages = dict(self._dirty)
+        if len(self._pages) >= _CLEAN_PAGE_COUNT_MAX + len(self._dirty) + len(self._taken):
+            self._pages = {**self._taken, **self._dirty}

@@ -260,6 +260,7 @@ class WriteSession:
         if changes.later:
             self._write(changes.later)
             self._file.sync()
+        self._bitmaps.written()
         if len(changes.released):
             for file_offset in changes.released.tolist():
                 self._file.zero(file_offset, self._image.geometry.place_bytes)

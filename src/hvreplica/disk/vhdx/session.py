@@ -291,6 +291,8 @@ class WriteSession:
         self._file.sync()
         if len(file_offsets):
             self._commit(file_offsets, data, sizes)
+        if self._bitmaps is not None:
+            self._bitmaps.written()
         if len(released):
             for file_offset, length in space.ranges(released).tolist():
                 self._file.zero(file_offset, length)
