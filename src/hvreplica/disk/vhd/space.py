@@ -63,6 +63,20 @@ class Space:
         self._clean: list[int] = []
         self._released: list[NDArray[np.int64]] = []
         self._gaps = self._find_gaps(bitmap_offsets, structures)
+        self._cut_off = self._find_cut_off(bitmap_offsets, structures)
+
+    def _find_cut_off(
+        self, bitmap_offsets: NDArray[np.int64], structures: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """Return the places that something else follows before their end: writers leave out what the last
+        block has behind the end of the disk.
+        """
+        starts = np.sort(
+            np.concatenate((bitmap_offsets, structures[:, 0], [self.end, np.iinfo(np.int64).max]))
+        )
+        following = starts[np.searchsorted(starts, bitmap_offsets, "right")]
+        cut_off: NDArray[np.int64] = bitmap_offsets[following - bitmap_offsets < self._geometry.place_bytes]
+        return cut_off
 
     def _find_gaps(self, bitmap_offsets: NDArray[np.int64], structures: NDArray[np.int64]) -> list[list[int]]:
         if not len(bitmap_offsets):
@@ -117,9 +131,13 @@ class Space:
             )
 
     def release(self, bitmap_offsets: NDArray[np.int64]) -> None:
-        """Take back the places of blocks whose BAT entries were changed; usable after the next flush."""
-        if len(bitmap_offsets):
-            self._released.append(bitmap_offsets)
+        """Take back the places of blocks whose BAT entries were changed; usable after the next flush.
+
+        One that is cut off has no room for a block, and what stands behind it is another's: it is left alone.
+        """
+        whole = bitmap_offsets[~np.isin(bitmap_offsets, self._cut_off)]
+        if len(whole):
+            self._released.append(whole)
 
     def begin_flush(self) -> NDArray[np.int64]:
         """Return the places whose BAT entries the flush makes durable, for end_flush()."""

@@ -1,0 +1,68 @@
+"""Places in a VHD that others laid out tighter, or wider, than blocks need: nothing beside them is touched."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hvreplica.disk import create_disk, open_disk
+from hvreplica.files import OS_FILES
+from hvreplica.formats.vhd_bat import NO_OFFSET, pack_bat
+from hvreplica.units import KIB, MIB
+from tests.support.fakeclock import FakeClock
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hvreplica.disk import Disk
+
+TABLE_OFFSET = 1536
+FIRST_PLACE = 2 * 4096 - 512
+LAST_BYTES = 512 * KIB  # of the disk in its last block
+ALL_SET = b"\xff" * 512
+
+
+def with_last_block_cut_off(path: Path) -> None:
+    """Make a disk of 4.5 MiB: its last block ends where the disk does, and block 0 stands right behind it."""
+    create_disk(OS_FILES, path, virtual_bytes=4 * MIB + LAST_BYTES, format="vhd", clock=FakeClock())
+    empty = path.read_bytes()
+    second = FIRST_PLACE + 512 + LAST_BYTES
+    octets = bytearray(empty[:-512].ljust(FIRST_PLACE, b"\0"))
+    octets[TABLE_OFFSET : TABLE_OFFSET + 12] = pack_bat(np.array([second, NO_OFFSET, FIRST_PLACE]))
+    octets += ALL_SET + b"z" * LAST_BYTES + ALL_SET + b"a" * (2 * MIB) + empty[-512:]
+    path.write_bytes(octets)
+
+
+def content(disk: Disk) -> bytes:
+    buffer = bytearray(disk.virtual_bytes)
+    disk.read_into(buffer, 0)
+    return bytes(buffer)
+
+
+def test_last_block_that_is_cut_off_is_given_back_without_its_neighbour(tmp_path: Path) -> None:
+    path = tmp_path / "a.vhd"
+    with_last_block_cut_off(path)
+    footer = path.read_bytes()[-512:]
+    with open_disk(OS_FILES, path, writable=True, clock=FakeClock()) as disk:
+        disk.write_zeroes(4 * MIB, LAST_BYTES)
+        disk.flush()
+        disk.write(b"b" * (2 * MIB), 2 * MIB)
+    wanted = b"a" * (2 * MIB) + b"b" * (2 * MIB) + bytes(LAST_BYTES)
+    with open_disk(OS_FILES, path, clock=FakeClock()) as disk:
+        assert content(disk) == wanted
+    assert path.read_bytes()[-512:] == footer
+
+
+def test_footer_behind_a_last_block_that_is_cut_off_stays(tmp_path: Path) -> None:
+    path = tmp_path / "a.vhd"
+    with_last_block_cut_off(path)
+    whole = path.read_bytes()
+    octets = bytearray(whole[: FIRST_PLACE + 512 + LAST_BYTES]) + whole[-512:]
+    octets[TABLE_OFFSET : TABLE_OFFSET + 12] = pack_bat(np.array([NO_OFFSET, NO_OFFSET, FIRST_PLACE]))
+    path.write_bytes(octets)
+    with open_disk(OS_FILES, path, writable=True, clock=FakeClock()) as disk:
+        disk.write_zeroes(4 * MIB, LAST_BYTES)
+    assert path.read_bytes()[-512:] == whole[-512:]
+    with open_disk(OS_FILES, path, clock=FakeClock()) as disk:
+        assert content(disk) == bytes(4 * MIB + LAST_BYTES)
