@@ -174,15 +174,23 @@ def test_a_loop_is_refused(chain: list[Path]) -> None:
     assert caught.value.hint
 
 
-def test_a_loop_through_links_ends(chain: list[Path]) -> None:
-    """Each round has other names, so only the length of the chain tells."""
+def test_a_loop_through_links_is_seen_in_its_first_round(chain: list[Path]) -> None:
+    """Each round has other names of the same files."""
     with open_layer(OS_FILES, chain[1], clock=FakeClock()) as disk:
         guid = disk.data_write_guid
     os.symlink(".", chain[1].parent / "l")
     patch_locator(chain[1], {"parent_linkage": braced(guid), "relative_path": ".\\l\\child.avhdx"})
-    with pytest.raises(ParentLoop) as caught:
+    with pytest.raises(ParentLoop, match="leads back"):
         read(chain[1])
-    assert str(CHAIN_LENGTH_MAX) in str(caught.value) or "leads back" in str(caught.value)
+
+
+def test_a_chain_has_so_many_members_and_no_more(chain: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert CHAIN_LENGTH_MAX > 2 * 50  # checkpoints that Hyper-V makes at most
+    monkeypatch.setattr("hvreplica.disk.open.CHAIN_LENGTH_MAX", len(chain))
+    read(chain[-1])
+    monkeypatch.setattr("hvreplica.disk.open.CHAIN_LENGTH_MAX", len(chain) - 1)
+    with pytest.raises(ParentLoop, match="more members"):
+        read(chain[-1])
 
 
 def test_sectors_of_parent_and_child_must_be_of_one_size(tmp_path: Path) -> None:
@@ -403,3 +411,14 @@ def test_random_reads_agree_with_the_whole(chain: list[Path], seed: int) -> None
             out = bytearray(int(extents[:, 1].sum()))
             disk.read_extents(extents, out)
             assert out == b"".join(whole[start : start + length] for start, length in extents.tolist())
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_child_is_never_made_over_one_of_its_own_parents(which: int, chain: list[Path]) -> None:
+    link = chain[0].with_name("link.vhdx")
+    link.symlink_to(chain[which])
+    before = [path.read_bytes() for path in chain]
+    for name in (chain[which], link):
+        with pytest.raises(ParentLoop):
+            create_disk(OS_FILES, name, parent=chain[1], clock=FakeClock(), overwrite=True)
+    assert [path.read_bytes() for path in chain] == before

@@ -6,11 +6,12 @@ import errno
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hvreplica.disk.open import open_disk
+from hvreplica.disk.chain import layers
+from hvreplica.disk.open import open_disk, real_path
 from hvreplica.disk.vhd.create import vhd_writer
 from hvreplica.disk.vhdx.create import parameters_for, write_empty_vhdx
 from hvreplica.disk.vhdx.parent import parent_locator
-from hvreplica.errors import FieldOutOfRange, ParentMismatch
+from hvreplica.errors import FieldOutOfRange, ParentLoop, ParentMismatch
 from hvreplica.formats.vhdx_metadata import FLAG_HAS_PARENT, FLAG_LEAVE_BLOCKS_ALLOCATED
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def create_disk(  # noqa: PLR0913 - each is a choice that a user may make
     block_bytes: None chooses by size. A fixed disk's blocks are holes until they are written: reserving the
     space is left to the file system. parent: makes a differencing disk on top of that one, whose sectors it
     takes over. Raises: FileExistsError unless overwrite; FileNotFoundError naming a missing folder;
-    FieldOutOfRange for sizes that the format does not allow; ParentMismatch for a parent of another format.
+    FieldOutOfRange for sizes that the format does not allow; ParentMismatch for a parent of another format;
+    ParentLoop where it would take the name of one of its own parents.
     """
     path = Path(path)
     if not overwrite and files.exists(path):
@@ -62,6 +64,7 @@ def create_disk(  # noqa: PLR0913 - each is a choice that a user may make
         if virtual_bytes is None:
             virtual_bytes = 0 if below is None else below.virtual_bytes
         if below is not None:
+            _require_another_name(path, below)
             logical_sector_bytes = below.logical_sector_bytes
             physical_sector_bytes = below.physical_sector_bytes
         if format == "raw":
@@ -91,6 +94,18 @@ def create_disk(  # noqa: PLR0913 - each is a choice that a user may make
     finally:
         if below is not None:
             below.close()
+
+
+def _require_another_name(path: Path, below: Disk) -> None:
+    """Check that overwriting `path` does not take away what the new disk rests on. Raises: ParentLoop."""
+    if any(real_path(layer.path) == real_path(path) for layer in layers(below)):
+        raise ParentLoop(
+            "a new disk cannot take the name of one of its own parents; nothing was changed",
+            path=path,
+            field="parent",
+            actual=str(below.path),
+            hint="give the new disk another name",
+        )
 
 
 def _write_under_name(

@@ -96,10 +96,10 @@ def open_parents(
     parent: the file of the first. Raises: ParentMissing, ParentMismatch, ParentLoop, and what opening a file
     raises.
     """
-    seen = [_absolute(disk.path)]
+    seen = [real_path(disk.path)]
     child = disk
     while child.parent_reference is not None:
-        if len(seen) > CHAIN_LENGTH_MAX:
+        if len(seen) >= CHAIN_LENGTH_MAX:
             raise ParentLoop(
                 "the chain of parents has more members than any real one",
                 path=disk.path,
@@ -107,7 +107,7 @@ def open_parents(
             )
         below = _open_parent(files, child, [Path(parent)] if parent is not None else None, seen, clock)
         child.attach(below)
-        seen.append(_absolute(below.path))
+        seen.append(real_path(below.path))
         child, parent = below, None
 
 
@@ -123,7 +123,7 @@ def _open_parent(
         if not files.exists(path):
             continue
         try:
-            if _absolute(path) in seen:
+            if real_path(path) in seen:
                 raise _loop(child, path)
             return _verified(files, child, path, clock)
         except (ParentLoop, ParentMismatch, FormatError, OSError) as error:
@@ -162,8 +162,9 @@ def _loop(child: Disk, path: Path) -> ParentLoop:
     )
 
 
-def _absolute(path: Path) -> Path:
-    return Path(os.path.abspath(path))
+def real_path(path: Path) -> Path:
+    """Return the one name of a file that may be named through links, which could make a loop look endless."""
+    return Path(os.path.realpath(path))
 
 
 def format_of(file: BlockFile) -> Format:
