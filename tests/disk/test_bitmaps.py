@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hvreplica.disk.bitmaps as module
-from hvreplica.disk import open_disk
+from hvreplica.disk import map_disk, open_disk
 from hvreplica.disk.bitmaps import SectorBitmaps
-from hvreplica.disk.extents import cut_at_blocks
+from hvreplica.disk.extents import Pieces, cut_at_blocks
 from hvreplica.files import OS_FILES
 from hvreplica.units import MIB
 from tests.support.disks import create_kind
@@ -158,3 +158,32 @@ def test_what_is_read_and_written_while_a_flush_is_on_its_way_meets_the_bits_of_
     with open_disk(OS_FILES, path, clock=FakeClock()) as disk:
         for letter, place in ((b"a", 0), (b"b", 8192), (b"c", 16384)):
             assert [shown(at) for at in range(place, count * step, step)] == [letter * 4096] * count
+
+
+@pytest.mark.parametrize("kind", ["differencing", "vhd-differencing"])
+def test_only_so_many_sectors_are_looked_at_together(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else an image of a few MiB, in which every other sector counts, would take the memory of millions."""
+    path, size = tmp_path / "a", 8 * MIB
+    create_kind(OS_FILES, path, kind, virtual_bytes=size, clock=FakeClock())
+    with open_disk(OS_FILES, path, writable=True, clock=FakeClock()) as disk:
+        offsets = np.arange(0, size, 64 * 1024)
+        extents = np.column_stack((offsets, np.full(len(offsets), 512)))
+        disk.write_extents(extents, b"a" * int(extents[:, 1].sum()))
+        whole = disk.extents(0, size).tolist()
+        tiles = list(map_disk(disk))
+    monkeypatch.setattr("hvreplica.disk.block_reader._PARTIAL_BYTES_MAX", MIB)
+    asked: list[int] = []
+    split = SectorBitmaps.split
+
+    def counted(self: SectorBitmaps, pieces: Pieces) -> tuple[Pieces, np.ndarray]:
+        asked.append(int(pieces.length.sum()))
+        return split(self, pieces)
+
+    monkeypatch.setattr(SectorBitmaps, "split", counted)
+    with open_disk(OS_FILES, path, clock=FakeClock()) as disk:
+        assert disk.extents(0, size).tolist() == whole
+        assert list(map_disk(disk)) == tiles
+    assert max(asked) <= MIB
+    assert sum(asked) >= size

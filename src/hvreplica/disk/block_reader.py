@@ -32,6 +32,7 @@ from hvreplica.disk.extents import (
 from hvreplica.disk.held import held_parts
 from hvreplica.disk.pieces import chosen, joined, joined_runs
 from hvreplica.formats.vhdx_bat import PayloadState
+from hvreplica.units import MIB, align_up
 
 if TYPE_CHECKING:
     import uuid
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
     from hvreplica.files import BlockFile
 
 MAP_WINDOW_BLOCKS = 1 << 16
+# Partially present blocks that are looked at together: each of their sectors may be an extent of its own.
+_PARTIAL_BYTES_MAX = 256 * MIB
 _ZERO_PIECE = -1  # the file offset of what reads as zeros, see native.read_pieces
 FULL = PayloadState.PAYLOAD_BLOCK_FULLY_PRESENT
 PARTIAL = PayloadState.PAYLOAD_BLOCK_PARTIALLY_PRESENT
@@ -181,10 +184,26 @@ class BlockReader(ABC):
 
     def extents(self, start: int, end: int) -> NDArray[np.int64]:
         end = min(end, self.virtual_bytes)
-        if start >= end:
-            return NO_EXTENTS
+        parts = [NO_EXTENTS]
+        while start < end:
+            stop = self._window_end(start, end)
+            parts.append(self._extents(start, stop))
+            start = stop
+        return merge(np.concatenate(parts))
+
+    def _window_end(self, start: int, end: int) -> int:
+        """Return `end`, or a nearer one where sector bitmaps could cut what lies before it into too much."""
+        while True:
+            first, last = start // self.block_bytes, (end - 1) // self.block_bytes
+            self._table.ensure_checked(self._table.held_blocks(first, last))
+            if self._bitmaps is None or end - start <= _PARTIAL_BYTES_MAX:
+                return end
+            if len(self._table.blocks_in(PARTIAL, first, last)) * self.block_bytes <= _PARTIAL_BYTES_MAX:
+                return end
+            end = align_up(start + (end - start) // 2, _PARTIAL_BYTES_MAX // 2)
+
+    def _extents(self, start: int, end: int) -> NDArray[np.int64]:
         first, last = start // self.block_bytes, (end - 1) // self.block_bytes
-        self._table.ensure_checked(self._table.held_blocks(first, last))
         ranges = np.array(self._present_ranges(first, last, start, end), np.int64).reshape(-1, 3)
         found = merge(held_parts(self._file, ranges)[:, :2])
         if self._bitmaps is not None:
@@ -220,8 +239,9 @@ class BlockReader(ABC):
         return ranges
 
     def stretches(self, start: int, end: int) -> Iterator[Stretch]:
-        for low in range(start, end, MAP_WINDOW_BLOCKS * self.block_bytes):
-            high = min(end, low + MAP_WINDOW_BLOCKS * self.block_bytes)
+        high = start
+        while (low := high) < end:
+            high = self._window_end(low, min(end, low + MAP_WINDOW_BLOCKS * self.block_bytes))
             # Without a parent only what is held is looked at: most of a sparse disk is not.
             own, zero, below = self._sorted_out(self._block_pieces(low, high, held_only=not self._has_parent))
             offsets = self._table.offsets_of(self._table.entries_of(own.block))
