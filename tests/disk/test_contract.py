@@ -63,6 +63,13 @@ def test_odd_offsets_and_lengths_are_fine(disk: Disk) -> None:
     assert everything(disk) == expected
 
 
+def test_extents_without_bytes_among_others_change_nothing(disk: Disk) -> None:
+    before = bytearray(everything(disk))
+    disk.write_extents(np.array([[0, 0], [100, 50], [disk.virtual_bytes, 0], [7, 0]]), b"x" * 50)
+    before[100:150] = b"x" * 50
+    assert everything(disk) == before
+
+
 def test_zeroed_ranges_read_as_zeros(disk: Disk) -> None:
     data = random_bytes(SIZE, seed=4)
     disk.write(data, 0)

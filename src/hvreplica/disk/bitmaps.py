@@ -135,10 +135,13 @@ class SectorBitmaps:
         octets = np.repeat(first - starts, counts) + np.arange(int(counts.sum()))
         numbers = octets // (self.page_sectors // 8)
         within = octets - numbers * (self.page_sectors // 8)
+        order = np.argsort(numbers, kind="stable")
+        numbers, within = numbers[order], within[order]
+        heads = np.concatenate(([0], np.flatnonzero(np.diff(numbers)) + 1))
         with self._lock:
-            for number in np.unique(numbers).tolist():
+            for number, inside in zip(numbers[heads].tolist(), np.split(within, heads[1:]), strict=True):
                 page = self._dirty[number] = self._page(number)
-                page[within[numbers == number]] = 0xFF
+                page[inside] = 0xFF
 
     def clear(self, first_sector: int, count: int) -> None:
         """Make `count` sectors from `first_sector` on not count."""

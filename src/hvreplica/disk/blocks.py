@@ -175,7 +175,7 @@ class BlockDisk(BlockReader):
         self._check_length(rows, view)
         size = self._bitmaps.sector_bytes if self._bitmaps is not None else 1
         at = 0
-        for disk_offset, length in rows.tolist():
+        for disk_offset, length in rows[rows[:, 1] > 0].tolist():
             start = disk_offset // size * size
             end = min(-(-(disk_offset + length) // size) * size, self.virtual_bytes)
             with self._edge_lock:
