@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pytest
 
 from hvreplica.disk import create_disk, open_disk
 from hvreplica.files import OS_FILES
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hvreplica.disk import Disk
+    from hvreplica.disk.open import Format
 
 TABLE_OFFSET = 1536
 FIRST_PLACE = 2 * 4096 - 512
@@ -66,3 +68,18 @@ def test_footer_behind_a_last_block_that_is_cut_off_stays(tmp_path: Path) -> Non
     assert path.read_bytes()[-512:] == whole[-512:]
     with open_disk(OS_FILES, path, clock=FakeClock()) as disk:
         assert content(disk) == bytes(4 * MIB + LAST_BYTES)
+
+
+@pytest.mark.parametrize("format_", ["vhd", "vhdx"])
+def test_an_extent_without_bytes_at_the_end_touches_no_block(format_: Format, tmp_path: Path) -> None:
+    """Behind 512 blocks the table in memory ends too."""
+    path, size = tmp_path / "a", 512 * 2 * MIB
+    options = {"virtual_bytes": size, "block_bytes": 2 * MIB, "clock": FakeClock()}
+    create_disk(OS_FILES, tmp_path / "base", format=format_, **options)
+    create_disk(OS_FILES, path, format=format_, parent=tmp_path / "base", **options)
+    with open_disk(OS_FILES, path, writable=True, clock=FakeClock()) as disk:
+        disk.write_extents(np.array([[size, 0], [0, 512]]), b"a" * 512)
+        out = bytearray(512)
+        disk.read_extents(np.array([[0, 512], [size, 0]]), out)
+        assert out == b"a" * 512
+        disk.read_into(bytearray(), size)

@@ -162,8 +162,10 @@ def true_runs(flags: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
 
 def touched_blocks(rows: NDArray[np.int64], block_bytes: int) -> NDArray[np.int64]:
     """Return the blocks that `rows` touch, in order; a block may be named more than once."""
+    if not rows[:, 1].all():
+        rows = rows[rows[:, 1] > 0]  # one without bytes may stand behind the last block
     first = rows[:, 0] // block_bytes
-    last = (rows[:, 0] + np.maximum(rows[:, 1], 1) - 1) // block_bytes
+    last = (rows[:, 0] + rows[:, 1] - 1) // block_bytes
     if not np.count_nonzero(first != last):
         return first
     if (last - first <= 1).all():
