@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from hvreplica.disk import create_disk, open_disk
+from hvreplica.disk.check import check_disk, repair_disk
 from hvreplica.files import OS_FILES
 from hvreplica.formats.vhd_bat import NO_OFFSET, pack_bat
 from hvreplica.units import KIB, MIB
+from tests.support.edit import set_dynamic_header
 from tests.support.fakeclock import FakeClock
 
 if TYPE_CHECKING:
@@ -83,3 +85,37 @@ def test_an_extent_without_bytes_at_the_end_touches_no_block(format_: Format, tm
         disk.read_extents(np.array([[0, 512], [size, 0]]), out)
         assert out == b"a" * 512
         disk.read_into(bytearray(), size)
+
+
+def with_long_table(path: Path) -> int:
+    """Make a disk of 8 blocks whose table has room for 2 TiB, as XenServer makes them; return the table's end."""
+    create_disk(OS_FILES, path, virtual_bytes=16 * MIB, format="vhd", clock=FakeClock())
+    octets, count = path.read_bytes(), 1 << 20
+    path.write_bytes(octets[:TABLE_OFFSET] + b"\xff" * (4 * count) + octets[-512:])
+    set_dynamic_header(path, 28, count.to_bytes(4, "big"))
+    return TABLE_OFFSET + 4 * count
+
+
+def test_no_repair_puts_the_footer_into_the_table(tmp_path: Path) -> None:
+    path = tmp_path / "a.vhd"
+    with_long_table(path)
+    before = path.read_bytes()
+    assert check_disk(OS_FILES, path, clock=FakeClock()).codes() == []
+    assert not repair_disk(OS_FILES, path, clock=FakeClock()).actions
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("by_repair", [False, True])
+def test_lost_footer_is_written_behind_the_whole_table(tmp_path: Path, *, by_repair: bool) -> None:
+    path = tmp_path / "a.vhd"
+    end = with_long_table(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-512])
+    if by_repair:
+        assert repair_disk(OS_FILES, path, clock=FakeClock()).status == 0
+    else:
+        open_disk(OS_FILES, path, writable=True, clock=FakeClock()).close()
+    assert path.read_bytes() == whole
+    with open_disk(OS_FILES, path, writable=True, clock=FakeClock()) as disk:
+        disk.write(b"a" * 512, 0)
+    assert path.read_bytes()[TABLE_OFFSET + 4 : end] == whole[TABLE_OFFSET + 4 : end]

@@ -142,6 +142,7 @@ def check_space(
     lengths = np.minimum(geometry.place_bytes, np.maximum(end - offsets[blocks], 0))
     rows = [np.column_stack((offsets[blocks], lengths))]
     inside = [(low, length) for low, length, name in image.structures if name != "footer"]
+    inside.append(image.table_place(end))
     used = merge(np.concatenate([np.array(inside, np.int64), *rows]))
     used_end = align_up(int(used.sum(axis=1).max()), SECTOR_BYTES)
     gaps = used[1:, 0] - used[:-1].sum(axis=1)

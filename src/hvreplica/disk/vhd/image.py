@@ -66,6 +66,15 @@ class Image:
         """Whether this is a differencing disk."""
         return self.footer.disk_type == VhdType.DIFFERENCING
 
+    def table_place(self, end: int) -> tuple[int, int]:
+        """Return (file_offset, length) of the whole table as the header declares it, cut off at `end`.
+
+        Nothing may be put there, though the disk may need fewer entries: other programs read them all.
+        """
+        header = self.header
+        stop = min(header.table_offset + header.max_table_entries * BAT_ENTRY_BYTES, end)
+        return header.table_offset, stop - header.table_offset
+
 
 def read_footer(file: BlockFile) -> Footer:
     """Return the footer that counts, checked against the file. Raises: FormatError of the kind that fits."""

@@ -52,6 +52,7 @@ def _write_tail(file: BlockFile, image: Image, table: VhdTable) -> None:
     Until it is durable the copy at offset 0 counts, as it did before.
     """
     ends = [file_offset + length for file_offset, length, _ in image.structures]
+    ends.append(sum(image.table_place(file.size())))
     bitmap_offsets = table.bitmap_offsets()
     if len(bitmap_offsets):
         ends.append(int(bitmap_offsets[-1]) + image.geometry.place_bytes)

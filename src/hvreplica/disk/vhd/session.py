@@ -100,12 +100,12 @@ class WriteSession:
             if self._file.read(0, FOOTER_BYTES) != self._footer:
                 self._file.write(self._footer, 0)
                 self._file.sync()
+            structures = [row[:2] for row in self._image.structures if row[2] != "footer"]
+            structures.append(self._image.table_place(self._footer_offset))
             self._space = Space(
                 self._image.geometry,
                 bitmap_offsets=self._table.bitmap_offsets(),
-                structures=np.array(
-                    [row[:2] for row in self._image.structures if row[2] != "footer"], np.int64
-                ),
+                structures=np.array(structures, np.int64),
                 end=self._footer_offset,
             )
         except BaseException as error:
