@@ -309,6 +309,12 @@ class _OsLock:
             os.close(descriptor)
 
 
+def _require_disk_or_file(mode: int, path: Path) -> None:
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        raise OSError(code, "neither a regular file nor a block device", os.fspath(path))
+
+
 class OsFiles:
     """The FileSystem of the operating system."""
 
@@ -327,12 +333,16 @@ class OsFiles:
         if create:
             flags |= os.O_CREAT | (os.O_EXCL if exclusive else 0)
         with _noted("open", path):
+            if not create:
+                # Before too: a name may come from a disk image, and opening alone can start a watchdog device
+                # or rewind a tape.
+                _require_disk_or_file(os.stat(path).st_mode, path)
             descriptor = os.open(path, flags, mode)
-            found = os.fstat(descriptor).st_mode
-            if not (stat.S_ISREG(found) or stat.S_ISBLK(found)):
+            try:
+                _require_disk_or_file(os.fstat(descriptor).st_mode, path)
+            except OSError:
                 os.close(descriptor)
-                code = errno.EISDIR if stat.S_ISDIR(found) else errno.EINVAL
-                raise OSError(code, "neither a regular file nor a block device", os.fspath(path))
+                raise
         return OsBlockFile(descriptor, Path(path), writable=writable)
 
     def exists(self, path: Path) -> bool:

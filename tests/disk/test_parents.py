@@ -273,6 +273,26 @@ def test_a_fifo_under_the_parents_name_is_refused_and_not_waited_for(chain: list
         read(chain[1])
 
 
+def test_a_device_under_the_parents_name_is_not_even_opened(
+    chain: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To open some devices is to use them: a watchdog starts to count."""
+    chain[0].unlink()
+    chain[0].symlink_to("/dev/null")
+    opened: list[object] = []
+    real_open = os.open
+
+    def noted(path: os.PathLike[str], *arguments: int) -> int:
+        opened.append(Path(path))
+        return real_open(path, *arguments)
+
+    monkeypatch.setattr("os.open", noted)
+    with pytest.raises(OSError, match="neither a regular file"):
+        read(chain[1])
+    assert chain[1] in opened
+    assert chain[0] not in opened
+
+
 def test_longer_and_shorter_children(tmp_path: Path) -> None:
     base = make(tmp_path / "base.vhdx")
     write(base, b"\1" * SIZE, 0)
