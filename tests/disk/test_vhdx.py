@@ -12,7 +12,7 @@ import pytest
 from hvreplica.disk import create_disk, map_disk, open_disk
 from hvreplica.disk.vhdx.create import default_block_bytes
 from hvreplica.disk.vhdx.headers import Headers
-from hvreplica.errors import FieldOutOfRange, UnsupportedVersion
+from hvreplica.errors import FieldOutOfRange, Overlap, UnsupportedVersion
 from hvreplica.files import OS_FILES
 from hvreplica.formats.guid import NIL
 from hvreplica.formats.vhdx_header import HEADER_OFFSETS, unpack_header
@@ -293,3 +293,22 @@ def test_part_of_a_signature_is_raw(path: Path, start: bytes) -> None:
     path.write_bytes(start)
     with open_disk(OS_FILES, path, clock=FakeClock()) as disk:
         assert disk.format == "raw"
+
+
+def test_two_blocks_in_one_place_are_found_before_the_first_change_however_many_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.vhdx"
+    create_disk(OS_FILES, path, virtual_bytes=8 * MIB, block_bytes=MIB, clock=FakeClock())
+    with open_disk(OS_FILES, path, writable=True, clock=FakeClock()) as disk:
+        disk.write(b"a" * (2 * MIB), 0)
+    with path.open("r+b") as file:
+        file.seek(3 * MIB)
+        entry = file.read(8)
+        file.write(entry)
+    before = path.read_bytes()
+    monkeypatch.setattr("hvreplica.disk.vhdx.bat._APART_COUNT_MAX", 0)
+    disk = open_disk(OS_FILES, path, writable=True, clock=FakeClock())
+    with disk, pytest.raises(Overlap):
+        disk.write(b"b" * 512, 0)
+    assert path.read_bytes() == before

@@ -95,7 +95,10 @@ class BlockTable:
         """Make sure that the entries of `blocks` may be used. Raises: FormatError for what cannot be."""
 
     def check_all(self) -> None:
-        """Make sure of all entries, and that no two blocks share a place. Raises: FormatError."""
+        """Make sure of all entries, and unless they are very many of that no two share a place.
+
+        Raises: FormatError.
+        """
 
     def offsets_of(self, entries: NDArray[np.uint64]) -> NDArray[np.int64]:
         """Return the file offsets of `entries`; beyond 2**63 they become negative and fail every bound."""

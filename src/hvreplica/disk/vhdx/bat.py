@@ -44,7 +44,8 @@ _PAGE_SHIFT = ENTRIES_PER_PAGE.bit_length() - 1
 # 128 Ki entries: read and checked in a few milliseconds. Larger tables are mapped, and checked where they are
 # used, all of them before the first change.
 _LOADED_BYTES_MAX = MIB
-# More blocks than this are not sorted at open to find two on one place; a repair run may.
+# More blocks than this are not sorted at open to find two on one place: the first change, which needs them
+# sorted anyway, looks for that.
 _APART_COUNT_MAX = 1 << 22
 
 
@@ -145,11 +146,17 @@ class Bat(BlockTable):
     def _check_apart(self) -> None:
         pages = np.flatnonzero(self._occupied)
         if sum(int(has_place(entries).sum()) for _, entries in self._windows(pages)) <= _APART_COUNT_MAX:
-            try:
-                validate_apart(self.used_ranges())
-            except FormatError as error:
-                error.at(self._file.path)
-                raise
+            self.apart_ranges()
+
+    def apart_ranges(self) -> NDArray[np.int64]:
+        """Return used_ranges(). Raises: Overlap if two of any number share bytes of the file."""
+        ranges = self.used_ranges()
+        try:
+            validate_apart(ranges)
+        except FormatError as error:
+            error.at(self._file.path)
+            raise
+        return ranges
 
     def used_ranges(self) -> NDArray[np.int64]:
         """Return (file_offset, length) of every block with a place, payload and bitmaps, sorted."""

@@ -113,10 +113,12 @@ class WriteSession:
         if self._space is not None and (self._changes_data or not changes_data):
             return  # another thread was first
         self._bat.check_all()  # first, and outside of the try: refused here, the session lives on
+        space = self._find_space() if self._space is None else None
         try:
             self._change_identity(changes_data=changes_data)
-            if self._space is None:
-                self._space = self._begin()
+            if space is not None:
+                self._begin(space)
+                self._space = space
             self._changes_data = changes_data
         except BaseException as error:
             self._failure = kept(error)
@@ -129,8 +131,7 @@ class WriteSession:
             changes["data_write_guid"] = self._first_guid or self._clock.guid()
         self._headers.update(**changes)
 
-    def _begin(self) -> Space:
-        space = self._find_space()
+    def _begin(self, space: Space) -> None:
         if self._headers.current.log_length == 0:
             # Legal while LogGuid is zero, but then there is no way to change the BAT: give the file a log.
             log_offset, space.end = space.end, space.end + _NEW_LOG_BYTES
@@ -141,7 +142,6 @@ class WriteSession:
             # A shorter file is not possible here; what is cut off is in no use, and growth then reads as
             # zeros.
             self._file.resize(space.end)
-        return space
 
     def _find_space(self) -> Space:
         return Space(
@@ -159,7 +159,7 @@ class WriteSession:
         anchors = anchors[(anchors > 0) & (anchors <= size - block_bytes)]
         lengths = np.full(len(anchors), block_bytes, np.int64)
         return np.concatenate(
-            (np.array(rows, np.int64), self._bat.used_ranges(), np.column_stack((anchors, lengths)))
+            (np.array(rows, np.int64), self._bat.apart_ranges(), np.column_stack((anchors, lengths)))
         )
 
     def identify(self, data_write_guid: uuid.UUID) -> None:
