@@ -86,6 +86,22 @@ def chain(tmp_path: Path) -> list[Path]:
     return [base, child, grandchild]
 
 
+def test_a_disk_is_differencing_where_it_has_a_parent_and_only_there(tmp_path: Path) -> None:
+    base = make(tmp_path / "base.vhdx")
+    for options in ({"type": "differencing"}, {"type": "fixed", "parent": base}):
+        with pytest.raises(FieldOutOfRange):
+            make(tmp_path / "x.vhdx", **options)
+        assert not (tmp_path / "x.vhdx").exists()
+    make(tmp_path / "x.vhdx", type="differencing", parent=base)
+
+
+def test_a_link_that_leads_nowhere_is_no_parent(chain: list[Path]) -> None:
+    chain[0].unlink()
+    chain[0].symlink_to("nowhere")
+    with pytest.raises(ParentMissing):
+        read(chain[1])
+
+
 def test_a_chain_shows_the_newest_of_each_sector(chain: list[Path]) -> None:
     expected = bytearray(b"\1" * SIZE)
     expected[MIB + 512 : 2 * MIB + 512] = b"\2" * MIB

@@ -15,6 +15,7 @@ from hvreplica.errors import (
     ChecksumMismatch,
     FieldOutOfRange,
     FormatError,
+    Overlap,
     Truncated,
     UnsupportedVersion,
 )
@@ -258,8 +259,16 @@ def test_copy_counts_where_the_end_is_lost_or_damaged() -> None:
 def test_footer_in_the_guests_data_at_a_torn_end_is_not_believed() -> None:
     inner = read_back(dataclasses.replace(DYNAMIC, unique_id=OTHER), at=1000)
     assert choose([inner, NOTHING], COPY) == (0, 1)
-    inner_fixed = read_back(dataclasses.replace(FIXED, unique_id=OTHER), at=1000)
-    assert choose([inner_fixed, NOTHING], COPY) == (0, 1)
+    longer = read_back(dataclasses.replace(FIXED, unique_id=OTHER), at=1000)
+    assert choose([longer, NOTHING], COPY, size=4096) == (0, 1)
+
+
+def test_a_file_that_may_be_either_of_two_disks_is_refused() -> None:
+    """A guest's own footer at a torn end, or a guest's own disk at the start: the wrong choice is its choice."""
+    fitting = read_back(dataclasses.replace(FIXED, unique_id=OTHER), at=40 * MIB + 4096)
+    with pytest.raises(Overlap) as caught:
+        choose([fitting, NOTHING], COPY, size=40 * MIB + 4096 + 512)
+    assert caught.value.hint
 
 
 def test_fixed_disk_that_holds_a_dynamic_one_is_a_fixed_disk() -> None:

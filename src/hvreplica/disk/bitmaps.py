@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _CLEAN_PAGE_COUNT_MAX = 4096
 _LOOKUP_SECTOR_COUNT = 1 << 18
+_LOOKUP_PIECE_COUNT = 1 << 12
 _SHORT_SECTOR_COUNT_MAX = 1 << 10  # longer runs are set by themselves
 
 
@@ -66,6 +67,7 @@ class SectorBitmaps:
         while first < len(totals):
             done = int(totals[first - 1]) if first else 0
             last = max(first + 1, int(np.searchsorted(totals, done + _LOOKUP_SECTOR_COUNT, "right")))
+            last = min(last, first + _LOOKUP_PIECE_COUNT)  # each may need a page of its own
             window = Pieces(*(column[first:last] for column in pieces))
             cut, counts = sector_runs(window, self.sector_bytes, self.lookup)
             parts.append(cut)

@@ -292,9 +292,10 @@ class BlockDisk(BlockReader):
             self._zero_sectors(session, start, end)
             return
         first, last = start // self.block_bytes, (end - 1) // self.block_bytes
-        session.settle(self._table.held_blocks(first, last))
         for low in range(first, last + 1, MAP_WINDOW_BLOCKS):
-            for run in self._present_ranges(low, min(last, low + MAP_WINDOW_BLOCKS - 1), start, end):
+            high = min(last, low + MAP_WINDOW_BLOCKS - 1)
+            session.settle(self._table.held_blocks(low, high))
+            for run in self._present_ranges(low, high, start, end):
                 self._file.zero(run[2], run[1])
 
     def _zero_sectors(self, session: Session, start: int, end: int) -> None:

@@ -55,6 +55,14 @@ def create_disk(  # noqa: PLR0913 - each is a choice that a user may make
     FieldOutOfRange for sizes that the format does not allow; ParentMismatch for a parent of another format;
     ParentLoop where it would take the name of one of its own parents.
     """
+    if (type == "differencing" and parent is None) or (type == "fixed" and parent is not None):
+        raise FieldOutOfRange(
+            "a disk is differencing where it has a parent, and only there",
+            path=path,
+            field="type",
+            expected="differencing or nothing" if parent is not None else "dynamic or fixed, or a parent",
+            actual=type,
+        )
     path = Path(path)
     if not overwrite and files.exists(path):
         raise FileExistsError(17, "a file of this name exists; it was not touched", str(path))

@@ -10,7 +10,7 @@ from hvreplica.disk.paths import candidate_paths
 from hvreplica.disk.raw import RawDisk
 from hvreplica.disk.vhd.open import looks_like_vhd, open_vhd
 from hvreplica.disk.vhdx.open import open_vhdx
-from hvreplica.errors import FormatError, ParentLoop, ParentMismatch, ParentMissing, UnsupportedVersion
+from hvreplica.errors import HvReplicaError, ParentLoop, ParentMissing, UnsupportedVersion
 from hvreplica.files import lock_open_file
 from hvreplica.formats.vhdx_header import FILE_SIGNATURE
 
@@ -126,7 +126,9 @@ def _open_parent(
             if real_path(path) in seen:
                 raise _loop(child, path)
             return _verified(files, child, path, clock)
-        except (ParentLoop, ParentMismatch, FormatError, OSError) as error:
+        except FileNotFoundError:
+            continue  # a link that leads nowhere
+        except (HvReplicaError, OSError) as error:
             failure = failure or error
     if failure is not None:
         raise failure

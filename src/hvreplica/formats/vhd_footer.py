@@ -20,6 +20,7 @@ from hvreplica.errors import (
     ChecksumMismatch,
     FieldOutOfRange,
     FormatError,
+    Overlap,
     Truncated,
     UnsupportedVersion,
 )
@@ -285,8 +286,9 @@ def choose_footer(
     counts; a fixed disk has none, so a copy that claims to be one is the guest's own bytes. The last bytes of
     a torn file may also be the guest's, and look like the footer of another disk that is stored inside: a
     footer at the end that is not of the same disk as a valid copy is believed only where it describes
-    exactly this file as fixed.
-    Raises: the error of the footer at the end if none is valid. Spec: VHD 1.0 Hard Disk Footer Format.
+    exactly this file as fixed, and where it could be either nothing is.
+    Raises: the error of the footer at the end if none is valid; Overlap if both may be. Spec: VHD 1.0 Hard
+    Disk Footer Format.
     """
     backup = None
     if isinstance(copy, Footer) and _error_of(copy) is None and not copy.is_fixed:
@@ -296,12 +298,14 @@ def choose_footer(
         error = _error_of(candidate)
         if error is not None:
             errors.append(error)
-        elif isinstance(candidate, Footer) and (
-            backup is None
-            or candidate.unique_id == backup.unique_id
-            or (candidate.is_fixed and candidate.current_size + candidate.footer_bytes == file_size_bytes)
-        ):
-            return candidate
+        elif isinstance(candidate, Footer):
+            end = candidate.current_size + candidate.footer_bytes
+            if backup is None or candidate.unique_id == backup.unique_id:
+                return candidate
+            if candidate.is_fixed and end == file_size_bytes:
+                return candidate
+            if candidate.is_fixed and end < file_size_bytes:
+                raise _two_disks(candidate, backup)
     if backup is not None:
         return backup
     # One that has the cookie tells more than one that is not there.
@@ -312,6 +316,20 @@ def choose_footer(
             " copy, or give the disk a new footer with the program that made it"
         )
     raise first
+
+
+def _two_disks(trailing: Footer, copy: Footer) -> Overlap:
+    """Return the refusal of a file that may be either of two disks: the wrong one is a guest's bytes."""
+    return Overlap(
+        "the file begins as one disk and ends as another one",
+        offset=trailing.at,
+        field="unique_id",
+        expected=copy.unique_id,
+        actual=trailing.unique_id,
+        spec=FOOTER.spec,
+        hint="a fixed disk with room behind its data, whose guest wrote a disk to its start, or a dynamic one"
+        " that was cut off inside of a guest's data; cut the file behind its data, or restore it from a copy",
+    )
 
 
 def _error_of(candidate: Footer | FormatError) -> FormatError | None:
