@@ -11,6 +11,7 @@ import pytest
 from hvreplica.disk import create_disk, open_disk
 from hvreplica.disk.compact import compact_disk
 from hvreplica.disk.resize import resize_disk
+from hvreplica.disk.vhd.create import HEADER_OFFSET
 from hvreplica.errors import FormatError
 from hvreplica.units import GIB, KIB, MIB
 from tests.support.disks import KINDS, create_kind
@@ -119,14 +120,22 @@ def test_compacting_after_a_growth_that_moved_the_table(seed: int, kind: str) ->
     files, path = FaultFiles("/vm"), path_of(kind)
     numbers = make(files, kind, seed)
     resize_disk(files, path, 300 * GIB, clock=FakeClock())
+    grown = files.open(path).size()
+    files.settle()
     before = compact_disk(files, path, clock=FakeClock(seed=seed)).file_bytes
+    assert before < grown - 5 * 512 * KIB  # the table at its end does not hold it
+    check_start(files, path, numbers, seed)
     with open_disk(files, path, writable=True, clock=FakeClock()) as disk:
         disk.write(bytes([5]) * (8 * MIB), GIB)
         disk.flush()
         disk.write_zeroes(GIB, 8 * MIB)
     files.settle()
     assert compact_disk(files, path, clock=FakeClock(seed=seed)).file_bytes == before
-    for _, world in crash_states(files.trace(), seed=seed, limit=60):
+    check_start(files, path, numbers, seed)
+
+
+def check_start(files: FaultFiles, path: Path, numbers: np.ndarray, seed: int) -> None:
+    for _, world in crash_states(files.trace(), seed=seed, limit=100):
         with open_disk(world, path, clock=FakeClock()) as disk:
             buffer = bytearray(len(numbers) * SECTOR)
             disk.read_into(buffer, 0)
@@ -142,3 +151,25 @@ def test_failed_sync_is_told_and_nothing_is_lost(seed: int) -> None:
             compact_disk(files, path, clock=FakeClock())
         for _, world in crash_states(files.trace(), seed=seed, limit=20):
             check(world, "dynamic", numbers)
+
+
+def test_header_of_a_vhd_changes_when_nothing_is_pending(seed: int) -> None:
+    """It points to a table that is durable, growing and compacting; and it is durable before what follows."""
+    files, path = FaultFiles("/vm"), path_of("vhd-dynamic")
+    make(files, "vhd-dynamic", seed)
+    for size in (300 * GIB, 400 * GIB):
+        resize_disk(files, path, size, clock=FakeClock())
+        compact_disk(files, path, clock=FakeClock())
+    pending: list[str] = []
+    seen = 0
+    for event in files.trace().events:
+        if event.kind == "sync":
+            pending.clear()
+        elif event.kind in {"write", "zero", "resize"}:
+            if event.kind == "write" and event.offset == HEADER_OFFSET:
+                assert pending == []
+                seen += 1
+            else:
+                assert "header" not in pending
+            pending.append("header" if event.offset == HEADER_OFFSET else str(event))
+    assert seen == 3  # the second growth finds a table at the end that is compacted no more

@@ -11,6 +11,7 @@ from hvreplica.clock import SYSTEM
 from hvreplica.disk import create_disk, map_disk, open_disk
 from hvreplica.disk.compact import compact_disk
 from hvreplica.disk.moves import plan_moves
+from hvreplica.disk.resize import resize_disk
 from hvreplica.errors import InvalidTransition, Locked
 from hvreplica.files import OS_FILES
 from hvreplica.formats.vhdx_bat import BitmapState, PayloadState
@@ -207,3 +208,26 @@ def test_places_of_unallocated_tail_stay_small(tmp_path: Path) -> None:
         disk.read_into(buffer, 0)
     assert buffer[-4096:] == bytes([4]) * 4096
     assert not any(buffer[: 512 * KIB])
+
+
+@pytest.mark.parametrize("name", ["a.vhdx", "a.vhd"])
+def test_table_goes_from_the_end_into_a_gap_that_holds_garbage(tmp_path: Path, name: str) -> None:
+    path, kind = tmp_path / name, name.split(".")[1]
+    block = MIB if kind == "vhdx" else 512 * KIB
+    create_disk(OS_FILES, path, virtual_bytes=16 * block, format=kind, block_bytes=block, clock=SYSTEM)
+    fill(path, [block] * 16)
+    table = Patient(path).entry_at(0) if kind == "vhdx" else 1536
+    entry_bytes = 8 if kind == "vhdx" else 4
+    Patient(path).write(table + entry_bytes, (b"\0" if kind == "vhdx" else b"\xff") * (12 * entry_bytes))
+    resize_disk(OS_FILES, path, 300 * GIB, clock=SYSTEM)
+    before = path.stat().st_size
+    report = compact_disk(OS_FILES, path, clock=SYSTEM)
+    assert before - 13 * (block + 4096) < report.file_bytes <= before - 5 * block
+    with open_disk(OS_FILES, path, clock=SYSTEM) as disk:
+        found = disk.extents(0, disk.virtual_bytes)
+        assert int(found[:, 1].sum()) == 4 * block
+        for index in (0, 13, 14, 15):
+            buffer = bytearray(block)
+            disk.read_into(buffer, index * block)
+            assert buffer == bytes([index + 1]) * block
+    run_tool("qemu-img", "check", "-f", "vhdx" if kind == "vhdx" else "vpc", path, expected=(0, 63))

@@ -1,7 +1,7 @@
 """Make the file of a disk shorter without a guest seeing any difference.
 
     1. blocks that read as zeros, and blocks of which no sector counts, lose their places
-    2. blocks go from the end of the file into gaps: copy, sync, then the table's entry
+    2. the table, and then blocks go from the end of the file into gaps: copy, sync, then what points there
     3. the file is cut
 
 A power cut leaves the disk as it was, at any step; the same call again goes on from there. A place gets new
@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from hvreplica import native
-from hvreplica.disk.copy import copy_range
+from hvreplica.disk.copy import copy_within
 from hvreplica.disk.open import open_disk
 from hvreplica.disk.parallel import Scratch, map_ordered
 from hvreplica.disk.vhd.compact import VhdFile
@@ -98,6 +98,10 @@ class CompactFile(Protocol):
         """Make that durable, take whatever else is not needed then; return how many more blocks that is."""
         ...
 
+    def lower_table(self) -> None:
+        """Put the table into a gap before it, durably, if it fits into one: at the end it holds the file."""
+        ...
+
     def plan(self) -> tuple[NDArray[np.int64], Moves]:
         """Return what can be moved, as (file_offset, length), and the moves."""
         ...
@@ -129,9 +133,10 @@ def compact_disk(
     disk = open_disk(files, path, writable=True, format=format, parent=parent, clock=clock)
     try:
         before = disk.info().file_bytes
-        chosen = _file_of(disk)
+        chosen = _file_of(disk, clock)
         chosen.begin()
         released = _release(disk, chosen, progress)
+        chosen.lower_table()
         moved = _move(chosen, progress)
         chosen.cut()
         after = chosen.file.size()
@@ -150,11 +155,11 @@ def compact_disk(
     )
 
 
-def _file_of(disk: Disk) -> CompactFile:
+def _file_of(disk: Disk, clock: Clock) -> CompactFile:
     if isinstance(disk, VhdDisk):
         return VhdFile(disk)
     if isinstance(disk, VhdxDisk) and disk.info().type != "fixed":
-        return VhdxFile(disk)
+        return VhdxFile(disk, clock)
     raise InvalidTransition(
         "only a dynamic or differencing disk can be compacted",
         path=disk.path,
@@ -211,7 +216,7 @@ def _move(chosen: CompactFile, progress: ProgressCallback | None) -> int:
     for first, last in _batches(lengths):
         parts, targets = moves.parts[first:last], moves.targets[first:last]
         for (start, length), target in zip(movable[parts].tolist(), targets.tolist(), strict=True):
-            copy_range(chosen.file, chosen.file, start, target, length)
+            copy_within(chosen.file, start, target, length)
             done += length
             if progress is not None:
                 progress(Progress("move", done, total, raw_bytes=done))

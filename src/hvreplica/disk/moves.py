@@ -57,6 +57,14 @@ def plan_moves(
     return Moves(np.array(moved, np.int64), np.array(targets, np.int64))
 
 
+def place_before(
+    start: int, length: int, used: NDArray[np.int64], *, floor: int, aligned: Callable[[int], int]
+) -> int | None:
+    """Return the first place for `length` bytes in a gap before `start` of what is `used`, else None."""
+    gaps = _gaps(np.concatenate((used[used[:, 0] < start], [[start, 1]])), floor)
+    return _take(gaps, {}, length, aligned)
+
+
 def _gaps(used: NDArray[np.int64], floor: int) -> list[list[int]]:
     busy = merge(used)
     gaps = np.column_stack((busy.sum(axis=1)[:-1], busy[1:, 0]))

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hvreplica import native
-from hvreplica.disk.moves import Moves, plan_moves
-from hvreplica.disk.vhd.resize import drop_batmap, first_use, whole_ranges
+from hvreplica.disk.moves import Moves, place_before, plan_moves
+from hvreplica.disk.vhd.resize import drop_batmap, first_use, read_again, repoint, whole_ranges
 from hvreplica.disk.vhd.space import first_place
 from hvreplica.formats.vhd_footer import SECTOR_BYTES
 from hvreplica.units import MIB, align_up
@@ -81,13 +81,31 @@ class VhdFile:
         self._parts.session.flush()
         return 0
 
+    def lower_table(self) -> None:
+        parts = self._parts
+        start, length = parts.image.table_place(parts.image.footer.at)
+        used = [row[:2] for row in parts.image.structures if row[0] != start]
+        target = place_before(
+            start,
+            length,
+            np.concatenate((np.array(used, np.int64), whole_ranges(parts)[:, 1:])),
+            floor=self._floor,
+            aligned=lambda at: align_up(at, SECTOR_BYTES),
+        )
+        if target is None:
+            return
+        parts.file.write(parts.file.read(start, length), target)
+        parts.file.sync()
+        repoint(parts, target, parts.image.header.max_table_entries)
+        self._parts = read_again(parts)
+        self._parts.session.begin()
+
     def plan(self) -> tuple[NDArray[np.int64], Moves]:
         ranges = whole_ranges(self._parts)
         self._blocks, movable = ranges[:, 0], ranges[:, 1:]
         pinned = [row[:2] for row in self._parts.image.structures if row[2] != "footer"]
-        return movable, plan_moves(
-            movable, np.array(pinned, np.int64), floor=self._floor, aligned=self._place_from(movable)
-        )
+        rows = np.array([*pinned, self._parts.image.table_place(self._parts.image.footer.at)], np.int64)
+        return movable, plan_moves(movable, rows, floor=self._floor, aligned=self._place_from(movable))
 
     def _place_from(self, movable: NDArray[np.int64]) -> Callable[[int], int]:
         """Return what aligns places: to pages where the file does, as gaps would be too small elsewhere."""

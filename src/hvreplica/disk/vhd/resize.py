@@ -21,12 +21,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hvreplica.disk.copy import copy_range
+from hvreplica.disk.copy import copy_range, copy_within
 from hvreplica.disk.grown import hide_what_grows
 from hvreplica.disk.vhd.create import CREATOR_APPLICATION, CREATOR_HOST_OS, CREATOR_VERSION
 from hvreplica.disk.vhd.disk import VhdDisk
 from hvreplica.disk.vhd.image import read_footer, read_image
-from hvreplica.disk.vhd.open import open_vhd
 from hvreplica.disk.vhd.space import first_place
 from hvreplica.disk.vhd.table import VhdTable
 from hvreplica.formats.vhd_bat import NO_OFFSET, pack_bat, unpack_bat
@@ -90,12 +89,19 @@ def shrink_vhd(disk: VhdDisk, virtual_bytes: int) -> None:
         # Of a child only now: in the old size the parent's bytes would have shown.
         parts.session.discard(behind)
         parts.session.flush()
-    shown = open_vhd(parts.file)
-    if isinstance(shown, VhdDisk):
-        parts = shown.parts()
-        _clear_entries(parts, parts.image.header.max_table_entries)
-        parts.session.begin()
-        parts.session.cut(floor=floor)
+    parts = read_again(parts)
+    _clear_entries(parts, parts.image.header.max_table_entries)
+    if virtual_bytes != disk.virtual_bytes:
+        repoint(parts, parts.image.header.table_offset, parts.image.geometry.block_count)
+        parts = read_again(parts)
+    parts.session.begin()
+    parts.session.cut(floor=floor)
+
+
+def read_again(parts: VhdParts) -> VhdParts:
+    """Return the disk as its file says it is now."""
+    image = read_image(parts.file, read_footer(parts.file))
+    return VhdDisk(file=parts.file, image=image, table=VhdTable(parts.file, image)).parts()
 
 
 def resize_fixed(files: FileSystem, disk: FixedVhdDisk, virtual_bytes: int, *, clock: Clock) -> None:
@@ -198,7 +204,7 @@ def _make_last_whole(parts: VhdParts) -> None:
         return
     start, length = last[0, 1:].tolist()
     place = parts.session.take_place()
-    copy_range(parts.file, parts.file, start, place, length)
+    copy_within(parts.file, start, place, length)
     parts.session.move(last[:, 0], np.array([place], np.int64))
     parts.session.flush()
 
@@ -218,12 +224,17 @@ def _make_room(parts: VhdParts, count: int) -> None:
         parts.file.write(table.ljust(length, b"\xff"), table_offset)
         parts.session.flush()
     if count > header.max_table_entries or table_offset != header.table_offset:
-        packed = parts.file.read(header.at, DYNAMIC_HEADER_BYTES)
-        entries = max(count, header.max_table_entries) if table_offset == header.table_offset else count
-        packed = repointed_header(packed, table_offset=table_offset, max_table_entries=entries)
-        # One sector, so that table and count change together.
-        parts.file.write(packed[:SECTOR_BYTES], header.at)
-        parts.file.sync()
+        repoint(parts, table_offset, count)
+
+
+def repoint(parts: VhdParts, table_offset: int, count: int) -> None:
+    """Make the header's table one of `count` entries at `table_offset`, durably."""
+    at = parts.image.header.at
+    packed = parts.file.read(at, DYNAMIC_HEADER_BYTES)
+    packed = repointed_header(packed, table_offset=table_offset, max_table_entries=count)
+    # One sector, so that place and count change together.
+    parts.file.write(packed[:SECTOR_BYTES], at)
+    parts.file.sync()
 
 
 def _is_free(parts: VhdParts, count: int) -> bool:

@@ -143,7 +143,7 @@ class VhdTable(BlockTable):
 
     def end(self) -> int:
         """Return the end of what is used in the file, without the footer; the last block counts as whole."""
-        ends = self.used_ranges().sum(axis=1)
+        ends = np.append(self.used_ranges().sum(axis=1), sum(self._image.table_place(self._file.size())))
         whole = self.placed_ranges()[:, 1] + self._geometry.place_bytes
         return max(int(ends.max()), int(whole.max(initial=0)))
 

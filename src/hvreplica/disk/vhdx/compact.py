@@ -1,6 +1,6 @@
 """What compacting needs of a VHDX. Everything passes through its log; see session.WriteSession.
 
-A BAT that stands behind all blocks, where a growth has put it, goes into a gap too. Spec: [MS-VHDX] 2.5.
+A BAT that stands behind blocks, where a growth has put it, goes into a gap too. Spec: [MS-VHDX] 2.5.
 """
 
 from __future__ import annotations
@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hvreplica.disk.moves import Moves, plan_moves
+from hvreplica.disk.moves import Moves, place_before, plan_moves
+from hvreplica.disk.vhdx.open import open_vhdx
+from hvreplica.disk.vhdx.resize import move_bat
 from hvreplica.formats.vhdx_bat import BITMAP_BLOCK_BYTES, PayloadState, is_anchored, offsets_of
 from hvreplica.units import MIB, align_up
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from hvreplica.clock import Clock
     from hvreplica.disk.vhdx.disk import VhdxDisk
     from hvreplica.files import BlockFile
 
@@ -26,10 +29,15 @@ _LOOSE_STATES = (
 )
 
 
+def _aligned(file_offset: int) -> int:
+    return align_up(file_offset, MIB)
+
+
 class VhdxFile:
     """See compact.CompactFile."""
 
-    def __init__(self, disk: VhdxDisk) -> None:
+    def __init__(self, disk: VhdxDisk, clock: Clock) -> None:
+        self._clock = clock
         self._parts = disk.parts()
         self._geometry = self._parts.image.geometry
         self._indices = np.empty(0, np.int64)
@@ -89,6 +97,25 @@ class VhdxFile:
         parts.session.release_bitmaps(np.setdiff1d(chunks, partial // self._geometry.chunk_ratio))
         parts.session.flush()
 
+    def lower_table(self) -> None:
+        parts, region = self._parts, self._parts.image.bat
+        used = [row[:2] for row in parts.image.structures if row[0] != region.file_offset]
+        target = place_before(
+            region.file_offset,
+            region.length,
+            np.concatenate((np.array(used, np.int64), parts.bat.used_ranges())),
+            floor=0,
+            aligned=_aligned,
+        )
+        if target is None:
+            return
+        parts.session.clear()
+        parts.file.zero(target, region.length)
+        move_bat(parts, target, region.length)
+        parts.session.clear()
+        self._parts = open_vhdx(parts.file, clock=self._clock).parts()
+        self._parts.session.begin_unseen()
+
     def plan(self) -> tuple[NDArray[np.int64], Moves]:
         bat = self._parts.bat
         self._indices = bat.placed_indices()
@@ -98,7 +125,7 @@ class VhdxFile:
         )
         movable = np.column_stack((offsets_of(entries), lengths))
         pinned = np.array([row[:2] for row in self._parts.image.structures], np.int64)
-        return movable, plan_moves(movable, pinned, floor=0, aligned=lambda at: align_up(at, MIB))
+        return movable, plan_moves(movable, pinned, floor=0, aligned=_aligned)
 
     def move(self, parts: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
         self._parts.session.move(self._indices[parts], targets)
