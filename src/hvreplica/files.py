@@ -369,6 +369,9 @@ class OsFiles:
 
     def replace(self, source: Path, target: Path) -> None:
         with _noted("rename", source):
+            # A rename would put a file in the place of a device's node or a FIFO, and write nothing to it.
+            if os.path.lexists(target) and not stat.S_ISREG(os.stat(target).st_mode):
+                raise OSError(errno.EINVAL, "not a regular file; it was not touched", os.fspath(target))
             os.replace(source, target)
 
     def copy_attributes(self, source: Path, target: Path) -> None:
@@ -469,6 +472,23 @@ def lock_open_file(file: BlockFile, *, shared: bool = False) -> None:
                 path=file.path,
                 hint="wait for it to end, or stop it; the lock goes away with its process",
             ) from None
+
+
+def require_unused(files: FileSystem, path: Path) -> None:
+    """Make sure that nobody holds a lock on the file at `path`, which is to be replaced; fine where absent.
+
+    Raises: Locked; OSError for what cannot be opened for writing.
+    """
+    if not files.exists(path):
+        return
+    try:
+        file = files.open(path, writable=True)
+    except FileNotFoundError:
+        return  # a link that leads nowhere
+    try:
+        lock_open_file(file)
+    finally:
+        file.close()
 
 
 def _load_fallocate() -> object:

@@ -82,7 +82,7 @@ def test_replicate_needs_once(invoke: Callable[..., Run]) -> None:
 
 
 def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    def fail(file: Path) -> None:  # noqa: ARG001
+    def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(package, "disk_info", fail, raising=False)
@@ -185,7 +185,7 @@ def complete(words: str, hvreplica: Callable[..., Run]) -> list[str]:
 
 def test_completion_knows_verbs_options_and_choices(hvreplica: Callable[..., Run]) -> None:
     assert complete("hvreplica di", hvreplica) == ["disk"]
-    assert set(complete("hvreplica disk co", hvreplica)) == {"convert", "compare"}
+    assert set(complete("hvreplica disk co", hvreplica)) == {"compact", "compare", "convert"}
     assert "--compression" in complete("hvreplica replicate --json --co", hvreplica)
     assert complete("hvreplica replicate --compression l", hvreplica) == ["lz4"]
 

@@ -9,14 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hvreplica.disk import create_disk, map_disk, open_disk
+from hvreplica.disk import create_disk, map_disk, open_disk, resize_disk
 from hvreplica.disk.open import CHAIN_LENGTH_MAX, open_layer
 from hvreplica.disk.paths import candidate_paths, relative_windows_path
 from hvreplica.errors import (
+    BadSignature,
     FieldOutOfRange,
     FormatError,
     HvReplicaError,
     Locked,
+    ParentInUse,
     ParentLoop,
     ParentMismatch,
     ParentMissing,
@@ -166,8 +168,12 @@ def test_another_disk_under_the_parents_name_is_refused(chain: list[Path]) -> No
     with pytest.raises(ParentMismatch):
         read(chain[1])
     chain[0].write_bytes(b"a raw file".ljust(SIZE))
-    with pytest.raises(ParentMismatch, match="must be a VHDX"):
+    with pytest.raises(BadSignature):
         read(chain[1])
+    raw = chain[1].parent / "raw"
+    raw.write_bytes(b"a raw file".ljust(SIZE))
+    with pytest.raises(ParentMismatch, match="must be a VHDX"):
+        read(chain[1], parent=raw)
 
 
 def test_a_damaged_parent_is_told_of_as_such(chain: list[Path]) -> None:
@@ -458,3 +464,26 @@ def test_a_child_is_never_made_over_one_of_its_own_parents(which: int, chain: li
         with pytest.raises(ParentLoop):
             create_disk(OS_FILES, name, parent=chain[1], clock=FakeClock(), overwrite=True)
     assert [path.read_bytes() for path in chain] == before
+
+
+@pytest.mark.parametrize("name", ["a.vhdx", "a.AVHDX", "a.vhd", "a.avhd"])
+def test_a_container_that_lost_its_signature_is_not_taken_for_raw(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(bytes(MIB))
+    with pytest.raises(BadSignature) as caught:
+        open_disk(OS_FILES, path, clock=FakeClock())
+    assert caught.value.path == path
+    assert "disk check" in str(caught.value.hint)
+    open_disk(OS_FILES, path, format="raw", clock=FakeClock()).close()
+
+
+def test_a_disk_with_children_is_not_resized(chain: list[Path]) -> None:
+    beside = chain[0].parent / "child.vhdx"
+    make(beside, parent=chain[0], seed=7)
+    with pytest.raises(ParentInUse) as caught:
+        resize_disk(OS_FILES, chain[0], 2 * SIZE, clock=FakeClock(seed=8))
+    assert str(beside) in str(caught.value)
+    read(beside)
+    resize_disk(OS_FILES, chain[0], 2 * SIZE, force=True, clock=FakeClock(seed=8))
+    with pytest.raises(ParentMismatch):
+        read(beside)

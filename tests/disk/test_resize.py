@@ -209,7 +209,7 @@ def test_fixed_vhd_keeps_identity_and_permissions(tmp_path: Path) -> None:
 def test_children_of_a_resized_vhdx_refuse_it(tmp_path: Path) -> None:
     base, child = made(tmp_path / "base.vhdx", 5 * MIB), tmp_path / "child.vhdx"
     create_disk(OS_FILES, child, parent=base, clock=SYSTEM)
-    resize(base, 6 * MIB)
+    resize_disk(OS_FILES, base, 6 * MIB, force=True, clock=SYSTEM)
     with pytest.raises(ParentMismatch):
         open_disk(OS_FILES, child, clock=SYSTEM)
 

@@ -23,19 +23,29 @@ if TYPE_CHECKING:
 @option("--size", "size_bytes", type=SIZE, required=True, help="The size that it gets, as in 10G.")
 @option("--format", "format_", type=DISK_FORMAT, help="Format of FILE.  [default: by its content]")
 @parent_option
+@option("--force", is_flag=True, help="Resize though other disks rest on FILE.")
 @verb
 def resize(
-    output: Output, *, file: Path, size_bytes: int, format_: Format | None, parent: Path | None
+    output: Output,
+    *,
+    file: Path,
+    size_bytes: int,
+    format_: Format | None,
+    parent: Path | None,
+    force: bool,
 ) -> None:
     """Make the disk in FILE longer or shorter; the guest's partitions stay as they are.
 
     What is new reads as zeros. A disk becomes shorter only where it has nothing but zeros; else the error
-    names the smallest size that loses nothing. Never resize a disk that has children. Cut off, it has its old
-    size or its new one, and the same command finishes. A fixed VHD is copied to a new file, which needs as
+    names the smallest size that loses nothing. A disk that has children must not be resized: those beside
+    it are named, and nothing is done without --force. Cut off, it has its old size or its new one, and the
+    same command finishes. A fixed VHD is copied to a new file, which needs as
     much room again where the file system has to copy it.
     """
     with progress_shown(output) as progress:
-        report = hvreplica.disk_resize(file, size_bytes, format=format_, parent=parent, progress=progress)
+        report = hvreplica.disk_resize(
+            file, size_bytes, format=format_, parent=parent, force=force, progress=progress
+        )
     output.answer(report, lambda: output.structure(report))
 
 

@@ -66,8 +66,8 @@ def compare_disks(  # noqa: PLR0913 - each is a choice that a user may make
     FormatError for either file.
     """
     with (
-        open_disk(files, a, format=a_format, parent=a_parent, clock=clock) as first,
-        open_disk(files, b, format=b_format, parent=b_parent, clock=clock) as second,
+        open_disk(files, a, shared=True, format=a_format, parent=a_parent, clock=clock) as first,
+        open_disk(files, b, shared=True, format=b_format, parent=b_parent, clock=clock) as second,
     ):
         return compare_open_disks(first, second, progress)
 

@@ -18,6 +18,7 @@ from hvreplica.disk.extents import batches, data_windows, select_runs
 from hvreplica.disk.open import open_disk
 from hvreplica.disk.parallel import Scratch, map_ordered
 from hvreplica.errors import HvReplicaError
+from hvreplica.files import require_unused
 from hvreplica.progress import Progress
 from hvreplica.units import MIB, align_up
 
@@ -78,7 +79,9 @@ def convert_disk(  # noqa: PLR0913 - each is a choice that a user may make
         raise FileExistsError(17, "a file of this name exists; it was not touched", str(target))
     require_folder(files, target)
     temporary = target.with_name(f".{target.name}.{clock.guid().hex[:8]}.partial")
-    with open_disk(files, source, format=source_format, parent=parent, clock=clock) as reader:
+    with open_disk(files, source, format=source_format, parent=parent, shared=True, clock=clock) as reader:
+        # The source and its parents are locked by now, so that none of them can be the target.
+        require_unused(files, target)
         try:
             create_disk(
                 files,

@@ -12,6 +12,7 @@ from hvreplica.disk.vhd.create import vhd_writer
 from hvreplica.disk.vhdx.create import parameters_for, write_empty_vhdx
 from hvreplica.disk.vhdx.parent import parent_locator
 from hvreplica.errors import FieldOutOfRange, ParentLoop, ParentMismatch
+from hvreplica.files import require_unused
 from hvreplica.formats.vhdx_metadata import FLAG_HAS_PARENT, FLAG_LEAVE_BLOCKS_ALLOCATED
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ def create_disk(  # noqa: PLR0913 - each is a choice that a user may make
             virtual_bytes = 0 if below is None else below.virtual_bytes
         if below is not None:
             _require_another_name(path, below)
+        require_unused(files, path)
+        if below is not None:
             logical_sector_bytes = below.logical_sector_bytes
             physical_sector_bytes = below.physical_sector_bytes
         if format == "raw":

@@ -58,6 +58,22 @@ def require_no_dependents(files: FileSystem, child: Path, parent: Path, *, keep:
         )
 
 
+def require_no_children(files: FileSystem, disk: Disk, *, clock: Clock) -> None:
+    """Make sure that no disk in the folder of `disk` rests on it. Raises: ParentInUse, which names them."""
+    children = []
+    for other in _differencing(files, (disk.path,), clock):
+        with other:
+            if _rests_on(other, disk):
+                children.append(other.path)
+    if children:
+        raise _in_use(
+            disk.path,
+            children,
+            "other disks rest on this one and would show other bytes or no longer open",
+            "merge them first and then resize the result, or resize with --force and lose them",
+        )
+
+
 def _differencing(files: FileSystem, known: Iterable[Path], clock: Clock) -> Iterator[Disk]:
     """Yield the disks with a parent, without it, in the folders of the `known`, which are left out."""
     known = list(known)

@@ -10,7 +10,7 @@ from hvreplica.disk.paths import candidate_paths
 from hvreplica.disk.raw import RawDisk
 from hvreplica.disk.vhd.open import looks_like_vhd, open_vhd
 from hvreplica.disk.vhdx.open import open_vhdx
-from hvreplica.errors import HvReplicaError, ParentLoop, ParentMissing, UnsupportedVersion
+from hvreplica.errors import BadSignature, HvReplicaError, ParentLoop, ParentMissing, UnsupportedVersion
 from hvreplica.files import lock_open_file
 from hvreplica.formats.vhdx_header import FILE_SIGNATURE
 
@@ -24,6 +24,7 @@ DiskType = Literal["dynamic", "fixed", "differencing"]
 
 # Hyper-V makes at most 50 checkpoints; backup tools add some. More than this is a mistake or an attack.
 CHAIN_LENGTH_MAX = 256
+_FORMAT_OF_ENDING = {".vhdx": "vhdx", ".avhdx": "vhdx", ".vhd": "vhd", ".avhd": "vhd"}
 _FOREIGN_SIGNATURES = (  # name, offset in the file, signature
     ("a qcow2 image", 0, b"QFI\xfb"),
     ("a VMDK", 0, b"KDMV"),
@@ -42,18 +43,22 @@ def open_disk(
     writable: bool = False,
     format: Format | None = None,  # noqa: A002 - the word that users type
     parent: str | os.PathLike[str] | None = None,
+    shared: bool = False,
     clock: Clock,
 ) -> Disk:
     """Return the disk in the file at `path`, with all its parents open for reading.
 
-    format: None tells by signature; give "raw" for images whose guest may write what looks like a signature.
+    shared: hold a lock against writers, for whoever reads a disk that must not change meanwhile.
+
+    format: None tells by signature, and refuses a file that is named as a VHD or VHDX and has none; give
+    "raw" for images whose guest may write what looks like a signature.
     parent: the file of the parent, where the names in a differencing disk do not lead to it. Opening for
     writing takes a lock that the file keeps until close, and each parent is locked against writers. A clean
     file is not changed by being opened. Raises: Locked, FormatError of the kind that fits, UnsupportedVersion
     for what is known and not supported, which takes in the signatures of qcow2, QED, VDI and VMDK;
     ParentMissing, ParentMismatch, ParentLoop.
     """
-    disk = open_layer(files, path, writable=writable, format=format, clock=clock)
+    disk = open_layer(files, path, writable=writable, format=format, shared=shared, clock=clock)
     try:
         open_parents(files, disk, parent=parent, clock=clock)
     except BaseException:
@@ -79,7 +84,7 @@ def open_layer(
     try:
         if writable or shared:
             lock_open_file(file, shared=not writable)
-        found = format or format_of(file)
+        found = format or _format_as_named(file)
         if found == "vhdx":
             return open_vhdx(file, clock=clock)
         return open_vhd(file) if found == "vhd" else RawDisk(file)
@@ -184,6 +189,22 @@ def format_of(file: BlockFile) -> Format:
         if head.startswith(signature, offset):
             raise _foreign(file, name, signature)
     return "raw"
+
+
+def _format_as_named(file: BlockFile) -> Format:
+    """Return as format_of(), and refuse to take a container that lost its signature for the guest's bytes."""
+    found = format_of(file)
+    named = _FORMAT_OF_ENDING.get(file.path.suffix.lower())
+    if found != "raw" or named is None:
+        return found
+    raise BadSignature(
+        f"the name says that this is a {named.upper()}, and nothing in the file does",
+        path=file.path,
+        field="signature",
+        expected=FILE_SIGNATURE if named == "vhdx" else b"conectix",
+        hint=f"`hvreplica disk check {file.path}` tells what is damaged and whether it can be repaired; a raw"
+        " disk needs another name, or the format raw",
+    )
 
 
 def _foreign(file: BlockFile, name: str, signature: bytes) -> UnsupportedVersion:

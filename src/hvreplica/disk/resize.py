@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 
 from hvreplica import native
+from hvreplica.disk.dependents import require_no_children
 from hvreplica.disk.extents import batches, data_windows
 from hvreplica.disk.open import open_disk
 from hvreplica.disk.parallel import Scratch, map_ordered
@@ -60,6 +61,7 @@ def resize_disk(
     *,
     format: Format | None = None,  # noqa: A002 - the word that users type
     parent: str | os.PathLike[str] | None = None,
+    force: bool = False,
     clock: Clock,
     progress: ProgressCallback | None = None,
 ) -> ResizeReport:
@@ -68,7 +70,7 @@ def resize_disk(
     virtual_bytes: a multiple of the logical sector. New bytes read as zeros, also in a child whose parent is
     longer. parent: the file of the parent, where the names in a differencing disk do not lead to it. A disk
     that has children must not be resized: those of a VHDX do not know it any more, those of a VHD do not see
-    that it changed.
+    that it changed. Children beside it are looked for; force: not.
     Raises: FieldOutOfRange for a size that the format does not allow, and for one that would lose what is not
     zero: its hint names the smallest possible; Locked; FormatError and ParentError as open_disk() does.
     """
@@ -76,6 +78,8 @@ def resize_disk(
     try:
         before, file_before = disk.virtual_bytes, disk.info().file_bytes
         _require_size(disk, virtual_bytes)
+        if not force and virtual_bytes != before:
+            require_no_children(files, disk, clock=clock)
         if virtual_bytes < before:
             _require_zeros(disk, virtual_bytes, progress)
         _resize(files, disk, virtual_bytes, clock)

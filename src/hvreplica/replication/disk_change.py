@@ -23,16 +23,25 @@ def disk_resize(
     *,
     format: Format | None = None,  # noqa: A002 - the word that every disk tool uses
     parent: PathLike | None = None,
+    force: bool = False,
     progress: ProgressCallback | None = None,
 ) -> ResizeReport:
     """Give a disk another size, durable on return; what is new reads as zeros, and only zeros can be lost.
 
     format: None tells by signature. parent: the parent of a differencing disk, where its names do not lead to
-    it. A disk that has children must not be resized. Cut off, it can be called again. Raises: FieldOutOfRange
-    for a size that cannot be, whose hint names the smallest possible; Locked, FormatError, ParentError.
+    it. A disk that has children must not be resized: those beside it are found and named, unless force. Cut
+    off, it can be called again. Raises: FieldOutOfRange for a size that cannot be, whose hint names the
+    smallest possible; ParentInUse, Locked, FormatError, ParentError.
     """
     return resize_disk(
-        OS_FILES, path, size_bytes, format=format, parent=parent, clock=SYSTEM, progress=progress
+        OS_FILES,
+        path,
+        size_bytes,
+        format=format,
+        parent=parent,
+        force=force,
+        clock=SYSTEM,
+        progress=progress,
     )
 
 

@@ -24,15 +24,22 @@ if TYPE_CHECKING:
     DiskType = Literal["dynamic", "fixed", "differencing"]
 
 _FORMATS: dict[str, DiskFormat] = {".vhdx": "vhdx", ".avhdx": "vhdx", ".vhd": "vhd", ".avhd": "vhd"}
+_FORMATS_OF_NEW: dict[str, DiskFormat] = {**_FORMATS, ".raw": "raw", ".img": "raw"}
 
 
-def disk_info(path: PathLike, *, parent: PathLike | None = None) -> DiskInfo:
+def disk_info(
+    path: PathLike,
+    *,
+    format: DiskFormat | None = None,  # noqa: A002 - the word that every disk tool uses
+    parent: PathLike | None = None,
+) -> DiskInfo:
     """Return what the disk in a file is; of one whose parent is not there too, with the name it gives.
 
+    format: None tells by signature.
     parent: the file of the parent, where the names in a differencing disk do not lead to it. Raises:
     FormatError, ParentError, OSError.
     """
-    with contextlib.closing(open_layer(OS_FILES, Path(path), clock=SYSTEM)) as disk:
+    with contextlib.closing(open_layer(OS_FILES, Path(path), format=format, clock=SYSTEM)) as disk:
         try:
             open_parents(OS_FILES, disk, parent=parent, clock=SYSTEM)
         except ParentMissing:
@@ -43,7 +50,9 @@ def disk_info(path: PathLike, *, parent: PathLike | None = None) -> DiskInfo:
 
 def disk_map(path: PathLike, *, parent: PathLike | None = None) -> Iterator[MapEntry]:
     """Yield runs that cover the whole disk, in order, each with the file of the chain that holds it."""
-    with contextlib.closing(open_disk(OS_FILES, Path(path), parent=parent, clock=SYSTEM)) as disk:
+    with contextlib.closing(
+        open_disk(OS_FILES, Path(path), parent=parent, shared=True, clock=SYSTEM)
+    ) as disk:
         yield from map_disk(disk)
 
 
@@ -51,7 +60,7 @@ def disk_create(  # noqa: PLR0913 - each is a choice that a user may make
     path: PathLike,
     size_bytes: int | None = None,
     *,
-    format: DiskFormat = "vhdx",  # noqa: A002 - the word that every disk tool uses
+    format: DiskFormat | None = None,  # noqa: A002 - the word that every disk tool uses
     type: DiskType = "dynamic",  # noqa: A002 - as above
     block_bytes: int | None = None,
     logical_sector_bytes: int = 512,
@@ -61,14 +70,16 @@ def disk_create(  # noqa: PLR0913 - each is a choice that a user may make
 ) -> DiskInfo:
     """Make an empty disk, durable on return, that reads as zeros, or as its parent.
 
-    parent: makes a differencing disk on that one, whose sectors, and size where none is given, it takes over.
+    format: by the ending of the name, .vhd, .raw or .img, else VHDX, where it is None. parent: makes a
+    differencing disk on that one, whose sectors, and size where none is given, it takes over.
     Raises: FileExistsError unless overwrite; FieldOutOfRange for what the format does not allow.
     """
+    chosen = format or _FORMATS_OF_NEW.get(Path(path).suffix.lower(), "vhdx")
     create_disk(
         OS_FILES,
         Path(path),
         virtual_bytes=size_bytes,
-        format=format,
+        format=chosen,
         type=type,
         block_bytes=block_bytes,
         logical_sector_bytes=logical_sector_bytes,
@@ -77,7 +88,7 @@ def disk_create(  # noqa: PLR0913 - each is a choice that a user may make
         clock=SYSTEM,
         overwrite=overwrite,
     )
-    return disk_info(path)
+    return disk_info(path, format=chosen)
 
 
 def disk_convert(  # noqa: PLR0913 - each is a choice that a user may make
