@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hvreplica.disk import create_disk, map_disk, open_disk, resize_disk
+from hvreplica.disk import convert_disk, create_disk, map_disk, open_disk, resize_disk
 from hvreplica.disk.open import CHAIN_LENGTH_MAX, open_layer
 from hvreplica.disk.paths import candidate_paths, relative_windows_path
 from hvreplica.errors import (
@@ -417,6 +417,43 @@ def test_names_are_looked_for_where_they_point_and_beside_the_child() -> None:
 def test_relative_names_are_spelled_as_windows_does(parent: str, name: str) -> None:
     assert relative_windows_path(Path("/vm/child.vhdx"), Path(parent)) == name
     assert candidate_paths(Path("/vm/child.vhdx"), [name])[0] == Path(parent)
+
+
+@pytest.mark.parametrize("name", [b"a\\b.vhdx", b"\xff.vhdx"])
+@pytest.mark.parametrize("format_", ["vhdx", "vhd"])
+def test_a_name_that_a_child_cannot_hold_is_refused(tmp_path: Path, name: bytes, format_: str) -> None:
+    base = (
+        make(tmp_path / os.fsdecode(name), format=format_)
+        if format_ == "vhdx"
+        else tmp_path / os.fsdecode(name)
+    )
+    if format_ == "vhd":
+        create_disk(OS_FILES, base, virtual_bytes=SIZE, format="vhd", clock=FakeClock())
+    with pytest.raises(FieldOutOfRange) as caught:
+        create_disk(OS_FILES, tmp_path / "c.disk", format=format_, parent=base, clock=FakeClock(seed=2))
+    assert caught.value.hint
+    assert not (tmp_path / "c.disk").exists()
+
+
+def test_what_is_open_for_writing_is_not_replaced(chain: list[Path]) -> None:
+    with open_disk(OS_FILES, chain[2], writable=True, clock=FakeClock()):
+        for call in (
+            lambda: convert_disk(OS_FILES, chain[0], chain[2], overwrite=True, clock=FakeClock()),
+            lambda: create_disk(OS_FILES, chain[2], virtual_bytes=SIZE, overwrite=True, clock=FakeClock()),
+            lambda: convert_disk(OS_FILES, chain[2], chain[0], overwrite=True, clock=FakeClock()),
+        ):
+            with pytest.raises(Locked):
+                call()
+    with pytest.raises(Locked):
+        convert_disk(OS_FILES, chain[2], chain[0], overwrite=True, clock=FakeClock())
+    assert read(chain[2])[:512] == b"\1" * 512
+
+
+def test_a_fifo_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(OSError, match="regular"):
+        make(tmp_path / "fifo", overwrite=True)
+    assert (tmp_path / "fifo").is_fifo()
 
 
 def test_a_write_of_zeros_hides_the_parent(tmp_path: Path) -> None:

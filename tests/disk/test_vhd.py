@@ -415,7 +415,7 @@ def test_parent_of_another_format_is_refused(tmp_path: Path) -> None:
 
 
 def test_raw_parent_of_xenserver_is_believed_only_beside_its_child(tmp_path: Path) -> None:
-    base = created(tmp_path / "base.vhd", MIB)
+    base = created(tmp_path / "base.raw", MIB)
     child = created(tmp_path / "child.vhd", parent=base)
     image = bytearray(child.read_bytes())
     header = unpack_dynamic_header(image[512:1536], file_offset=512)
@@ -426,7 +426,7 @@ def test_raw_parent_of_xenserver_is_believed_only_beside_its_child(tmp_path: Pat
     base.write_bytes(b"raw!" + bytes(MIB - 4))
     assert content(child)[:4] == b"raw!"
     (tmp_path / "elsewhere").mkdir()
-    other = tmp_path / "elsewhere" / "base.vhd"
+    other = tmp_path / "elsewhere" / "base.raw"
     base.rename(other)
     with pytest.raises(ParentMismatch, match="beside its child"):
         opened(child, parent=other)

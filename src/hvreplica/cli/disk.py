@@ -36,7 +36,7 @@ _SIZE_MAX = {"vhdx": (64 * TIB, "64T"), "vhd": (2040 * GIB, "2040G")}
 
 @click.group()
 def disk() -> None:
-    """Look into virtual disks, make, convert and compare them."""
+    """Look into virtual disks, make, convert, compare, check and change them."""
 
 
 @disk.command()

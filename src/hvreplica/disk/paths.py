@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
+from hvreplica.errors import FieldOutOfRange
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -62,6 +64,24 @@ def _last_part(name: str) -> str:
 
 
 def relative_windows_path(child: Path, parent: Path) -> str:
-    r"""Return the path of `parent` from the folder of `child` as Windows spells it, such as ".\a.vhdx"."""
+    r"""Return the path of `parent` from the folder of `child` as Windows spells it, such as ".\a.vhdx".
+
+    Raises: FieldOutOfRange for a name that would be read as another one, or is no text.
+    """
     relative = os.path.relpath(os.path.abspath(parent), os.path.abspath(child.parent))
+    try:
+        relative.encode("utf-16-le")
+    except UnicodeEncodeError:
+        is_text = False
+    else:
+        is_text = True
+    if not is_text or "\\" in relative:
+        raise FieldOutOfRange(
+            "the name of the parent cannot be written into its child",
+            path=parent,
+            field="parent",
+            expected="Unicode without \\",
+            actual=repr(relative),
+            hint="give the parent another name",
+        )
     return relative.replace("/", "\\") if relative.startswith("..") else ".\\" + relative.replace("/", "\\")
