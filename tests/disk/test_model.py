@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hvreplica.disk import create_disk, map_disk, open_disk
-from hvreplica.errors import HvReplicaError
+from hvreplica.disk import compact_disk, create_disk, map_disk, merge_disk, open_disk, resize_disk
+from hvreplica.errors import HvReplicaError, InvalidTransition
 from hvreplica.units import KIB, MIB
 from tests.support.crash import worlds_after
 from tests.support.disks import KINDS, create_kind
@@ -171,6 +172,38 @@ class DiskMachine(RuleBasedStateMachine):
         self.files.unlink(self.path)
         self.files.sync_directory(self.path.parent)
         self.path, self.state = self.below.pop()
+        self.olds = [self.state.copy()]
+        self.open()
+
+    @precondition(lambda self: bool(self.below) and len(self.state) <= len(self.below[-1][1]))
+    @rule()
+    def merge(self) -> None:
+        """Merge the disk into its parent and go on with that; what was behind the end of a shorter disk is zeros."""
+        self.close()
+        merge_disk(self.files, self.path, clock=self.clock)
+        assert not self.files.exists(self.path)
+        self.path, old = self.below.pop()
+        state = np.zeros(len(old), np.uint8)
+        state[: len(self.state)] = self.state
+        self.state, self.olds = state, [state.copy()]
+        self.open()
+
+    @precondition(lambda self: len(self.state) < 2 * SIZE // SECTOR)
+    @rule(grains=st.sampled_from([1, 300, 1500]))
+    def grow(self, grains: int) -> None:
+        self.close()
+        sectors = len(self.state) + grains * GRAIN
+        resize_disk(self.files, self.path, sectors * SECTOR, clock=self.clock)
+        state = np.zeros(sectors, np.uint8)
+        state[: len(self.state)] = self.state
+        self.state, self.olds = state, [state.copy()]
+        self.open()
+
+    @rule()
+    def compact(self) -> None:
+        self.close()
+        with suppress(InvalidTransition):  # a fixed disk
+            compact_disk(self.files, self.path, clock=self.clock)
         self.olds = [self.state.copy()]
         self.open()
 
