@@ -37,10 +37,12 @@ def require_no_dependents(files: FileSystem, child: Path, parent: Path, *, keep:
         siblings, children = [], []
         for other in _differencing(files, (child, parent), clock):
             with other:
-                if _rests_on(other, lower):
-                    siblings.append(other.path)
-                elif not keep and _rests_on(other, upper):
+                # Near the end of a merge the parent has the child's identity: what rests on the child comes
+                # first.
+                if _rests_on(other, upper):
                     children.append(other.path)
+                elif _rests_on(other, lower):
+                    siblings.append(other.path)
     if siblings:
         raise _in_use(
             parent,
@@ -48,7 +50,7 @@ def require_no_dependents(files: FileSystem, child: Path, parent: Path, *, keep:
             "other disks rest on the parent too and would show other bytes or no longer open",
             "merge or convert those first, or merge with --force and lose them",
         )
-    if children:
+    if children and not keep:
         raise _in_use(
             child,
             children,
