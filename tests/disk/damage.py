@@ -97,6 +97,18 @@ def parent_of(path: Path) -> Path:
     return path.with_name("parent.vhdx")
 
 
+def put_vhd_for_parent(patient: Patient) -> None:
+    """Put a VHD under the parent's name."""
+    create_disk(
+        OS_FILES,
+        parent_of(patient.path),
+        virtual_bytes=MIB,
+        format="vhd",
+        overwrite=True,
+        clock=FakeClock(seed=9),
+    )
+
+
 def write_to_parent(patient: Patient) -> None:
     with open_disk(OS_FILES, parent_of(patient.path), writable=True, clock=FakeClock(seed=6)) as disk:
         disk.write(b"x", 0)
@@ -346,9 +358,10 @@ CORRUPT: dict[str, Damage] = {
     ),
     "parent gone": Damage(("parent-missing",), lambda p: parent_of(p.path).unlink(), make_child),
     "parent written": Damage(("parent-linkage",), write_to_parent, make_child),
-    "parent of another format": Damage(
-        ("parent-format",), lambda p: parent_of(p.path).write_bytes(bytes(SIZE >> 10)), make_child
+    "parent without a signature": Damage(
+        ("parent-damaged",), lambda p: parent_of(p.path).write_bytes(bytes(SIZE >> 10)), make_child
     ),
+    "parent of another format": Damage(("parent-format",), put_vhd_for_parent, make_child),
     "parent with other sectors": Damage(
         ("parent-sector-size",),
         lambda p: Patient(parent_of(p.path)).set_value(LOGICAL_SECTOR_SIZE_ITEM, 4096),

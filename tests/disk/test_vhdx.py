@@ -290,6 +290,7 @@ def test_other_formats_are_refused_by_name_unless_raw_is_asked_for(
 
 @pytest.mark.parametrize("start", [b"", b"QFI", b"QED\1", bytes(0x40) + b"\xbe\xda\x10", b"# Disk Desc"])
 def test_part_of_a_signature_is_raw(path: Path, start: bytes) -> None:
+    path = path.with_suffix(".raw")
     path.write_bytes(start)
     with open_disk(OS_FILES, path, clock=FakeClock()) as disk:
         assert disk.format == "raw"
