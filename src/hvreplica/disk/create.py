@@ -56,15 +56,8 @@ def create_disk(  # noqa: PLR0913 - each is a choice that a user may make
     FieldOutOfRange for sizes that the format does not allow; ParentMismatch for a parent of another format;
     ParentLoop where it would take the name of one of its own parents.
     """
-    if (type == "differencing" and parent is None) or (type == "fixed" and parent is not None):
-        raise FieldOutOfRange(
-            "a disk is differencing where it has a parent, and only there",
-            path=path,
-            field="type",
-            expected="differencing or nothing" if parent is not None else "dynamic or fixed, or a parent",
-            actual=type,
-        )
     path = Path(path)
+    _require_type(path, type, has_parent=parent is not None)
     if not overwrite and files.exists(path):
         raise FileExistsError(17, "a file of this name exists; it was not touched", str(path))
     require_folder(files, path)
@@ -105,6 +98,17 @@ def create_disk(  # noqa: PLR0913 - each is a choice that a user may make
     finally:
         if below is not None:
             below.close()
+
+
+def _require_type(path: Path, type: DiskType, *, has_parent: bool) -> None:  # noqa: A002 - as above
+    if (type == "differencing" and not has_parent) or (type == "fixed" and has_parent):
+        raise FieldOutOfRange(
+            "a disk is differencing where it has a parent, and only there",
+            path=path,
+            field="type",
+            expected="differencing" if has_parent else "dynamic or fixed, or a parent",
+            actual=type,
+        )
 
 
 def _require_another_name(path: Path, below: Disk) -> None:
