@@ -39,8 +39,8 @@ def resize(
     What is new reads as zeros. A disk becomes shorter only where it has nothing but zeros; else the error
     names the smallest size that loses nothing. A disk that has children must not be resized: those beside
     it are named, and nothing is done without --force. Cut off, it has its old size or its new one, and the
-    same command finishes. A fixed VHD is copied to a new file, which needs as
-    much room again where the file system has to copy it.
+    same command finishes. A fixed VHD is copied to a new file, which needs as much room again as the data
+    in it.
     """
     with progress_shown(output) as progress:
         report = hvreplica.disk_resize(
