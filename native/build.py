@@ -29,10 +29,12 @@ SOURCES = (
     "coalesce",
     "dispatch",
     "hrl",
+    "nbd",
     "neon",
     "payload",
     "runs",
     "scalar",
+    "track",
     "xxh3",
 )
 FLAGS = ("-std=c11", "-O3", "-fvisibility=hidden", "-fno-strict-aliasing")

@@ -254,4 +254,193 @@ int hvr_copy_extents(int source, const uint64_t *source_offsets, int descriptor,
                      const struct hvr_block_map *map, const uint64_t *extents, size_t count, uint8_t *window,
                      size_t window_length, struct hvr_place *place);
 
+/* ---- live tracking: what guests write, by epochs that end with cuts ----
+ *
+ * The structures below are shared by threads and changed with atomic operations; the caller gives them zeroed
+ * memory, 8-byte aligned, and leaves their fields alone while a function may use them, but for reads of
+ * counters.
+ *
+ * A grain is 64 KiB of the guest's disk, a region 4 MiB. Bitmaps of grains have map_bytes, those of regions
+ * region_bytes, both multiples of 8.
+ */
+
+enum { HVR_GRAIN_BYTES = 65536, HVR_REGION_BYTES = 4194304 };
+
+/* Who may touch what now. stripes: bit i is held while a grain whose number is i modulo 64 is written, all of
+ * them while the gate is closed. A closing gate lets nobody in. Reads hold no stripe; they are counted, and
+ * kept away where barred. */
+struct hvr_gate {
+    uint64_t stripes;
+    uint32_t closing;
+    uint32_t readers;
+    uint32_t barred;
+    uint32_t padding;
+};
+
+/* Wait for the stripes of `mask` and take them; leave gives them back. */
+void hvr_gate_enter(struct hvr_gate *gate, uint64_t mask);
+void hvr_gate_leave(struct hvr_gate *gate, uint64_t mask);
+
+/* Take all stripes, before whoever waits for some, and with bar_readers != 0 wait until no read is on its
+ * way; one thread at a time. Open gives all back. */
+void hvr_gate_close(struct hvr_gate *gate, int bar_readers);
+void hvr_gate_open(struct hvr_gate *gate);
+
+/* Return the stripes of the grains of a range. */
+uint64_t hvr_stripes(uint64_t disk_offset, uint64_t length);
+
+enum hvr_log_state {
+    HVR_LOG_OFF = 0,   /* nothing is logged */
+    HVR_LOG_OPEN = 1,
+    HVR_LOG_FULL = 2,  /* the next write would have gone beyond `limit` */
+    HVR_LOG_FAILED = 3 /* a write to the log failed with errno `error` */
+};
+
+/* An .hrl that grows, [MS-HRL]. position: where the next byte belongs. last_block: of the newest metadata
+ * block. pending: the metadata block that grows, metadata_bytes long, with pending_count entries behind room
+ * for its header; metadata_bytes holds 64 entries or more. A log that is not OPEN is not touched any more. */
+struct hvr_log {
+    int descriptor;
+    int state;
+    int error;
+    uint32_t lock;
+    uint8_t *pending;
+    uint64_t metadata_bytes;
+    uint64_t pending_count;
+    uint64_t position;
+    uint64_t last_block;
+    uint64_t limit;
+    uint64_t write_bytes_max; /* longer writes are not logged */
+    uint64_t blocks;
+    uint64_t entries;
+    uint64_t data_bytes;
+};
+
+/* What was written since a cut. dirty: grains. unlogged: those of them whose content the log does not have.
+ * touched: regions. */
+struct hvr_epoch {
+    uint8_t *dirty;
+    uint8_t *unlogged;
+    uint8_t *touched;
+    struct hvr_log log;
+};
+
+/* One disk. armed: regions that may be written, because that is durably known. guard: NULL, or grains that
+ * the last cut has still to read. written: set by each write, taken by whoever flushes. */
+struct hvr_track {
+    struct hvr_gate *gate;
+    struct hvr_epoch *epoch;
+    uint8_t *armed;
+    uint8_t *guard;
+    uint64_t map_bytes;
+    uint64_t region_bytes;
+    uint64_t written;
+    uint64_t writes;
+    uint64_t written_bytes;
+};
+
+enum hvr_track_status {
+    HVR_TRACK_READY = 0,  
+    HVR_TRACK_ARM = 1,    /* a region of the range is not armed */
+    HVR_TRACK_GUARDED = 2 /* the last cut has to read a grain of it first */
+};
+
+/* Say whether a range, which lies in the disk, may be written now. The caller holds its stripes, and goes on
+ * holding them until the write is in the disk. */
+int hvr_track_check(const struct hvr_track *track, uint64_t disk_offset, uint64_t length);
+
+/* Note a range as written: dirty and touched, and unlogged unless its content will stand in the log. The
+ * caller holds any stripe. HVR_OUT_OF_RANGE, and nothing noted, for a range beyond the disk. */
+int hvr_track_mark(struct hvr_track *track, uint64_t disk_offset, uint64_t length, int logged);
+
+/* Note a write that comes next and log its data, or note it as unlogged. time_stamp: as in a log. The caller
+ * holds its stripes. */
+void hvr_track_write(struct hvr_track *track, int variant, uint64_t disk_offset, const uint8_t *data,
+                     uint64_t length, uint32_t time_stamp);
+
+/* End the epoch of each track and begin next[i], all behind one closed gate: one instant. The old epoch's
+ * `unlogged` becomes the guard, with all that is dirty in it where its log has failed; armed regions that it did not touch are disarmed, and noted in
+ * disarmed[i] (region_bytes, zeroed by the caller). *held_ns: for how long writes were kept away. */
+void hvr_cut(struct hvr_gate *gate, struct hvr_track **tracks, struct hvr_epoch **next, uint8_t **disarmed,
+             size_t count, uint64_t *held_ns);
+
+/* Give up the log of the current epoch: what is dirty is unlogged, the log is OFF. */
+void hvr_collapse(struct hvr_track *track);
+
+/* bitmap |= other, atomically, in the regions that are set in `touched`. Both are bitmaps of grains. */
+void hvr_grains_merge(uint8_t *bitmap, const uint8_t *other, const uint8_t *touched, size_t region_bytes);
+
+/* Clear the bits of a range of grains, atomically. */
+void hvr_grains_clear(uint8_t *bitmap, uint64_t first, uint64_t count);
+
+/* ---- the transmission phase of NBD ---- */
+
+/* A disk as it is exported. A block in state 6 of `map` is served here; without has_parent all others but
+ * state 7 read as zeros here. map: NULL for a raw file. track: NULL where nothing is tracked. */
+struct hvr_nbd_export {
+    int descriptor;
+    int read_only;
+    int has_parent;
+    int variant;
+    uint64_t virtual_bytes;
+    const struct hvr_block_map *map;
+    struct hvr_gate *gate;
+    struct hvr_track *track;
+};
+
+enum hvr_nbd_event {
+    HVR_NBD_CLOSED = 0,  /* the client said goodbye, or closed between requests */
+    HVR_NBD_BROKEN = 1,  /* it closed inside of a request, or sent no request: see `error`, errno or 0 */
+    HVR_NBD_COMMAND = 2, /* the request is the caller's: it answers it */
+    HVR_NBD_PIECE = 3,   /* a piece of a write cannot be done here: see `reason` */
+    HVR_NBD_FLUSH = 4    /* a write with FUA is done but for the flush; the caller flushes and answers it */
+};
+
+enum hvr_nbd_reason {
+    HVR_NBD_ARM = 1,     /* HVR_TRACK_ARM */
+    HVR_NBD_GUARDED = 2, /* HVR_TRACK_GUARDED */
+    HVR_NBD_PLACE = 3    /* a block has no place, or only part of it counts */
+};
+
+/* One connection, of one thread. input, output: buffers of at least 1 MiB. spin_ns: how long to look for the
+ * next request before the thread sleeps. Below `type` is the request that an event speaks of, as it came;
+ * cookie in the client's bytes. done: bytes of its payload before the piece. failed: 0, or the NBD error that
+ * it will be answered with. phase: for hvr_nbd_serve() alone. */
+struct hvr_nbd {
+    const struct hvr_nbd_export *exported;
+    int descriptor;
+    int structured;
+    uint64_t spin_ns;
+    uint8_t *input;
+    uint64_t input_bytes;
+    uint64_t input_start;
+    uint64_t input_end;
+    uint8_t *output;
+    uint64_t output_bytes;
+    uint64_t output_end;
+    int error;
+    int reason;
+    uint32_t failed;
+    uint16_t flags;
+    uint16_t type;
+    uint64_t cookie;
+    uint64_t offset;
+    uint64_t length;
+    uint64_t done;
+    uint8_t *piece;
+    uint64_t piece_bytes;
+    uint32_t phase;
+    uint32_t padding;
+    uint64_t requests;
+};
+
+/* Serve until something is not for this function: an enum hvr_nbd_event. Replies to all earlier requests were
+ * sent by then. After COMMAND and FLUSH call again once the reply is sent. After PIECE call again with
+ * written = 0 where the reason is gone, so that it is done here, or with written = 1 once the caller has done
+ * it, `failed` set if that failed. */
+int hvr_nbd_serve(struct hvr_nbd *connection, int written);
+
+/* Send all of buf; the caller's thread is the connection's. Returns 0 or errno. */
+int hvr_nbd_send(struct hvr_nbd *connection, const uint8_t *buf, size_t length);
+
 #endif

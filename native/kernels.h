@@ -118,4 +118,74 @@ static inline uint32_t byte_sum_tail(const uint8_t *buf, size_t at, size_t lengt
     return sum;
 }
 
+#define BAT_STATE_MASK 7u
+#define BAT_FULLY_PRESENT 6u     /* [MS-VHDX] 2.5.1.1 */
+#define BAT_PARTIALLY_PRESENT 7u /* to be written, not to be read */
+
+/* The part of an extent that lies in one block; one block holds all of a raw file. */
+struct piece {
+    uint64_t file_offset;
+    uint64_t length;
+    int present;
+    int has_place;
+};
+
+/* Finds the piece at disk_offset. HVR_OUT_OF_RANGE with place->index where the map or 63 bits end before it.
+ */
+static inline int hvr_piece_at(const struct hvr_block_map *map, uint64_t disk_offset, uint64_t length,
+                    struct piece *piece, struct hvr_place *place)
+{
+    place->index = 0;
+    if (disk_offset > INT64_MAX || length > INT64_MAX - disk_offset) {
+        return HVR_OUT_OF_RANGE;
+    }
+    if (map == NULL) {
+        *piece = (struct piece){disk_offset, length, 1, 1};
+        return HVR_OK;
+    }
+    uint64_t block = disk_offset / map->block_bytes;
+    uint64_t block_offset = disk_offset % map->block_bytes;
+    uint64_t entry_index = block + (map->chunk_ratio > 0 ? block / map->chunk_ratio : 0);
+    place->index = block;
+    if (entry_index >= map->entry_count) {
+        return HVR_OUT_OF_RANGE;
+    }
+    uint64_t entry = map->entries[entry_index];
+    uint64_t block_place = entry & map->offset_mask;
+    uint64_t room = map->block_bytes - block_offset;
+    piece->length = length < room ? length : room;
+    piece->present = (entry & BAT_STATE_MASK) == BAT_FULLY_PRESENT;
+    piece->has_place = piece->present || (entry & BAT_STATE_MASK) == BAT_PARTIALLY_PRESENT;
+    piece->file_offset = block_place + block_offset;
+    if (!piece->has_place) {
+        return HVR_OK;
+    }
+    int beyond = block_place > INT64_MAX || block_offset > INT64_MAX - block_place
+                 || piece->length > INT64_MAX - piece->file_offset;
+    return beyond ? HVR_OUT_OF_RANGE : HVR_OK;
+}
+
+/* A write of a guest. */
+struct hvr_write {
+    uint64_t disk_offset;
+    uint64_t length;
+    const uint8_t *data;
+};
+enum { HVR_WRITES_MAX = 32 };
+
+/* As hvr_track_write, for `count` writes, HVR_WRITES_MAX at most, that are logged together. */
+void hvr_track_writes(struct hvr_track *track, int variant, const struct hvr_write *writes, size_t count,
+                      uint32_t time_stamp);
+
+/* As hvr_track_write, for a piece of a write that is `whole` bytes long: that decides whether it is logged. */
+void hvr_track_stream(struct hvr_track *track, int variant, const struct hvr_write *write, uint64_t whole,
+                      uint32_t time_stamp);
+
+/* Count a read in, once readers are not barred, and out. */
+void hvr_read_enter(struct hvr_gate *gate);
+void hvr_read_leave(struct hvr_gate *gate);
+
+/* Return what [MS-HRL] puts into a time stamp now. */
+uint32_t hvr_time_stamp(void);
+
 #endif

@@ -14,9 +14,6 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-#define BAT_STATE_MASK 7u
-#define BAT_FULLY_PRESENT 6u     /* [MS-VHDX] 2.5.1.1 */
-#define BAT_PARTIALLY_PRESENT 7u /* to be written, not to be read */
 #define ZERO_PIECE UINT64_MAX
 
 enum {
@@ -24,14 +21,6 @@ enum {
     PARTS_MAX = 1024,         /* IOV_MAX of Linux, macOS and the BSDs */
     FILE_TARGET = 0,
     FILE_SOURCE = 1
-};
-
-/* The part of an extent that lies in one block; one block holds all of a raw file. */
-struct piece {
-    uint64_t file_offset;
-    uint64_t length;
-    int present;
-    int has_place;
 };
 
 /* Bytes that follow each other in the buffer and in the file, not yet moved. */
@@ -47,41 +36,6 @@ struct file_place {
     struct hvr_place *place;
 };
 
-/* Finds the piece at disk_offset. HVR_OUT_OF_RANGE with place->index where the map or 63 bits end before it.
- */
-static int piece_at(const struct hvr_block_map *map, uint64_t disk_offset, uint64_t length,
-                    struct piece *piece, struct hvr_place *place)
-{
-    place->index = 0;
-    if (disk_offset > INT64_MAX || length > INT64_MAX - disk_offset) {
-        return HVR_OUT_OF_RANGE;
-    }
-    if (map == NULL) {
-        *piece = (struct piece){disk_offset, length, 1, 1};
-        return HVR_OK;
-    }
-    uint64_t block = disk_offset / map->block_bytes;
-    uint64_t block_offset = disk_offset % map->block_bytes;
-    uint64_t entry_index = block + (map->chunk_ratio > 0 ? block / map->chunk_ratio : 0);
-    place->index = block;
-    if (entry_index >= map->entry_count) {
-        return HVR_OUT_OF_RANGE;
-    }
-    uint64_t entry = map->entries[entry_index];
-    uint64_t block_place = entry & map->offset_mask;
-    uint64_t room = map->block_bytes - block_offset;
-    piece->length = length < room ? length : room;
-    piece->present = (entry & BAT_STATE_MASK) == BAT_FULLY_PRESENT;
-    piece->has_place = piece->present || (entry & BAT_STATE_MASK) == BAT_PARTIALLY_PRESENT;
-    piece->file_offset = block_place + block_offset;
-    if (!piece->has_place) {
-        return HVR_OK;
-    }
-    int beyond = block_place > INT64_MAX || block_offset > INT64_MAX - block_place
-                 || piece->length > INT64_MAX - piece->file_offset;
-    return beyond ? HVR_OUT_OF_RANGE : HVR_OK;
-}
-
 /* Goes through all pieces without touching the files. */
 static int check_extents(const struct hvr_block_map *map, const uint64_t *extents, size_t count,
                          int all_placed, struct hvr_place *place)
@@ -94,7 +48,7 @@ static int check_extents(const struct hvr_block_map *map, const uint64_t *extent
             return HVR_OUT_OF_RANGE;
         }
         for (; length > 0; offset += piece.length, length -= piece.length) {
-            int status = piece_at(map, offset, length, &piece, place);
+            int status = hvr_piece_at(map, offset, length, &piece, place);
             if (status != HVR_OK) {
                 return status;
             }
@@ -228,7 +182,7 @@ int hvr_read_extents(int descriptor, const struct hvr_block_map *map, const uint
         struct piece piece = {0, 0, 0, 0};
         for (; status == HVR_OK && rest > 0;
              offset += piece.length, rest -= piece.length, at += (size_t)piece.length) {
-            status = piece_at(map, offset, rest, &piece, place);
+            status = hvr_piece_at(map, offset, rest, &piece, place);
             if (status != HVR_OK) {
                 break;
             }
@@ -286,7 +240,7 @@ static int write_rows(const struct file_place *file, const struct hvr_block_map 
         struct piece piece = {0, 0, 0, 0};
         for (; status == HVR_OK && rest > 0;
              offset += piece.length, rest -= (size_t)piece.length, at += (size_t)piece.length) {
-            status = piece_at(map, offset, rest, &piece, file->place);
+            status = hvr_piece_at(map, offset, rest, &piece, file->place);
             if (status == HVR_OK && !piece.has_place) {
                 status = HVR_ABSENT;
             }

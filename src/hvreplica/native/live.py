@@ -1,0 +1,375 @@
+"""Live tracking and NBD's transmission phase: the structures that C and Python share, and the calls on them.
+
+Memory belongs to the objects here and lives as long as they do; what they refer to is kept alive with them.
+native/hvr.h says which thread may do what.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hvreplica.native.library import CHOSEN_VARIANT, VARIANTS, ffi, lib, octets, u64s, writable_octets
+from hvreplica.units import align_up
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import numpy.typing as npt
+
+    from hvreplica.native.tables import BlockMap, Octets
+
+GRAIN_BYTES = lib.HVR_GRAIN_BYTES
+REGION_BYTES = lib.HVR_REGION_BYTES
+ALL_STRIPES = (1 << 64) - 1
+LOG_METADATA_BYTES = 4096  # of the logs that C writes
+_BUFFER_BYTES = 1 << 20
+_SPIN_NS = 50_000
+
+
+
+
+class LogState(IntEnum):
+    """Of the log of an epoch; native/hvr.h."""
+
+    OFF = lib.HVR_LOG_OFF
+    OPEN = lib.HVR_LOG_OPEN
+    FULL = lib.HVR_LOG_FULL
+    FAILED = lib.HVR_LOG_FAILED
+
+
+class TrackStatus(IntEnum):
+    """Whether a range may be written now; native/hvr.h."""
+
+    READY = lib.HVR_TRACK_READY
+    ARM = lib.HVR_TRACK_ARM
+    GUARDED = lib.HVR_TRACK_GUARDED
+
+
+class NbdEvent(IntEnum):
+    """Why the transmission loop came back; native/hvr.h."""
+
+    CLOSED = lib.HVR_NBD_CLOSED
+    BROKEN = lib.HVR_NBD_BROKEN
+    COMMAND = lib.HVR_NBD_COMMAND
+    PIECE = lib.HVR_NBD_PIECE
+    FLUSH = lib.HVR_NBD_FLUSH
+
+
+class NbdReason(IntEnum):
+    """Why a piece of a write cannot be done in C; native/hvr.h."""
+
+    ARM = lib.HVR_NBD_ARM
+    GUARDED = lib.HVR_NBD_GUARDED
+    PLACE = lib.HVR_NBD_PLACE
+
+
+class Gate:
+    """Keeps writes of one grain, cuts, and changes of where blocks stand apart."""
+
+    def __init__(self) -> None:
+        self.c: Any = ffi.new("struct hvr_gate *")
+
+    @contextlib.contextmanager
+    def writing(self, disk_offset: int, length: int) -> Iterator[None]:
+        """Hold the stripes of a range, not empty; no cut comes meanwhile."""
+        mask = lib.hvr_stripes(disk_offset, length)
+        lib.hvr_gate_enter(self.c, mask)
+        try:
+            yield
+        finally:
+            lib.hvr_gate_leave(self.c, mask)
+
+    @contextlib.contextmanager
+    def closed(self, *, bar_readers: bool = False) -> Iterator[None]:
+        """Keep all writes away, and reads too where wanted."""
+        lib.hvr_gate_close(self.c, bar_readers)
+        try:
+            yield
+        finally:
+            lib.hvr_gate_open(self.c)
+
+
+class Epoch:
+    """What was written since a cut. dirty, unlogged: bit per grain; touched: bit per region; uint8, LSB first.
+
+    Memory that was never touched is never taken: a map of a disk costs what was written, 4 KiB for 2 GiB of it.
+    """
+
+    def __init__(self, virtual_bytes: int) -> None:
+        region_count = -(-virtual_bytes // REGION_BYTES)
+        self.touched = np.zeros(align_up(-(-region_count // 8), 8), np.uint8)
+        # A region is one word of grains.
+        self.dirty = np.zeros(len(self.touched) * 8 * 8, np.uint8)
+        self.unlogged = np.zeros(len(self.dirty), np.uint8)
+        self._pending = np.zeros(LOG_METADATA_BYTES, np.uint8)
+        self.c: Any = ffi.new("struct hvr_epoch *")
+        self._kept = [writable_octets(each) for each in (self.dirty, self.unlogged, self.touched, self._pending)]
+        self.c.dirty, self.c.unlogged, self.c.touched, self.c.log.pending = self._kept
+
+    def open_log(
+        self, descriptor: int, *, position: int, last_block: int, limit: int, write_bytes_max: int
+    ) -> None:
+        """Log from now on into a file whose header and empty first metadata block stand. Before the epoch begins.
+
+        position: where the first byte goes. limit: the bytes that the log may have. write_bytes_max: longer
+        writes are left to the map.
+        """
+        log = self.c.log
+        log.descriptor, log.metadata_bytes = descriptor, LOG_METADATA_BYTES
+        log.position, log.last_block, log.blocks = position, last_block, 1
+        log.limit, log.write_bytes_max = limit, write_bytes_max
+        log.state = lib.HVR_LOG_OPEN
+
+    @property
+    def log_state(self) -> LogState:
+        """The state of the log."""
+        return LogState(self.c.log.state)
+
+    @property
+    def log_error(self) -> int:
+        """The errno of a log that has failed."""
+        return int(self.c.log.error)
+
+    @property
+    def log_bytes(self) -> int:
+        """Where the next byte of the log goes."""
+        return int(self.c.log.position)
+
+    @property
+    def pending_entries(self) -> bytes:
+        """The packed entries of the metadata block that grows. After the epoch."""
+        count = int(self.c.log.pending_count)
+        return self._pending[32 : 32 + 32 * count].tobytes()
+
+
+class Track:
+    """The tracking of one disk. armed: bit per region, of the journal; it may be shorter than the map."""
+
+    def __init__(self, gate: Gate, epoch: Epoch, armed: npt.NDArray[np.uint8], virtual_bytes: int) -> None:
+        if len(armed) != len(epoch.touched):
+            message = f"armed regions in {len(armed)} bytes, touched ones in {len(epoch.touched)}"
+            raise ValueError(message)
+        self.gate = gate
+        self.epoch = epoch
+        self.virtual_bytes = virtual_bytes
+        self._guarded: Epoch | None = None
+        self._armed = armed
+        self.c: Any = ffi.new("struct hvr_track *")
+        self._armed_octets = writable_octets(armed)
+        self.c.gate, self.c.epoch, self.c.armed = gate.c, epoch.c, self._armed_octets
+        self.c.map_bytes, self.c.region_bytes = len(epoch.dirty), len(epoch.touched)
+
+    def check(self, disk_offset: int, length: int) -> TrackStatus:
+        """Say whether a range may be written now. The caller holds its stripes."""
+        self._require_inside(disk_offset, length)
+        return TrackStatus(lib.hvr_track_check(self.c, disk_offset, length))
+
+    def mark(self, disk_offset: int, length: int) -> None:
+        """Note a range as written and unlogged. The caller holds some stripe, and the range is armed."""
+        self._require_inside(disk_offset, length)
+        if lib.hvr_track_mark(self.c, disk_offset, length, 0) != lib.HVR_OK:
+            message = f"{length} bytes at {disk_offset} lie beyond the map"
+            raise IndexError(message)
+
+    def write(self, disk_offset: int, data: Octets, time_stamp: int) -> None:
+        """Note a write that comes next, in the log where it can be. The caller holds its stripes."""
+        view = octets(data)
+        self._require_inside(disk_offset, len(view))
+        lib.hvr_track_write(self.c, VARIANTS[CHOSEN_VARIANT], disk_offset, view, len(view), time_stamp)
+
+    def note_written(self) -> None:
+        """Say that the disk holds something that is not durable."""
+        self.c.written = 1
+
+    def take_written(self) -> bool:
+        """Return whether anything was written since the last call."""
+        written = bool(self.c.written)
+        self.c.written = 0
+        return written
+
+    def unguard(self) -> None:
+        """End the guard of the last cut: all of its grains were read."""
+        self.c.guard = ffi.NULL
+        self._guarded = None
+
+    def collapse(self) -> None:
+        """Give up the log of the current epoch: what is dirty is read from the disk at the cut."""
+        lib.hvr_collapse(self.c)
+
+    @property
+    def writes(self) -> int:
+        """The writes noted so far."""
+        return int(self.c.writes)
+
+    @property
+    def written_bytes(self) -> int:
+        """The bytes of all writes noted so far."""
+        return int(self.c.written_bytes)
+
+    def _require_inside(self, disk_offset: int, length: int) -> None:
+        if disk_offset < 0 or length < 0 or disk_offset + length > self.virtual_bytes:
+            message = f"{length} bytes at {disk_offset} lie beyond the disk's {self.virtual_bytes} bytes"
+            raise IndexError(message)
+
+    def _begin(self, epoch: Epoch) -> None:
+        """Follow what a cut has done."""
+        self._guarded, self.epoch = self.epoch, epoch
+
+
+def cut(
+    gate: Gate, tracks: Sequence[Track], epochs: Sequence[Epoch]
+) -> tuple[list[Epoch], list[npt.NDArray[np.uint8]], int]:
+    """End the epochs of all tracks at one instant and begin `epochs`.
+
+    The grains that the old epochs have unlogged are guarded until unguard(). Return the old epochs, for each
+    track the bitmap of the regions that were disarmed, and for how many nanoseconds writes were held.
+    """
+    if len(tracks) != len(epochs):
+        message = f"{len(tracks)} tracks need as many epochs, not {len(epochs)}"
+        raise ValueError(message)
+    old = [track.epoch for track in tracks]
+    disarmed = [np.zeros(len(track.epoch.touched), np.uint8) for track in tracks]
+    views = [writable_octets(each) for each in disarmed]
+    held = ffi.new("uint64_t *")
+    lib.hvr_cut(
+        gate.c,
+        ffi.new("struct hvr_track *[]", [track.c for track in tracks]),
+        ffi.new("struct hvr_epoch *[]", [epoch.c for epoch in epochs]),
+        ffi.new("uint8_t *[]", views),
+        len(tracks),
+        held,
+    )
+    for track, epoch in zip(tracks, epochs, strict=True):
+        track._begin(epoch)  # noqa: SLF001 - one module owns what C shares
+    return old, disarmed, int(held[0])
+
+
+def merge_grains(
+    bitmap: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8], touched: npt.NDArray[np.uint8]
+) -> None:
+    """bitmap |= other in the regions of `touched`; threads may set bits of `bitmap` meanwhile."""
+    if not len(bitmap) == len(other) == 64 * len(touched):
+        message = "two bitmaps of grains and one of their regions are needed"
+        raise ValueError(message)
+    lib.hvr_grains_merge(writable_octets(bitmap), octets(other), octets(touched), len(touched))
+
+
+def clear_grains(bitmap: npt.NDArray[np.uint8], first: int, count: int) -> None:
+    """Clear a run of bits, also while threads look at them."""
+    if first < 0 or count < 0 or first + count > 8 * len(bitmap):
+        message = f"{count} grains from {first} on do not lie in a map of {8 * len(bitmap)}"
+        raise IndexError(message)
+    lib.hvr_grains_clear(writable_octets(bitmap), first, count)
+
+
+class NbdExport:
+    """A disk as the transmission loop sees it."""
+
+    def __init__(
+        self,
+        descriptor: int,
+        block_map: BlockMap | None,
+        gate: Gate,
+        track: Track | None,
+        *,
+        virtual_bytes: int,
+        has_parent: bool,
+        read_only: bool,
+    ) -> None:
+        self.gate = gate
+        self.track = track
+        self.c: Any = ffi.new("struct hvr_nbd_export *")
+        self._map: Any = None
+        if block_map is not None:
+            self._entries = u64s(block_map.entries)
+            self._map = ffi.new("struct hvr_block_map *")
+            self._map.entries, self._map.entry_count = self._entries, len(block_map.entries)
+            self._map.block_bytes, self._map.chunk_ratio = block_map.block_bytes, block_map.chunk_ratio
+            self._map.offset_mask = block_map.offset_mask
+            self.c.map = self._map
+        self.c.descriptor, self.c.virtual_bytes = descriptor, virtual_bytes
+        self.c.has_parent, self.c.read_only = has_parent, read_only
+        self.c.variant = VARIANTS[CHOSEN_VARIANT]
+        self.c.gate = gate.c
+        self.c.track = ffi.NULL if track is None else track.c
+
+
+class NbdConnection:
+    """One connection of one client, of one thread.
+
+    After serve() the attributes say what it speaks of; see struct hvr_nbd.
+    """
+
+    def __init__(self, exported: NbdExport, descriptor: int, *, structured: bool) -> None:
+        self._exported = exported
+        self._input = np.empty(_BUFFER_BYTES, np.uint8)
+        self._output = np.empty(_BUFFER_BYTES, np.uint8)
+        self._kept = [writable_octets(self._input), writable_octets(self._output)]
+        self.c: Any = ffi.new("struct hvr_nbd *")
+        self.c.exported, self.c.descriptor, self.c.structured = exported.c, descriptor, structured
+        self.c.spin_ns = _SPIN_NS
+        self.c.input, self.c.output = self._kept
+        self.c.input_bytes = self.c.output_bytes = _BUFFER_BYTES
+
+    def serve(self, *, written: bool = False) -> NbdEvent:
+        """Serve until something needs the caller. written: the piece of the last event is in the disk."""
+        return NbdEvent(lib.hvr_nbd_serve(self.c, written))
+
+    @property
+    def reason(self) -> NbdReason:
+        """Of the event PIECE."""
+        return NbdReason(self.c.reason)
+
+    @property
+    def error(self) -> int:
+        """The errno of the event BROKEN, or 0 where the client broke the protocol."""
+        return int(self.c.error)
+
+    @property
+    def type(self) -> int:
+        """The command of the request."""
+        return int(self.c.type)
+
+    @property
+    def flags(self) -> int:
+        """The flags of the request."""
+        return int(self.c.flags)
+
+    @property
+    def cookie(self) -> int:
+        """The cookie of the request, its bytes read as little-endian."""
+        return int(self.c.cookie)
+
+    @property
+    def offset(self) -> int:
+        """Where the request begins."""
+        return int(self.c.offset)
+
+    @property
+    def length(self) -> int:
+        """The length of the request."""
+        return int(self.c.length)
+
+    @property
+    def piece_offset(self) -> int:
+        """Where the piece of a write begins, on the disk."""
+        return int(self.c.offset + self.c.done)
+
+    @property
+    def piece(self) -> memoryview:
+        """The data of the piece, in the input buffer: valid until the next serve()."""
+        start = int(self.c.piece - self.c.input)
+        return self._input.data[start : start + int(self.c.piece_bytes)]
+
+    def fail(self, nbd_error: int) -> None:
+        """Let the current write be answered with an error; the rest of its payload is dropped."""
+        self.c.failed = nbd_error
+
+    def send(self, data: Octets) -> int:
+        """Send all of `data`; return 0 or errno."""
+        view = octets(data)
+        return int(lib.hvr_nbd_send(self.c, view, len(view)))
