@@ -517,3 +517,12 @@ def _punch(descriptor: int, file_offset: int, length: int) -> bool:
 
 
 OS_FILES: FileSystem = OsFiles()
+
+
+def socket_identity(path: Path) -> tuple[int, int] | None:
+    """Return the (device, inode) of the Unix socket that stands at `path`, or None if no socket does."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    return (found.st_dev, found.st_ino) if stat.S_ISSOCK(found.st_mode) else None

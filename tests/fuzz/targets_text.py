@@ -8,12 +8,12 @@ import uuid
 from pathlib import Path
 
 from hvreplica import native
+from hvreplica.address import parse_address
 from hvreplica.disk.paths import candidate_paths
 from hvreplica.errors import HvReplicaError
 from hvreplica.formats import fingerprint
 from hvreplica.replication.state import StateFolder
 from hvreplica.store.layout import folder_name, vm_name
-from hvreplica.transport.address import parse_address
 from hvreplica.transport.trust import TrustList
 from hvreplica.units import parse_size
 from tests.fuzz.registry import Fuzzer

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import msgspec
 import numpy as np
 
+from hvreplica.address import Address
 from hvreplica.formats import messages, wire
-from hvreplica.transport.address import Address
 from hvreplica.transport.channel import Channel
 from hvreplica.transport.codec import CodecPolicy
 from hvreplica.transport.frame import FrameDecoder, FrameEncoder

@@ -12,9 +12,9 @@ from tests.support.source import Source, dotted, imported, imported_for_types, p
 # module: the only files that may import it, from src/hvreplica
 IMPORTS = {
     "struct": ["formats/layout.py"],
-    "socket": ["transport/*"],
+    "socket": ["transport/*", "capture/*"],
     "socketserver": [],
-    "ssl": ["transport/*"],
+    "ssl": ["transport/*", "capture/*"],
     "sqlite3": ["store/catalog.py"],
     "cffi": ["native/*"],
     "_cffi_backend": ["native/*"],

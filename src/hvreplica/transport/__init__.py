@@ -4,7 +4,7 @@ Only this package (and later capture/) knows sockets. docs/formats/wire.md has t
 certificates. Making certificates is transport.certificates, which nothing else needs.
 """
 
-from hvreplica.transport.address import Address, parse_address
+from hvreplica.address import Address, parse_address
 from hvreplica.transport.channel import Channel
 from hvreplica.transport.codec import COMPRESSIONS, CodecPolicy
 from hvreplica.transport.connect import connect

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
+    from hvreplica.address import Address
     from hvreplica.clock import Clock
-    from hvreplica.transport.address import Address
     from hvreplica.transport.codec import CodecPolicy
     from hvreplica.transport.pipe import TlsPipe
     from hvreplica.transport.tls import PeerIdentity

@@ -6,9 +6,9 @@ import contextlib
 import socket
 from typing import TYPE_CHECKING, TypeVar
 
+from hvreplica.address import Address, parse_address
 from hvreplica.clock import SYSTEM
 from hvreplica.errors import HvReplicaError, Unreachable
-from hvreplica.transport.address import Address, parse_address
 from hvreplica.transport.channel import DEFAULT_TIMEOUT_S, Channel
 from hvreplica.transport.pipe import TlsPipe
 from hvreplica.transport.tls import identify

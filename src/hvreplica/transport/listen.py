@@ -13,9 +13,9 @@ import socket
 import threading
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from hvreplica.address import Address, parse_address
 from hvreplica.clock import SYSTEM
 from hvreplica.errors import HvReplicaError, Unreachable, kept
-from hvreplica.transport.address import Address, parse_address
 from hvreplica.transport.channel import DEFAULT_TIMEOUT_S, Channel
 from hvreplica.transport.pipe import TlsPipe
 from hvreplica.transport.tls import identify

@@ -1,0 +1,1 @@
+"""Live tracking: serve a disk to its hypervisor over NBD and see every write."""
