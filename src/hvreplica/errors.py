@@ -12,7 +12,7 @@
       StoreError                  the replica's folder
         Locked  NoSuchPoint  PointInUse  ReplicaDiverged  StoreFull  Fenced
       StateError                  a verb at the wrong time
-        InvalidTransition  FailoverRefused
+        InvalidTransition  FailoverRefused  FreezeFailed
       ParentError                 the parents of a differencing disk
         ParentMissing  ParentMismatch  ParentLoop  ParentInUse
 
@@ -295,6 +295,13 @@ class FailoverRefused(StateError):
     """A failover would lose or fork data and was not forced."""
 
     exit_code = 62
+
+
+class FreezeFailed(StateError):
+    """The guest's file systems did not stand still for a cut, or do not go on after it."""
+
+    exit_code = 63
+    retryable = True
 
 
 class ParentError(HvReplicaError):
