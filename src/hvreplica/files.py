@@ -21,7 +21,7 @@ import mmap
 import os
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 from hvreplica.errors import Locked, Truncated, kept
 
@@ -102,6 +102,19 @@ class FileLock(Protocol):
         ...
 
 
+class FileIdentity(NamedTuple):
+    """What tells one file, and one state of it, from another.
+
+    device: number of the file system, which some change at each mount. mtime_ns: last change of its content,
+    Unix time; 0 for a block device, whose node knows nothing of writes. inode: 0 for a block device.
+    """
+
+    device: int
+    inode: int
+    size_bytes: int
+    mtime_ns: int
+
+
 class FileSystem(Protocol):
     """Names and folders."""
 
@@ -123,6 +136,14 @@ class FileSystem(Protocol):
 
     def exists(self, path: Path) -> bool:
         """Return whether anything has this name."""
+        ...
+
+    def identity(self, path: Path) -> FileIdentity:
+        """Return what tells the file behind `path`, links followed, from others.
+
+        The time is the kernel's, which a power cut may set back to that of an earlier write.
+        Raises: FileNotFoundError.
+        """
         ...
 
     def names(self, folder: Path) -> list[str]:
@@ -347,6 +368,14 @@ class OsFiles:
 
     def exists(self, path: Path) -> bool:
         return os.path.lexists(path)
+
+    def identity(self, path: Path) -> FileIdentity:
+        with _noted("stat", path):
+            found = os.stat(path)
+        if stat.S_ISBLK(found.st_mode):
+            with contextlib.closing(self.open(path)) as device:
+                return FileIdentity(found.st_rdev, 0, device.size(), 0)
+        return FileIdentity(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
     def names(self, folder: Path) -> list[str]:
         try:

@@ -98,10 +98,12 @@ def _choose_prefixes(events: Sequence[Event], seed: int, subsets: int, limit: in
 class _Inode:
     durable: SparseBytes = field(default_factory=SparseBytes)
     pending: list[Event] = field(default_factory=list)
+    mtime_ns: int = 0  # of what is durable
 
     def sync(self) -> None:
         for event in self.pending:
             _apply(self.durable, event)
+            self.mtime_ns = event.time_ns
         self.pending.clear()
 
 
@@ -112,11 +114,14 @@ class _Replay:
         self._folders = start.folders
         self._names = start.names
         self._pending: list[Event] = []
-        self._inodes = {inode: _Inode(content) for inode, content in start.contents.items()}
+        self._inodes = {
+            inode: _Inode(content, mtime_ns=start.mtimes_ns.get(inode, 0))
+            for inode, content in start.contents.items()
+        }
 
     def feed(self, event: Event) -> None:
         if event.kind == "create":
-            self._inodes[event.inode] = _Inode()
+            self._inodes[event.inode] = _Inode(mtime_ns=event.time_ns)
         if event.kind in _NAME_KINDS:
             self._pending.append(event)
         elif event.kind in _DATA_KINDS:
@@ -143,16 +148,20 @@ class _Replay:
             kept += count
             for event in group[:count]:
                 _apply_name(names, event)
-        contents = {}
+        contents, mtimes = {}, {}
         story = [f"names kept {kept} of {len(self._pending)}"]
         for path, number in sorted(names.items()):
             inode = self._inodes[number]
             contents[number] = inode.durable.copy()
+            mtimes[number] = inode.mtime_ns
             if inode.pending:
+                # The inode's time is no part of its data: any of them may have come to the disk by itself.
+                times = [inode.mtime_ns, *(event.time_ns for event in inode.pending)]
+                mtimes[number] = random.Random(f"{seed}/{number}").choice(times)
                 mode = rng.choice(_DATA_MODES) if data_mode == "draw" else data_mode
                 _survive(contents[number], inode.pending, mode, rng)
                 story.append(f"{path} {mode} of {len(inode.pending)} pending steps")
-        world = FaultFiles(tree=FileTree(set(self._folders), names, contents))
+        world = FaultFiles(tree=FileTree(set(self._folders), names, contents, mtimes))
         world.story = ", ".join([*story, f"seed {seed}"])
         return world
 

@@ -10,6 +10,7 @@ The fault model, in words:
   all)
 - sync() of a file does not make its name durable; sync_directory() does not make any data durable
 - a failed sync loses all that was pending in that file, although this process goes on reading it
+- the time of a file's last change is that of any of its steps since the last sync, or of the last one before
 - make_directory() is durable at once, as files.py promises
 - locks and open files end with the process
 

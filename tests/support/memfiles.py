@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from hvreplica.errors import Locked, Truncated
+from hvreplica.files import FileIdentity
 from tests.support.sparse import SparseBytes
 from tests.support.trace import Event, Fault, FileTree, Killed, Trace
 
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 _NO_CAPACITY_BYTES = 1 << 50
+_CONTENT_KINDS = {"create", "write", "zero", "resize"}  # what moves an mtime
+_TICK_NS = 1_000_000
+_RESTART_NS = 1 << 50
 
 
 class FaultBlockFile:
@@ -203,6 +208,8 @@ class FaultFiles:
         self._modes: dict[int, int] = {}
         self._locks: dict[Path, int] = {}  # -1 exclusive, else the number of shared holders
         self._inode = max(self._tree.contents, default=0)
+        # Later than anything that happened before a cut that made this world, however old its files are.
+        self._now_ns = max(self._tree.mtimes_ns.values(), default=0) + _RESTART_NS
         self._kill_at: int | None = None
         self._killed = False
         self.settle()
@@ -217,6 +224,7 @@ class FaultFiles:
                 set(self._tree.folders),
                 dict(self._tree.names),
                 {inode: content.copy() for inode, content in self._tree.contents.items() if inode in named},
+                dict(self._tree.mtimes_ns),
             )
             self._start_notes = tuple(self.notes)
             self._events: list[Event] = []
@@ -229,6 +237,7 @@ class FaultFiles:
             self._inode += 1
             self._tree.names[name] = self._inode
             self._tree.contents[self._inode] = SparseBytes(data)
+            self._tree.mtimes_ns[self._inode] = self._tick()
             self.settle()
 
     def trace(self) -> Trace:
@@ -344,6 +353,15 @@ class FaultFiles:
             self._step("exists", path)
             return path in self._tree.names or path in self._tree.folders
 
+    def identity(self, path: Path) -> FileIdentity:
+        """Return what tells the file from others; each change of content has a time of its own."""
+        path = _absolute(path)
+        with self.guard:
+            self._step("stat", path)
+            inode = self._lookup("stat", path)
+            size_bytes = self._tree.contents[inode].size_bytes
+            return FileIdentity(1, inode, size_bytes, self._tree.mtimes_ns.get(inode, 0))
+
     def names(self, folder: Path) -> list[str]:
         """Return the sorted names in `folder`."""
         folder = _absolute(folder)
@@ -437,6 +455,9 @@ class FaultFiles:
 
     def record(self, event: Event) -> None:
         """Append to the trace, and fall down where kill_at() says so."""
+        event = replace(event, time_ns=self._tick())
+        if event.kind in _CONTENT_KINDS:
+            self._tree.mtimes_ns[event.inode] = event.time_ns
         self._events.append(event)
         if self._kill_at is not None and len(self._events) >= self._kill_at:
             self._killed = True
@@ -464,6 +485,10 @@ class FaultFiles:
         held = self._locks.pop(path)
         if held > 1:
             self._locks[path] = held - 1
+
+    def _tick(self) -> int:
+        self._now_ns += _TICK_NS
+        return self._now_ns
 
     def _step(self, operation: str, path: Path) -> None:
         self.check_alive()

@@ -25,7 +25,8 @@ class Event:
 
     kind: create write resize zero sync sync_failed rename unlink mkdir sync_directory note.
     inode: the file whatever its name. path: its name when it was opened; for rename the source. offset,
-    length: bytes (length is the new size for resize). data: what was written. label, value: of a note.
+    length: bytes (length is the new size for resize). data: what was written. label, value: of a note. time_ns:
+    when, on the clock that mtimes are made of.
     """
 
     kind: str
@@ -37,6 +38,7 @@ class Event:
     target: Path | None = None
     label: str = ""
     value: Any = None
+    time_ns: int = 0
 
     def __str__(self) -> str:
         place = f" [{self.offset}, +{self.length})" if self.kind in {"write", "zero"} else ""
@@ -53,11 +55,12 @@ class FileTree:
     folders: set[Path]
     names: dict[Path, int] = field(default_factory=dict)
     contents: dict[int, SparseBytes] = field(default_factory=dict)
+    mtimes_ns: dict[int, int] = field(default_factory=dict)
 
     def copy(self) -> FileTree:
         """Return an independent copy that shares the bytes until one side writes."""
         contents = {inode: content.copy() for inode, content in self.contents.items()}
-        return FileTree(set(self.folders), dict(self.names), contents)
+        return FileTree(set(self.folders), dict(self.names), contents, dict(self.mtimes_ns))
 
 
 @dataclass(frozen=True, slots=True)
