@@ -364,9 +364,6 @@ void hvr_track_write(struct hvr_track *track, int variant, uint64_t disk_offset,
 void hvr_cut(struct hvr_gate *gate, struct hvr_track **tracks, struct hvr_epoch **next, uint8_t **disarmed,
              size_t count, uint64_t *held_ns);
 
-/* Give up the log of the current epoch: what is dirty is unlogged, the log is OFF. */
-void hvr_collapse(struct hvr_track *track);
-
 /* bitmap |= other, atomically, in the regions that are set in `touched`. Both are bitmaps of grains. */
 void hvr_grains_merge(uint8_t *bitmap, const uint8_t *other, const uint8_t *touched, size_t region_bytes);
 

@@ -445,12 +445,3 @@ void hvr_cut(struct hvr_gate *gate, struct hvr_track **tracks, struct hvr_epoch 
     hvr_gate_open(gate);
     *held_ns = now_ns() - start_ns;
 }
-
-void hvr_collapse(struct hvr_track *track)
-{
-    hvr_gate_close(track->gate, 0);
-    struct hvr_epoch *epoch = track->epoch;
-    hvr_grains_merge(epoch->unlogged, epoch->dirty, epoch->touched, (size_t)track->region_bytes);
-    epoch->log.state = HVR_LOG_OFF;
-    hvr_gate_open(track->gate);
-}

@@ -124,7 +124,7 @@ class PlainDisk:
             raise Refused(NbdError.EINVAL, "no metadata context was chosen")
         if not negotiated.structured:
             known &= ~CommandFlag.DF
-        if request.flags & ~(known | CommandFlag.FUA):
+        if request.flags & ~int(known | CommandFlag.FUA):
             raise Refused(NbdError.EINVAL, "a flag that this command does not have")
         if request.command in _CHANGES and self.read_only:
             raise Refused(NbdError.EPERM, "this disk is read-only")

@@ -1,1 +1,1 @@
-"""Live tracking: serve a disk to its hypervisor over NBD and see every write."""
+"""Live capture: serve a protected disk to its VM over NBD, and know every write."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from hvreplica import native
 from hvreplica.disk.chain import parent_of, read_layers
-from hvreplica.disk.disk import Stretch
+from hvreplica.disk.disk import Direct, Stretch
 from hvreplica.disk.extents import (
     NO_EXTENTS,
     Pieces,
@@ -263,6 +263,16 @@ class BlockReader(ABC):
                 position = disk_offset + length
             if position < high:
                 yield Stretch(position, high - position, "absent", None)
+
+    def direct(self, *, data_write_guid: uuid.UUID | None = None) -> Direct:  # noqa: ARG002 - see VhdxDisk
+        if self._session is not None:
+            self._session.begin()
+        self._table.check_all()
+        return Direct(self._file, self._table.block_map, self._has_parent)
+
+    def changed(self) -> None:
+        if self._session is not None:
+            self._session.changed()
 
     def flush(self) -> None:
         if self._session is not None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from hvreplica.files import BlockFile
+    from hvreplica.native import BlockMap
 
 
 class DiskInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,6 +81,17 @@ class Stretch(NamedTuple):
     length: int
     kind: Literal["data", "hole", "zero", "absent", "parent"]
     file_offset: int | None
+
+
+class Direct(NamedTuple):
+    """What a native loop needs to reach the payload of a disk without it.
+
+    block_map: None where file offset is disk offset. has_parent: whether a block in state 0 is the parent's.
+    """
+
+    file: BlockFile
+    block_map: BlockMap | None
+    has_parent: bool
 
 
 class ParentReference(Protocol):
@@ -190,6 +202,20 @@ class Disk(Protocol):
 
     def write_zeroes(self, disk_offset: int, length: int) -> None:
         """Make a range read as zeros, giving its space back where the format can; cheap for huge ranges."""
+        ...
+
+    def direct(self, *, data_write_guid: uuid.UUID | None = None) -> Direct:
+        """Return how to reach the payload, every entry of the block map checked.
+
+        A writable disk begins its writing session, so that its identity stays what it is until close();
+        data_write_guid: the one it takes, durably, where the format has one; a new one by default. Only
+        blocks that are fully present are written past the disk, and changed() is called after each such write
+        and before the next flush().
+        """
+        ...
+
+    def changed(self) -> None:
+        """Say that payload was written past the disk, see direct()."""
         ...
 
     def flush(self) -> None:

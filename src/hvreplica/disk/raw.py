@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hvreplica import native
-from hvreplica.disk.disk import DiskInfo, Stretch
+from hvreplica.disk.disk import Direct, DiskInfo, Stretch
 from hvreplica.disk.extents import NO_EXTENTS, beyond_end, checked_rows, clipped, data_windows, widened
 
 if TYPE_CHECKING:
+    import uuid
     from collections.abc import Iterator
     from pathlib import Path
     from typing import Self
@@ -81,6 +82,12 @@ class RawDisk:
     def write_zeroes(self, disk_offset: int, length: int) -> None:
         self._check_range(disk_offset, length)
         self._file.zero(disk_offset, length)
+
+    def direct(self, *, data_write_guid: uuid.UUID | None = None) -> Direct:  # noqa: ARG002 - it has none
+        return Direct(self._file, None, has_parent=False)
+
+    def changed(self) -> None:
+        """Do nothing: a flush always syncs."""
 
     def flush(self) -> None:
         if self.writable:

@@ -200,8 +200,10 @@ def pack_greeting() -> bytes:
 def unpack_client_flags(buffer: Buffer) -> ClientFlag:
     """Return what the client answers to the greeting. Raises: Truncated, FieldOutOfRange (unknown bits)."""
     flags = int(CLIENT_FLAGS.unpack(buffer)["flags"])
-    known = ClientFlag.FIXED_NEWSTYLE | ClientFlag.NO_ZEROES
-    require(flags & ~known == 0, "flags", f"no bits but {int(known):#x}", f"{flags:#x}", _HANDSHAKE)
+    known = int(
+        ClientFlag.FIXED_NEWSTYLE | ClientFlag.NO_ZEROES
+    )  # as a number: ~ of flags drops unknown bits
+    require(flags & ~known == 0, "flags", f"no bits but {known:#x}", f"{flags:#x}", _HANDSHAKE)
     return ClientFlag(flags)
 
 

@@ -7,10 +7,11 @@ from hvreplica.hrl.reader import LogReader
 from hvreplica.hrl.recover import recover_log
 from hvreplica.hrl.report import ApplyReport, LogEnd, LogEntry, LogInfo, LogReport, LogSummary
 from hvreplica.hrl.verify import verify_log
-from hvreplica.hrl.writer import LogWriter
+from hvreplica.hrl.writer import GrownLog, LogWriter
 
 __all__ = [
     "ApplyReport",
+    "GrownLog",
     "HoleFinder",
     "LogEnd",
     "LogEntry",

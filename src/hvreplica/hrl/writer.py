@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -58,6 +58,20 @@ _ZERO_ENTRIES_PER_BATCH = 1 << 14
 _ZEROS_CHECKSUM = 0xFFFFFFFF  # [MS-HRL] 2.6 over zeros of any length
 
 
+class GrownLog(NamedTuple):
+    """What a native loop has made of a log: see struct hvr_log in native/hvr.h.
+
+    pending: packed entries of the metadata block that grows.
+    """
+
+    position: int
+    last_block: int
+    blocks: int
+    entries: int
+    data_bytes: int
+    pending: bytes
+
+
 class LogWriter:
     """A log under construction. Every method may be called from any thread; appends are logged one after the
     other.
@@ -84,6 +98,7 @@ class LogWriter:
         self._blocks = 1
         self._entries = 0
         self._data_bytes = 0
+        self._stale_bytes = 0  # what lies below here in the file is not zeros
 
     @classmethod
     def create(
@@ -96,12 +111,14 @@ class LogWriter:
         data_write_guid: UUID | None,
         clock: Clock,
         metadata_bytes: int = METADATA_BYTES_DEFAULT,
+        recycle: bool = False,
     ) -> LogWriter:
         """Make an empty, open log at `path`, its content durable on return; the caller syncs the folder.
 
         previous_log_id, data_write_guid: None is written as the nil GUID. metadata_bytes: as MetadataSize.
-        Raises: FileExistsError if the name is taken; FieldOutOfRange for an impossible metadata_bytes.
-        Spec: [MS-HRL] 2.2.
+        recycle: `path` is a log that nobody needs any more; its file is written over, which spares the file
+        system the search for new blocks. It may stay longer than the log. Raises: FileExistsError if the name
+        is taken; FieldOutOfRange for an impossible metadata_bytes. Spec: [MS-HRL] 2.2.
         """
         now = hrl_timestamp(clock.now_s())
         header = LogHeader(
@@ -126,7 +143,7 @@ class LogWriter:
             reserved=b"",
         ).sealed()
         header.validate()
-        file = files.open(Path(path), create=True, exclusive=True)
+        file = files.open(Path(path), create=True, exclusive=not recycle)
         try:
             # An empty first block as Hyper-V writes it: an empty log can be closed, and recovery has an
             # anchor.
@@ -138,7 +155,9 @@ class LogWriter:
             with contextlib.suppress(OSError):
                 files.unlink(Path(path))
             raise
-        return cls(files, file, header, clock)
+        writer = cls(files, file, header, clock)
+        writer._stale_bytes = file.size() if recycle else 0
+        return writer
 
     @property
     def path(self) -> Path:
@@ -207,6 +226,19 @@ class LogWriter:
                 packed = native.pack_hrl_entries(rows, time_stamp, checksums)
                 self._put(np.cumsum(rows[:, 1]), memoryview(packed), None)
 
+    def fileno(self) -> int | None:
+        """Return the log's descriptor for a native loop that appends, see adopt()."""
+        return self._file.fileno()
+
+    def adopt(self, grown: GrownLog) -> None:
+        """Go on behind what a native loop has appended to the file of a log that had nothing appended
+        before.
+        """
+        with self._working():
+            self._position, self._last_block = grown.position, grown.last_block
+            self._blocks, self._entries, self._data_bytes = grown.blocks, grown.entries, grown.data_bytes
+            self._pending += grown.pending
+
     def flush(self) -> int:
         """Make all appends durable that returned before; return durable_bytes, for recover_log().
 
@@ -216,10 +248,11 @@ class LogWriter:
             self._flush()
             return self._durable
 
-    def close(self) -> LogSummary:
+    def close(self, *, previous_log_id: UUID | None = None) -> LogSummary:
         """End the log, durably; the caller syncs the folder. A second call returns the same.
 
-        Raises: OSError; the log is then not closed, though whole if only the last sync failed.
+        previous_log_id: the log that this one follows, where that was not known when it was made. Raises:
+        OSError; the log is then not closed, though whole if only the last sync failed.
         """
         with self._lock:
             if self._summary is not None:
@@ -227,6 +260,7 @@ class LogWriter:
         with self._working():
             self._flush()
             header = self._header.sealed(
+                previous_unique_id=previous_log_id or self._header.previous_unique_id,
                 current_size=self._position,
                 eol_location=self._position,
                 last_modified_time_stamp=self._time_stamp(None),
@@ -342,8 +376,10 @@ class LogWriter:
         self._position += len(view)
 
     def _skip(self, length: int) -> None:
-        """Leave a hole: the file is new, so what was never written reads as zeros once the file is longer."""
+        """Leave a hole: what was never written reads as zeros once the file is longer."""
         self._drain()
+        stale = min(self._stale_bytes, self._position + length) - self._position
+        self._file.zero(self._position, stale)
         self._position += length
 
     def _drain(self) -> None:

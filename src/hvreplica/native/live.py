@@ -22,14 +22,12 @@ if TYPE_CHECKING:
 
     from hvreplica.native.tables import BlockMap, Octets
 
-GRAIN_BYTES = lib.HVR_GRAIN_BYTES
-REGION_BYTES = lib.HVR_REGION_BYTES
+GRAIN_BYTES: int = lib.HVR_GRAIN_BYTES
+REGION_BYTES: int = lib.HVR_REGION_BYTES
 ALL_STRIPES = (1 << 64) - 1
 LOG_METADATA_BYTES = 4096  # of the logs that C writes
 _BUFFER_BYTES = 1 << 20
 _SPIN_NS = 50_000
-
-
 
 
 class LogState(IntEnum):
@@ -94,9 +92,11 @@ class Gate:
 
 
 class Epoch:
-    """What was written since a cut. dirty, unlogged: bit per grain; touched: bit per region; uint8, LSB first.
+    """What was written since a cut. dirty, unlogged: bit per grain; touched: bit per region; uint8, LSB
+    first.
 
-    Memory that was never touched is never taken: a map of a disk costs what was written, 4 KiB for 2 GiB of it.
+    Memory that was never touched is never taken: a map of a disk costs what was written, 4 KiB for 2 GiB of
+    it.
     """
 
     def __init__(self, virtual_bytes: int) -> None:
@@ -107,13 +107,16 @@ class Epoch:
         self.unlogged = np.zeros(len(self.dirty), np.uint8)
         self._pending = np.zeros(LOG_METADATA_BYTES, np.uint8)
         self.c: Any = ffi.new("struct hvr_epoch *")
-        self._kept = [writable_octets(each) for each in (self.dirty, self.unlogged, self.touched, self._pending)]
+        self._kept = [
+            writable_octets(each) for each in (self.dirty, self.unlogged, self.touched, self._pending)
+        ]
         self.c.dirty, self.c.unlogged, self.c.touched, self.c.log.pending = self._kept
 
     def open_log(
         self, descriptor: int, *, position: int, last_block: int, limit: int, write_bytes_max: int
     ) -> None:
-        """Log from now on into a file whose header and empty first metadata block stand. Before the epoch begins.
+        """Log from now on into a file whose header and empty first metadata block stand. Before the epoch
+        begins.
 
         position: where the first byte goes. limit: the bytes that the log may have. write_bytes_max: longer
         writes are left to the map.
@@ -139,18 +142,28 @@ class Epoch:
         """Where the next byte of the log goes."""
         return int(self.c.log.position)
 
-    @property
-    def pending_entries(self) -> bytes:
-        """The packed entries of the metadata block that grows. After the epoch."""
-        count = int(self.c.log.pending_count)
-        return self._pending[32 : 32 + 32 * count].tobytes()
+    def grown(self) -> dict[str, Any]:
+        """Return what the log has become, as hrl.GrownLog wants it. After the epoch."""
+        log = self.c.log
+        count = int(log.pending_count)
+        return {
+            "position": int(log.position),
+            "last_block": int(log.last_block),
+            "blocks": int(log.blocks),
+            "entries": int(log.entries),
+            "data_bytes": int(log.data_bytes),
+            "pending": self._pending[32 : 32 + 32 * count].tobytes(),
+        }
 
 
 class Track:
-    """The tracking of one disk. armed: bit per region, of the journal; it may be shorter than the map."""
+    """The tracking of one disk.
+
+    armed: bit per region, of the journal, at least as long as the epoch's maps.
+    """
 
     def __init__(self, gate: Gate, epoch: Epoch, armed: npt.NDArray[np.uint8], virtual_bytes: int) -> None:
-        if len(armed) != len(epoch.touched):
+        if len(armed) < len(epoch.touched):
             message = f"armed regions in {len(armed)} bytes, touched ones in {len(epoch.touched)}"
             raise ValueError(message)
         self.gate = gate
@@ -195,10 +208,6 @@ class Track:
         """End the guard of the last cut: all of its grains were read."""
         self.c.guard = ffi.NULL
         self._guarded = None
-
-    def collapse(self) -> None:
-        """Give up the log of the current epoch: what is dirty is read from the disk at the cut."""
-        lib.hvr_collapse(self.c)
 
     @property
     def writes(self) -> int:
@@ -251,7 +260,7 @@ def cut(
 def merge_grains(
     bitmap: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8], touched: npt.NDArray[np.uint8]
 ) -> None:
-    """bitmap |= other in the regions of `touched`; threads may set bits of `bitmap` meanwhile."""
+    """Bitmap |= other in the regions of `touched`; threads may set bits of `bitmap` meanwhile."""
     if not len(bitmap) == len(other) == 64 * len(touched):
         message = "two bitmaps of grains and one of their regions are needed"
         raise ValueError(message)

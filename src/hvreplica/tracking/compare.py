@@ -113,25 +113,35 @@ class _Comparison:
                 self._failure = self._failure or ended
 
     def _compare(self, disk_offset: int, window: npt.NDArray[np.uint8]) -> int:
-        block_bytes = self._table.block_bytes
-        first_block = disk_offset // block_bytes
         self._disk.read_into(window, disk_offset)
-        new = native.fingerprints(window, block_bytes)
-        old = self._table.read(first_block, len(new))
-        runs = native.changed_runs(new, old, new.shape[1]) // new.shape[1]
-        if not len(runs):
-            return 0
-        changed = np.zeros(len(new), np.bool_)
-        for first, count in runs:
-            changed[first : first + count] = True
-        zero = ~new.any(axis=1)
-        data_runs = clipped(runs_of(changed & ~zero) * block_bytes, len(window))
-        zero_runs = clipped(runs_of(changed & zero) * block_bytes, len(window))
-        if len(data_runs):
-            self._sink.append(shifted(data_runs, disk_offset), gather(window, data_runs))
-        for first, length in zero_runs.tolist():
-            self._sink.append_zeroes(disk_offset + first, length)
-        return int(data_runs[:, 1].sum() + zero_runs[:, 1].sum())
+        return changes_of(window, disk_offset, self._table, self._sink)
+
+
+def changes_of(
+    window: npt.NDArray[np.uint8], disk_offset: int, table: FingerprintTable, sink: ChangeSink
+) -> int:
+    """Put into `sink` what of `window`, the disk's bytes at `disk_offset`, differs from `table`.
+
+    disk_offset: a multiple of the table's block; the window has whole blocks, or ends with the disk. Return
+    the changed bytes.
+    """
+    block_bytes = table.block_bytes
+    new = native.fingerprints(window, block_bytes)
+    old = table.read(disk_offset // block_bytes, len(new))
+    runs = native.changed_runs(new, old, new.shape[1]) // new.shape[1]
+    if not len(runs):
+        return 0
+    changed = np.zeros(len(new), np.bool_)
+    for first, count in runs:
+        changed[first : first + count] = True
+    zero = ~new.any(axis=1)
+    data_runs = clipped(runs_of(changed & ~zero) * block_bytes, len(window))
+    zero_runs = clipped(runs_of(changed & zero) * block_bytes, len(window))
+    if len(data_runs):
+        sink.append(shifted(data_runs, disk_offset), gather(window, data_runs))
+    for first, length in zero_runs.tolist():
+        sink.append_zeroes(disk_offset + first, length)
+    return int(data_runs[:, 1].sum() + zero_runs[:, 1].sum())
 
 
 def clipped(runs: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:

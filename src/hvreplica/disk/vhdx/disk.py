@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from hvreplica.disk.blocks import BlockDisk
-from hvreplica.disk.disk import DiskInfo
+from hvreplica.disk.disk import Direct, DiskInfo
 from hvreplica.disk.paths import relative_windows_path
 from hvreplica.disk.vhdx.bitmaps import open_bitmaps
 from hvreplica.disk.vhdx.parent import VhdxParentReference
@@ -108,6 +108,11 @@ class VhdxDisk(BlockDisk):
         Before the first change of a session, that change takes it in place of a new one.
         """
         self.parts().session.identify(data_write_guid)
+
+    def direct(self, *, data_write_guid: uuid.UUID | None = None) -> Direct:
+        if data_write_guid is not None and self.writable:
+            self.identify(data_write_guid)
+        return super().direct()
 
     def relink(self, linkages: Sequence[uuid.UUID], relative_path: str | None = None) -> None:
         """Make the parent's locator name these identities, one or two, and another path, durably and at once.

@@ -1,0 +1,92 @@
+"""Where logs grow, where closed ones go, and the old ones whose files are written over.
+
+STATE/open/    the logs of the current epochs; worth nothing after a crash, the journal knows more
+STATE/logs/    closed logs of cuts
+STATE/spare/   logs that were acknowledged: a file that has its blocks already is written several times faster
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import TYPE_CHECKING
+
+from hvreplica.hrl import LogWriter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+    from uuid import UUID
+
+    from hvreplica.clock import Clock
+    from hvreplica.files import FileSystem
+
+_SPARE_COUNT_MAX = 8
+
+
+class LogFolder:
+    """The three folders of one VM. Any thread may call."""
+
+    def __init__(self, files: FileSystem, state: Path, clock: Clock, *, spare_bytes_max: int) -> None:
+        """Make the folders where absent; what a crash left in open/ becomes spare."""
+        self._files = files
+        self._clock = clock
+        self._lock = threading.Lock()
+        self.closed = state / "logs"
+        self._open = state / "open"
+        self._spare = state / "spare"
+        self._spare_bytes_max = spare_bytes_max
+        for folder in (self.closed, self._open, self._spare):
+            files.make_directory(folder)
+        self.recycle(self._open / name for name in files.names(self._open))
+
+    def create(self, data_write_guid: UUID | None) -> LogWriter:
+        """Return a new open log, in a spare file where there is one."""
+        log_id = self._clock.guid()
+        path = self._open / f"{log_id}.hrl"
+        return LogWriter.create(
+            self._files,
+            path,
+            log_id=log_id,
+            previous_log_id=None,
+            data_write_guid=data_write_guid,
+            clock=self._clock,
+            recycle=self._take_spare(path),
+        )
+
+    def keep(self, writer: LogWriter) -> Path:
+        """Move a closed log to the others; durable after sync()."""
+        path = self.closed / writer.path.name
+        self._files.replace(writer.path, path)
+        return path
+
+    def sync(self) -> None:
+        """Make the names of closed logs durable."""
+        self._files.sync_directory(self.closed)
+
+    def recycle(self, paths: Iterable[Path]) -> None:
+        """Take back logs that nobody needs any more, closed or not; too many, and too large ones, are
+        removed.
+        """
+        with self._lock:
+            spare = {name: self._size(self._spare / name) for name in self._files.names(self._spare)}
+            for path in paths:
+                size_bytes = self._size(path)
+                if len(spare) >= _SPARE_COUNT_MAX or sum(spare.values()) + size_bytes > self._spare_bytes_max:
+                    self._files.unlink(path)
+                else:
+                    self._files.replace(path, self._spare / path.name)
+                    spare[path.name] = size_bytes
+
+    def _take_spare(self, path: Path) -> bool:
+        with self._lock:
+            names = self._files.names(self._spare)
+            if not names:
+                return False
+            largest = max(names, key=lambda name: self._size(self._spare / name))
+            self._files.replace(self._spare / largest, path)
+            return True
+
+    def _size(self, path: Path) -> int:
+        with contextlib.closing(self._files.open(path)) as file:
+            return file.size()

@@ -1,0 +1,317 @@
+"""Serve one disk to one client: drive the native loop, and do what it leaves to us.
+
+The loop comes back for what needs a rule. A piece of a write is then either made possible (its regions armed,
+what a cut still has to read preserved) and left to the loop, or done here: the first write to a block, and
+what lies in blocks of which only some sectors count.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hvreplica.clock import hrl_timestamp
+from hvreplica.errors import HvReplicaError
+from hvreplica.formats.nbd import (
+    OFFSET_DATA,
+    PAYLOAD_BYTES_MAX,
+    BlockState,
+    ChunkType,
+    Command,
+    CommandFlag,
+    NbdError,
+    nbd_error,
+    pack_block_status,
+    pack_chunk_header,
+    pack_error_chunk,
+    pack_simple_reply,
+)
+from hvreplica.native.live import NbdConnection, NbdEvent, NbdExport, NbdReason, TrackStatus
+from hvreplica.units import GIB, MIB
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy.typing as npt
+
+    from hvreplica.capture.tracked import TrackedDisk
+    from hvreplica.clock import Clock
+    from hvreplica.disk import Disk
+    from hvreplica.native.live import Gate
+
+_LOG = logging.getLogger("hvreplica.capture")
+_STATUS_BYTES_MAX = 64 * GIB  # what is looked at for one block status; a client asks on from where it ends
+_STATUS_ROWS_MAX = 8192
+_ZERO_WINDOW_BYTES = 4 * GIB  # the gate is closed for no more at a time
+_PROVISION_BYTES = MIB
+_FLAGS = {
+    Command.READ: CommandFlag.DF | CommandFlag.FUA,
+    Command.WRITE: CommandFlag.FUA,
+    Command.FLUSH: CommandFlag.FUA,
+    Command.TRIM: CommandFlag.FUA,
+    Command.CACHE: CommandFlag.FUA,
+    Command.WRITE_ZEROES: CommandFlag.FUA | CommandFlag.NO_HOLE,
+    Command.BLOCK_STATUS: CommandFlag.REQ_ONE | CommandFlag.FUA,
+}
+
+
+class DiskService:
+    """One exported disk, for any number of clients at once.
+
+    tracked: None serves it without tracking. gate: shared by all disks that are cut together.
+    """
+
+    def __init__(
+        self, disk: Disk, gate: Gate, tracked: TrackedDisk | None, *, read_only: bool, clock: Clock
+    ) -> None:
+        self.disk = disk
+        self._gate = gate
+        self._tracked = tracked
+        self._clock = clock
+        self._read_only = read_only
+        direct = disk.direct()
+        descriptor = direct.file.fileno()
+        if descriptor is None:
+            message = f"{disk.path} cannot be served: it has no descriptor"
+            raise TypeError(message)
+        self._exported = NbdExport(
+            descriptor,
+            direct.block_map,
+            gate,
+            None if tracked is None else tracked.track,
+            virtual_bytes=disk.virtual_bytes,
+            has_parent=direct.has_parent,
+            read_only=read_only,
+        )
+
+    def serve(self, descriptor: int, *, structured: bool) -> None:
+        """Serve the client behind a socket's descriptor until it leaves.
+
+        Raises: ConnectionError if it breaks.
+        """
+        connection = NbdConnection(self._exported, descriptor, structured=structured)
+        written = False
+        while True:
+            event = connection.serve(written=written)
+            written = False
+            if event is NbdEvent.CLOSED:
+                return
+            if event is NbdEvent.BROKEN:
+                raise ConnectionError(connection.error, f"the client of {self.disk.path} broke off")
+            if event is NbdEvent.PIECE:
+                written = self._piece(connection)
+            else:
+                self._answer(connection, event, structured=structured)
+
+    # ---- pieces of writes
+
+    def _piece(self, connection: NbdConnection) -> bool:
+        """Make a piece possible, or do it; return whether it is done, well or badly."""
+        offset, length = connection.piece_offset, len(connection.piece)
+        try:
+            if connection.reason is NbdReason.PLACE:
+                return self._write(offset, connection.piece)
+            self._ready(connection.reason is NbdReason.ARM, offset, length)
+        except (OSError, HvReplicaError) as error:
+            self._report(error, "write", offset)
+            connection.fail(_told(error))
+            return True
+        return False
+
+    def _ready(self, arm: bool, offset: int, length: int) -> None:  # noqa: FBT001 - one of two reasons
+        tracked = self._require_tracked()
+        if arm:
+            tracked.arm(offset, length)
+        else:
+            tracked.preserve(offset, length)
+
+    def _write(self, offset: int, data: memoryview) -> bool:
+        """Write through the disk, which gives places to blocks; return False if a cut came between."""
+        tracked = self._tracked
+        with self._gate.writing(offset, len(data)):
+            if tracked is not None:
+                if tracked.track.check(offset, len(data)) is not TrackStatus.READY:
+                    return False
+                tracked.track.write(offset, data, hrl_timestamp(self._clock.now_s()))
+            try:
+                self.disk.write(data, offset)
+            except BaseException:
+                if tracked is not None:
+                    tracked.track.mark(offset, len(data))  # the disk may hold part of it
+                raise
+            if tracked is not None:
+                tracked.track.note_written()
+        return True
+
+    # ---- other commands
+
+    def _answer(self, connection: NbdConnection, event: NbdEvent, *, structured: bool) -> None:
+        command, cookie = connection.type, connection.cookie
+        try:
+            if event is NbdEvent.FLUSH:
+                self._flush()
+                reply = pack_simple_reply_raw(cookie)
+            else:
+                reply = self._do(connection, structured=structured)
+        except (OSError, HvReplicaError, MemoryError) as error:
+            self._report(error, "command", connection.offset)
+            reply = _refusal(cookie, _told(error), str(error), chunked=structured and _is_chunked(command))
+        except _Refused as refused:
+            chunked = structured and _is_chunked(command)
+            reply = _refusal(cookie, refused.error, refused.reason, chunked=chunked)
+        failed = connection.send(reply)
+        if failed:
+            raise ConnectionError(failed, f"the client of {self.disk.path} does not take its answers")
+
+    def _do(self, connection: NbdConnection, *, structured: bool) -> bytes:
+        command, flags = connection.type, connection.flags
+        offset, length, cookie = connection.offset, connection.length, connection.cookie
+        allowed = _FLAGS.get(command)  # type: ignore[call-overload]
+        if allowed is None or flags & ~allowed:
+            raise _Refused(NbdError.EINVAL, f"command {command} with flags {flags:#x} is not served")
+        if command != Command.FLUSH and (offset > self.disk.virtual_bytes - length):
+            beyond = NbdError.ENOSPC if command == Command.WRITE_ZEROES else NbdError.EINVAL
+            raise _Refused(beyond, f"the disk ends at {self.disk.virtual_bytes}")
+        if command == Command.READ:
+            return self._read(cookie, offset, length, structured=structured)
+        if command == Command.BLOCK_STATUS:
+            if not structured or length == 0:
+                raise _Refused(NbdError.EINVAL, "block status needs structured replies and a length")
+            rows = self._states(offset, length, only_one=bool(flags & CommandFlag.REQ_ONE))
+            return pack_block_status(cookie_of(cookie), rows)
+        if command in {Command.TRIM, Command.WRITE_ZEROES}:
+            if self._read_only:
+                raise _Refused(NbdError.EPERM, "the export is read-only")
+            self._zero(offset, length, keep=bool(flags & CommandFlag.NO_HOLE))
+        if command == Command.FLUSH or flags & CommandFlag.FUA:
+            self._flush()
+        return pack_simple_reply_raw(cookie)
+
+    def _read(self, cookie: int, offset: int, length: int, *, structured: bool) -> bytes:
+        if length > PAYLOAD_BYTES_MAX:
+            raise _Refused(NbdError.EINVAL, f"a read has at most {PAYLOAD_BYTES_MAX} bytes")
+        data = bytearray(length)
+        self.disk.read_into(data, offset)
+        if not structured:
+            return pack_simple_reply_raw(cookie) + data
+        if not length:
+            return pack_chunk_header(cookie_of(cookie), ChunkType.NONE, 0, is_last=True)
+        head = pack_chunk_header(cookie_of(cookie), ChunkType.OFFSET_DATA, 8 + length, is_last=True)
+        return head + OFFSET_DATA.pack(disk_offset=offset) + data
+
+    def _flush(self) -> None:
+        """Make every write durable that was answered; the journal has been since before each of them."""
+        tracked = self._tracked
+        if tracked is None or tracked.track.take_written():
+            self.disk.changed()
+        try:
+            self.disk.flush()
+        except BaseException:
+            if tracked is not None:
+                tracked.track.note_written()
+            raise
+
+    def _zero(self, offset: int, length: int, *, keep: bool) -> None:
+        for start in range(offset, offset + length, _ZERO_WINDOW_BYTES):
+            self._zero_window(start, min(_ZERO_WINDOW_BYTES, offset + length - start), keep=keep)
+
+    def _zero_window(self, offset: int, length: int, *, keep: bool) -> None:
+        held = self.disk.extents(offset, offset + length)
+        if self.disk.parent is None and not len(held) and not keep:
+            return  # it reads as zeros already: nothing changes, so there is nothing to track
+        tracked = self._tracked
+        while True:
+            if tracked is not None:
+                tracked.arm(offset, length)
+                tracked.preserve(offset, length)
+            # Blocks lose their places: nobody may write to them or read from them meanwhile.
+            with self._gate.closed(bar_readers=True):
+                if tracked is not None:
+                    if tracked.track.check(offset, length) is not TrackStatus.READY:
+                        continue
+                    tracked.track.mark(offset, length)
+                    tracked.track.note_written()
+                if keep:
+                    self._provision(offset, length)
+                else:
+                    self.disk.write_zeroes(offset, length)
+                return
+
+    def _provision(self, offset: int, length: int) -> None:
+        """Write zeros, so that what has a place keeps it."""
+        zeros = bytes(min(length, _PROVISION_BYTES))
+        for start in range(offset, offset + length, len(zeros)):
+            self.disk.write(zeros[: min(len(zeros), offset + length - start)], start)
+
+    def _states(self, offset: int, length: int, *, only_one: bool) -> npt.NDArray[np.int64]:
+        end = offset + min(length, _STATUS_BYTES_MAX)
+        rows: list[tuple[int, int]] = []
+        for start, stop, state in _states_between(self.disk.extents(offset, end), offset, end):
+            rows.append((stop - start, state))
+            if only_one or len(rows) == _STATUS_ROWS_MAX:
+                break
+        table = np.array(rows, np.int64)
+        return table[np.cumsum(table[:, 0]) < 1 << 32] if table[:, 0].sum() >= 1 << 32 else table
+
+    def _require_tracked(self) -> TrackedDisk:
+        if self._tracked is None:
+            raise AssertionError("only a tracked disk asks for a region or a grain")
+        return self._tracked
+
+    def _report(self, error: BaseException, what: str, offset: int) -> None:
+        _LOG.error("%s at %d of %s failed: %s", what, offset, self.disk.path, error)
+
+
+class _Refused(Exception):
+    """A request that is answered with an error and is no failure of ours."""
+
+    def __init__(self, error: NbdError, reason: str) -> None:
+        super().__init__(reason)
+        self.error = error
+        self.reason = reason
+
+
+def cookie_of(cookie: int) -> int:
+    """Return a cookie as formats.nbd has it: the native loop reads its bytes as little-endian."""
+    return int.from_bytes(cookie.to_bytes(8, "little"), "big")
+
+
+def pack_simple_reply_raw(cookie: int, error: int = 0) -> bytes:
+    """Return a simple reply to a cookie of the native loop."""
+    return pack_simple_reply(cookie_of(cookie), error)
+
+
+def _is_chunked(command: int) -> bool:
+    return command in {Command.READ, Command.BLOCK_STATUS}
+
+
+def _refusal(cookie: int, error: NbdError, reason: str, *, chunked: bool) -> bytes:
+    if chunked:
+        return pack_error_chunk(cookie_of(cookie), error, reason)
+    return pack_simple_reply_raw(cookie, error)
+
+
+def _told(error: BaseException) -> NbdError:
+    """Return what a client is told of a failure."""
+    if isinstance(error, MemoryError):
+        return NbdError.ENOMEM
+    return nbd_error(error.errno or 0) if isinstance(error, OSError) else NbdError.EIO
+
+
+def _states_between(
+    held: npt.NDArray[np.int64], start: int, end: int
+) -> Iterator[tuple[int, int, BlockState]]:
+    """Yield (start, end, state) of a range, in order and without gaps."""
+    nothing = BlockState.HOLE | BlockState.ZERO
+    at = start
+    for offset, length in held.tolist():
+        low, high = max(offset, start), min(offset + length, end)
+        if low > at:
+            yield at, low, nothing
+        if low < high:
+            yield low, high, BlockState(0)
+            at = high
+    if at < end:
+        yield at, end, nothing

@@ -1,0 +1,201 @@
+"""The tracking of one disk: its epochs, its journal and its logs, and what has to be done before a write.
+
+Order of every write: its regions are durably marked in the journal, its grains are noted and its data is
+logged, then it reaches the disk. So after a power cut the journal names a superset of what differs from the
+last durable cut, whatever of log and disk survived.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from hvreplica import native
+from hvreplica.capture.cut_reader import CutReader
+from hvreplica.formats.hrl import HEADER_BYTES, METADATA_BYTES_DEFAULT
+from hvreplica.hrl import GrownLog
+from hvreplica.native.live import GRAIN_BYTES, Epoch, LogState, Track, merge_grains
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    import numpy.typing as npt
+
+    from hvreplica.capture.log_folder import LogFolder
+    from hvreplica.disk import Disk
+    from hvreplica.hrl import LogWriter
+    from hvreplica.hrl.report import LogSummary
+    from hvreplica.native.live import Gate
+    from hvreplica.tracking.fingerprints import FingerprintTable
+    from hvreplica.tracking.journal import IntentJournal
+
+_LOG = logging.getLogger("hvreplica.capture")
+
+
+class LogSettings(NamedTuple):
+    """limit_bytes: of one log; 0 logs nothing. write_bytes_max: longer writes are left to the map."""
+
+    limit_bytes: int
+    write_bytes_max: int
+
+
+class Ended(NamedTuple):
+    """An epoch that a cut has ended, and the log that grew with it, if one did."""
+
+    epoch: Epoch
+    writer: LogWriter | None
+
+
+class TrackedDisk:
+    """One disk under capture. `track` is what the native loop writes through."""
+
+    def __init__(
+        self, disk: Disk, gate: Gate, journal: IntentJournal, folder: LogFolder, settings: LogSettings
+    ) -> None:
+        """Track from now on; what the journal has marked is changed, and read from the disk at the next
+        cut.
+        """
+        self.disk = disk
+        self.journal = journal
+        self._gate = gate
+        self._folder = folder
+        self._settings = settings
+        self._reader: CutReader | None = None
+        began = self.begin()
+        self._writer = began.writer
+        self.track = Track(gate, began.epoch, journal.armed, disk.virtual_bytes)
+        self.mark(journal.regions())
+
+    def begin(self) -> Ended:
+        """Return a new epoch with its open log, for the next cut to begin; discard() one that is not
+        begun.
+        """
+        epoch = Epoch(self.disk.virtual_bytes)
+        if self._settings.limit_bytes == 0:
+            return Ended(epoch, None)
+        try:
+            writer = self._folder.create(self.disk.data_write_guid)
+        except OSError as error:
+            # Tracking does not depend on a log: the cut reads from the disk.
+            _LOG.warning("no log for %s: %s; changes are kept in the map alone", self.disk.path, error)
+            return Ended(epoch, None)
+        descriptor = writer.fileno()
+        if descriptor is None:
+            return Ended(epoch, writer)
+        epoch.open_log(
+            descriptor,
+            position=HEADER_BYTES + METADATA_BYTES_DEFAULT,
+            last_block=HEADER_BYTES,
+            limit=self._settings.limit_bytes,
+            write_bytes_max=self._settings.write_bytes_max,
+        )
+        return Ended(epoch, writer)
+
+    def discard(self, ended: Ended) -> None:
+        """Give up a log."""
+        if ended.writer is not None:
+            ended.writer.abort()
+            self._folder.recycle([ended.writer.path])
+
+    # ---- before and beside writes
+
+    def arm(self, disk_offset: int, length: int) -> None:
+        """Mark the regions of a range durably. Raises: OSError; then nothing may be written there."""
+        self.journal.arm(np.array([[disk_offset, length]], np.int64))
+
+    def preserve(self, disk_offset: int, length: int) -> None:
+        """Let the cut that is being read have a range before it changes."""
+        reader = self._reader
+        if reader is not None:
+            reader.preserve(disk_offset, length)
+
+    def mark(self, extents: npt.NDArray[np.int64]) -> None:
+        """Count ranges as changed, durably; the next cut reads them from the disk."""
+        if not len(extents):
+            return
+        self.journal.arm(extents)
+        for disk_offset, length in extents.tolist():
+            with self._gate.writing(disk_offset, length):
+                self.track.mark(disk_offset, length)
+
+    # ---- the cut, after native.live.cut() has ended the epoch
+
+    def ended(self, epoch: Epoch, begun: Ended, known: FingerprintTable | None) -> Ended:
+        """Follow a cut that has ended `epoch` and begun another; finish() or give_back() comes next."""
+        ended = Ended(epoch, self._writer)
+        self._writer = begun.writer
+        self._reader = None
+        if not epoch.touched.any():
+            return ended
+        writer = ended.writer
+        if writer is not None and epoch.log_state in {LogState.OFF, LogState.FAILED}:
+            if epoch.log_state is LogState.FAILED:
+                _LOG.warning("the log of %s could not be written; the cut reads the disk", self.disk.path)
+            self.discard(ended)
+            writer = None
+        if writer is None:
+            writer = self._folder.create(self.disk.data_write_guid)
+        else:
+            writer.adopt(GrownLog(**epoch.grown()))
+        self._reader = CutReader(self.disk, epoch, writer, known)
+        return Ended(epoch, writer)
+
+    def finish(self, ended: Ended, previous_log_id: UUID) -> LogSummary | None:
+        """Read what the log of an ended epoch lacks, and close it, durably; None where nothing changed."""
+        reader, writer = self._reader, ended.writer
+        if reader is not None and writer is not None:
+            reader.run()
+        self._unguard()
+        if writer is None or writer.entry_count == 0:
+            self.discard(ended)
+            return None
+        return writer.close(previous_log_id=previous_log_id)
+
+    def give_back(self, ended: Ended) -> None:
+        """Count all that an ended epoch held as changed since the cut before it.
+
+        Its log is of no use any more.
+        """
+        with self._gate.closed():
+            now, old = self.track.epoch, ended.epoch
+            np.bitwise_or(now.touched, old.touched, out=now.touched)
+            merge_grains(now.dirty, old.dirty, old.touched)
+            merge_grains(now.unlogged, old.dirty, old.touched)
+            self.track.unguard()
+        self._reader = None
+
+    def _unguard(self) -> None:
+        with self._gate.closed():  # nobody looks at the guard while it goes
+            self.track.unguard()
+        self._reader = None
+
+    # ---- figures
+
+    @property
+    def dirty_bytes(self) -> int:
+        """The bytes of grains written since the last cut."""
+        return self._count(self.track.epoch.dirty)
+
+    @property
+    def unlogged_bytes(self) -> int:
+        """The bytes of grains that the next cut reads from the disk."""
+        return self._count(self.track.epoch.unlogged)
+
+    def _count(self, bitmap: npt.NDArray[np.uint8]) -> int:
+        regions = np.flatnonzero(np.unpackbits(self.track.epoch.touched, bitorder="little"))
+        words = bitmap.view(np.uint64)[regions]
+        grain_count: int = native.bitmap_count(words.view(np.uint8))
+        return grain_count * GRAIN_BYTES
+
+    def end(self) -> None:
+        """Give up the open log; the journal keeps what is changed and not cut, and nothing else."""
+        with self._gate.closed():
+            lapsed = self.journal.armed.copy()
+            touched = self.track.epoch.touched
+            lapsed[: len(touched)] &= ~touched
+            np.bitwise_and(self.journal.armed, ~lapsed, out=self.journal.armed)
+        self.journal.cleared(lapsed)
+        self.discard(Ended(self.track.epoch, self._writer))
+        self._writer = None
