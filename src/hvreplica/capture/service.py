@@ -169,7 +169,7 @@ class DiskService:
         command, flags = connection.type, connection.flags
         offset, length, cookie = connection.offset, connection.length, connection.cookie
         allowed = _FLAGS.get(command)  # type: ignore[call-overload]
-        if allowed is None or flags & ~allowed:
+        if allowed is None or flags & ~int(allowed):
             raise _Refused(NbdError.EINVAL, f"command {command} with flags {flags:#x} is not served")
         if command != Command.FLUSH and (offset > self.disk.virtual_bytes - length):
             beyond = NbdError.ENOSPC if command == Command.WRITE_ZEROES else NbdError.EINVAL

@@ -1,0 +1,228 @@
+"""A machine under capture: what guests write is served, tracked, cut at one instant, and survives a stop."""
+
+from __future__ import annotations
+
+import errno
+import random
+import struct
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+
+from hvreplica.errors import StateError
+from hvreplica.units import KIB, MIB
+from tests.support.live import FUA, NO_HOLE, READ, WRITE, ZEROES, Guest, GuestError, Site, random_data
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+FORMS = ("vhdx", "vhd", "raw")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("budget", [None, 0, 64 * KIB], ids=["log", "no-log", "small-log"])
+def test_cut_brings_the_copy_to_the_disk(tmp_path: Path, form: str, budget: int | None) -> None:
+    site = Site(tmp_path, sizes=[32 * MIB], form=form)
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    model = bytearray(32 * MIB)
+    with site.running(log_budget_bytes=budget) as machine, Guest(machine.services[0]) as guest:
+        for _ in range(4):
+            for _ in range(60):
+                _change(rng, guest, model)
+            site.cycle(machine)
+            assert site.copy_of(0) == bytes(model) == site.disk_of(machine, 0)
+            length = rng.randrange(1, 64 * KIB)
+            at = rng.randrange(len(model) - length)
+            assert guest.read(at, length) == model[at : at + length]
+        assert not site.cycle(machine).logs, "nothing was written since the cut"
+
+
+def _change(rng: random.Random, guest: Guest, model: bytearray) -> None:
+    kind = rng.choice(["small", "small", "small", "any", "long", "zero", "trim", "keep", "flush"])
+    unit = 1 if kind == "any" else 512
+    longest = {"long": 3 * MIB, "zero": 4 * MIB, "trim": 4 * MIB}.get(kind, 16 * KIB)
+    length = rng.randrange(1, longest // unit) * unit
+    at = rng.randrange((len(model) - length) // unit) * unit
+    if kind == "flush":
+        guest.flush()
+        return
+    if kind in {"zero", "keep", "trim"}:
+        {"zero": guest.zero, "trim": guest.trim, "keep": lambda o, n: guest.zero(o, n, NO_HOLE)}[kind](
+            at, length
+        )
+        model[at : at + length] = bytes(length)
+        return
+    data = bytes(length) if rng.random() < 0.1 else rng.randbytes(length)
+    guest.write(at, data, rng.choice([0, 0, FUA]))
+    model[at : at + length] = data
+
+
+def test_cut_is_one_instant_of_two_disks_while_two_guests_write(tmp_path: Path) -> None:
+    """Each guest writes rising numbers, first to disk 0 and then to disk 1: no cut may see a number on disk 1
+    that is not on disk 0, in whatever way log, map and copy-before-write share the work.
+    """
+    site = Site(tmp_path, sizes=[16 * MIB, 16 * MIB])
+    stop = threading.Event()
+    failures: list[BaseException] = []
+
+    def write(place: int, machine: object, length: int) -> None:
+        try:
+            with Guest(machine.services[0]) as first, Guest(machine.services[1]) as second:
+                number = 0
+                while not stop.is_set():
+                    number += 1
+                    data = struct.pack("<Q", number) * (length // 8)
+                    first.write(place, data)
+                    second.write(place, data)
+        except BaseException as error:
+            failures.append(error)
+
+    # 4 KiB goes through the log, 512 KiB stays in the map and is read at the cut.
+    places = [(0, 4 * KIB), (1 * MIB, 512 * KIB), (8 * MIB, 4 * KIB)]
+    with site.running() as machine:
+        threads = [threading.Thread(target=write, args=(at, machine, length)) for at, length in places]
+        for thread in threads:
+            thread.start()
+        seen = []
+        try:
+            for _ in range(25):
+                cut = site.cycle(machine)
+                assert cut.held_us < 1_000_000
+                copies = [site.copy_of(0), site.copy_of(1)]
+                for at, length in places:
+                    numbers = [
+                        {n for (n,) in struct.iter_unpack("<Q", copy[at : at + length])} for copy in copies
+                    ]
+                    assert max(numbers[1]) <= min(numbers[0]) or length > 64 * KIB, (at, numbers)
+                    # A long write may be cut in the middle, as a power cut would; but only between two numbers.
+                    assert max(numbers[0]) - min(numbers[0]) <= 1
+                    assert 0 <= max(numbers[0]) - min(numbers[1]) <= 2
+                seen.append(max(numbers[0]))
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        assert not failures
+        assert seen == sorted(seen)
+        site.cycle(machine)
+        assert [site.copy_of(i) for i in (0, 1)] == [site.disk_of(machine, i) for i in (0, 1)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_abandoned_machine_finds_what_changed(tmp_path: Path, form: str) -> None:
+    site = Site(tmp_path, sizes=[64 * MIB], form=form)
+    with site.running() as machine, Guest(machine.services[0]) as guest:
+        guest.write(MIB, random_data(64 * KIB))
+        site.cycle(machine)
+    machine = site.start()
+    assert machine.status()[0].dirty_bytes == 0, machine.status()
+    with Guest(machine.services[0]) as guest:
+        guest.write(20 * MIB + 4096, random_data(4096))
+        guest.flush()
+        guest.write(40 * MIB, random_data(512))
+        guest.zero(MIB, 4096)
+    machine.abandon()
+    machine = site.start()
+    status = machine.status()[0]
+    assert status.dirty_bytes == status.unlogged_bytes == 3 * 4 * MIB, "the three regions of the journal"
+    site.cycle(machine)
+    assert site.copy_of(0) == site.disk_of(machine, 0)
+    machine.close()
+    machine = site.start()
+    assert machine.status()[0].dirty_bytes == 0
+    machine.close()
+
+
+def test_disk_changed_by_another_program_is_compared_as_a_whole(tmp_path: Path) -> None:
+    site = Site(tmp_path, sizes=[16 * MIB])
+    with site.running() as machine, Guest(machine.services[0]) as guest:
+        guest.write(0, random_data(4096))
+        site.cycle(machine)
+    from hvreplica.clock import SYSTEM
+    from hvreplica.disk import open_disk
+    from hvreplica.files import OS_FILES
+
+    with open_disk(OS_FILES, site.paths[0], writable=True, clock=SYSTEM) as disk:
+        disk.write(random_data(512), 5 * MIB)
+    with site.running() as machine:
+        assert "another program" in machine.status()[0].judgement
+        site.cycle(machine)
+        assert site.copy_of(0) == site.disk_of(machine, 0)
+
+
+def test_cut_that_was_not_recorded_is_given_back(tmp_path: Path) -> None:
+    site = Site(tmp_path, sizes=[16 * MIB])
+    with site.running() as machine, Guest(machine.services[0]) as guest:
+        data = random_data(8192)
+        guest.write(4096, data)
+        cut = machine.cut(site.previous)
+        guest.write(8 * MIB, data)
+        with pytest.raises(StateError, match="neither"):
+            machine.cut(site.previous)
+        machine.give_back(cut)
+        assert not cut.logs[0].path.exists()
+        cut = site.cycle(machine)
+        assert site.copy_of(0) == site.disk_of(machine, 0)
+        assert site.copy_of(0)[4096 : 4096 + len(data)] == data
+        with pytest.raises(StateError):
+            machine.settle(cut)
+
+
+def test_recycled_log_is_read_as_new(tmp_path: Path) -> None:
+    site = Site(tmp_path, sizes=[16 * MIB])
+    with site.running() as machine, Guest(machine.services[0]) as guest:
+        for round_number in range(6):
+            for index in range(300 if round_number % 2 else 20):
+                guest.write(index * 8192, random_data(4096))
+            guest.zero(4 * MIB, 2 * MIB)
+            guest.write(5 * MIB, random_data(4096))
+            guest.zero(5 * MIB, 64 * KIB)
+            site.cycle(machine)
+            assert site.copy_of(0) == site.disk_of(machine, 0)
+        assert list((tmp_path / "state" / "spare").iterdir())
+
+
+def test_requests_that_are_wrong_are_refused_and_the_next_is_served(tmp_path: Path) -> None:
+    site = Site(tmp_path, sizes=[MIB])
+    with site.running() as machine, Guest(machine.services[0]) as guest:
+        cases = [
+            (READ, MIB, 512, b"", 0, errno.EINVAL),
+            (READ, 1 << 63, 512, b"", 0, errno.EINVAL),
+            (READ, 0, 33 * MIB, b"", 0, errno.EINVAL),
+            (WRITE, MIB - 512, 1024, bytes(1024), 0, errno.ENOSPC),
+            (WRITE, 1 << 62, 300_000, bytes(300_000), 0, errno.ENOSPC),
+            (ZEROES, MIB, 1, b"", 0, errno.ENOSPC),
+            (99, 0, 0, b"", 0, errno.EINVAL),
+            (ZEROES, 0, 512, b"", 0x100, errno.EINVAL),
+        ]
+        for command, at, length, data, flags, expected in cases:
+            with pytest.raises(GuestError) as caught:
+                guest.ask(command, at, length, data, flags)
+            assert caught.value.args[0] == expected, (command, at, length)
+            guest.write(0, b"x" * 512)
+            assert guest.read(0, 512) == b"x" * 512
+        guest.write(0, b"")
+        assert guest.read(0, 0) == b""
+
+
+def test_pipelined_requests_are_answered_each(tmp_path: Path) -> None:
+    site = Site(tmp_path, sizes=[16 * MIB])
+    rng = random.Random(7)
+    with site.running() as machine, Guest(machine.services[0]) as guest:
+        model = bytearray(16 * MIB)
+        for _ in range(10):
+            waiting = {}
+            places = rng.sample(range(0, 16 * MIB, 64 * KIB), 40)
+            for place in places:
+                data = rng.randbytes(rng.choice([512, 4096, 40 * KIB]))
+                waiting[guest.send(WRITE, place, len(data), data, rng.choice([0, 0, 0, FUA]))] = None
+                model[place : place + len(data)] = data
+            while waiting:
+                error, cookie, _ = guest.reply()
+                assert error == 0
+                del waiting[cookie]
+        site.cycle(machine)
+        assert site.copy_of(0) == bytes(model)
