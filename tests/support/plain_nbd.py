@@ -65,7 +65,7 @@ class PlainDisk:
     data: the guest's bytes. log: (command, disk_offset, length) of every request that was carried out.
     """
 
-    data: bytearray
+    data: bytearray = field(repr=False)
     read_only: bool = False
     minimum_block_bytes: int = 512
     log: list[tuple[int, int, int]] = field(default_factory=list)

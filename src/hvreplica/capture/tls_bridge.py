@@ -121,39 +121,34 @@ class TlsBridge:
         raw, plain = bytearray(_BUFFER_BYTES), memoryview(bytearray(_BUFFER_BYTES))
         while True:
             # Decrypt first: the client's first words may have come together with the end of its handshake.
-            count, is_end = self._decrypt(plain)
+            count = self._decrypt(plain)
+            if count is None:
+                received = self._connection.recv_into(raw)
+                # A bare end of the connection is one too: requests carry their lengths, so none can be cut
+                # short unseen. TLS is not told, or it would send nothing more, and replies are still due.
+                count = None if received else 0
+                with self._tls_lock:
+                    self._incoming.write(memoryview(raw)[:received])
+            if count == 0:
+                with contextlib.suppress(OSError):
+                    outer.shutdown(socket.SHUT_WR)
+                return
             if count:
                 try:
                     outer.sendall(plain[:count])
                 except OSError:
                     return  # nobody reads the inner socket any more; what it still has to say may go out
-            elif is_end:
-                with contextlib.suppress(OSError):
-                    outer.shutdown(socket.SHUT_WR)
-                return
-            else:
-                received = self._connection.recv_into(raw)
-                with self._tls_lock:
-                    if received:
-                        self._incoming.write(memoryview(raw)[:received])
-                    else:
-                        self._incoming.write_eof()
 
-    def _decrypt(self, plain: memoryview) -> tuple[int, bool]:
-        """Return (bytes decrypted into `plain`, whether the client's direction has ended)."""
+    def _decrypt(self, plain: memoryview) -> int | None:
+        """Return how many bytes came out into `plain`; 0 where the client ended, None if more must come."""
+        count: int | None = None
         with self._tls_lock:
-            try:
+            with contextlib.suppress(ssl.SSLWantReadError):
                 count = int(self._tls.read(len(plain), plain))
-            except ssl.SSLWantReadError:
-                count, is_end = 0, False
-            except ssl.SSLEOFError:  # without close_notify: requests carry their lengths, so nothing is lost
-                count, is_end = 0, True
-            else:
-                is_end = count == 0
             has_words = self._outgoing.pending > 0  # an answer of TLS itself, to a key update
         if has_words:
             self._flush()
-        return count, is_end
+        return count
 
     def _send(self, outer: socket.socket) -> None:
         buffer = memoryview(bytearray(_BUFFER_BYTES))
