@@ -6,6 +6,7 @@ from tests.fuzz import (
     targets_check,
     targets_disk,
     targets_hrl,
+    targets_nbd,
     targets_text,
     targets_vhd,
     targets_vhdx,
@@ -19,5 +20,6 @@ FUZZERS = (
     *targets_check.FUZZERS,
     *targets_hrl.FUZZERS,
     *targets_wire.FUZZERS,
+    *targets_nbd.FUZZERS,
     *targets_text.FUZZERS,
 )
