@@ -4,7 +4,8 @@
     4096   block 0, block 1, … : XXH3-128 of the block, canonical (big-endian); 16 zero bytes say "all zero"
 
 A hole in the file is therefore a range of zero blocks, and the table of a sparse disk is as sparse as the
-disk. The last block is short where the disk ends inside it.
+disk. The last block is short where the disk ends inside it. 16 bytes of 255 say "not known": no content has
+them but by a chance of one in 2^128, so such a block counts as different from any.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ SIGNATURE = b"HVRPRINT"
 VERSION = 1
 HEADER_BYTES = 4096
 FINGERPRINT_BYTES = 16
+UNKNOWN = b"\xff" * FINGERPRINT_BYTES
 BLOCK_BYTES_MIN = 512
 BLOCK_BYTES_MAX = 1 << 20
 DISK_BYTES_MAX = 64 << 40

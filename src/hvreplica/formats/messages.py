@@ -125,13 +125,15 @@ class Fingerprints(Message, frozen=True, tag="fingerprints"):
 class BeginInitial(Message, frozen=True, tag="initial"):
     """Begin or continue an initial replication.
 
-    positions: for each disk, the bytes already known to be durable.
+    positions: for each disk, the bytes already known to be durable. consistent: whether what arrives is one
+    instant of the disks; else it becomes one with the next logs, and is no point of its own.
     """
 
     transfer_id: uuid.UUID
     point_id: uuid.UUID
     instant_s: Instant
     positions: Annotated[list[ByteCount], Meta(min_length=1, max_length=DISKS_MAX)]
+    consistent: bool = True
 
 
 class BeginLogs(Message, frozen=True, tag="logs"):

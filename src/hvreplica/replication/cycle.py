@@ -1,4 +1,6 @@
-"""One cycle: find what changed, close it as logs, ship them, and let the fingerprints follow.
+"""One cycle: find what changed by comparison, close it as logs, ship them, and let the fingerprints follow.
+
+What live tracking found is cut in replication/live.py and goes the same way from there.
 
 The stages of the transfer in state.json say where a call that was cut off left: "cutting" logs are thrown
 away, "cut" logs are shipped, "acknowledged" logs only have to be taken into the fingerprints.
@@ -41,18 +43,30 @@ def cut(work: Work) -> bool:
     work.save()
     progress = _CompareProgress(work)
     logs = [_cut_disk(work, index, progress) for index in range(len(work.disks))]
-    transfer.logs = [log for log in logs if log.changed_bytes]
+    # A replica whose copy is of several instants needs logs to become one, be they empty.
+    transfer.logs = [log for log in logs if log.changed_bytes] or logs[: int(state.mixed)]
     if not transfer.logs:
         state.transfer = None
         work.save()
-        work.folder.discard_logs()
+        work.sweep_logs()
         return False
-    work.folder.discard_logs(keep=transfer.logs)
+    work.sweep_logs()
     work.files.sync_directory(work.folder.logs)
     transfer.positions = [0] * len(transfer.logs)
     transfer.stage = "cut"
     work.save()
     return True
+
+
+def drop_unfinished(work: Work) -> None:
+    """Throw away the logs of a comparison that was cut off."""
+    with work.lock:
+        transfer = work.state.transfer
+        if transfer is None or transfer.stage != "cutting":
+            return
+        work.state.transfer = None
+        work.save()
+    work.sweep_logs()
 
 
 def ship(work: Work, session: ReplicaSession, transfer: Transfer) -> None:
@@ -72,9 +86,11 @@ def ship(work: Work, session: ReplicaSession, transfer: Transfer) -> None:
     if isinstance(answer, messages.Ready):
         work.resume(transfer, answer.positions)
         with contextlib.ExitStack() as stack:
-            opened = [work.files.open(work.folder.log_path(log.log_id)) for log in transfer.logs]
-            for file in opened:
+            opened = []
+            for log in transfer.logs:
+                file = work.files.open(work.folder.log_path(log.log_id))
                 stack.callback(file.close)
+                opened.append((file, log.log_bytes))
             work.ship(session, LogSource(opened, transfer.positions), transfer, phase="ship")
     transfer.stage = "acknowledged"
     work.save()
@@ -90,10 +106,12 @@ def settle(work: Work, transfer: Transfer) -> None:
         work.tally.shipped.append(ShippedLog(str(log.log_id), str(work.folder.log_path(log.log_id))))
     for table in work.tables:
         table.mark(transfer.point_id)
-    work.tally.kind = "delta"
-    state.last_point, state.transfer = transfer.point_id, None
-    work.save()
-    work.folder.discard_logs()
+    if work.tally.kind == "none":
+        work.tally.kind = "delta"
+    with work.lock:
+        state.last_point, state.transfer, state.mixed = transfer.point_id, None, False
+        work.save()
+    work.folder.remove_logs(transfer.logs)
 
 
 def _cut_disk(work: Work, index: int, progress: _CompareProgress) -> CutLog:

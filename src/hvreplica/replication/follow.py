@@ -1,7 +1,8 @@
 """Take an acknowledged log into the fingerprint table of its disk.
 
-The log is the only record of what was sent, and its entries are whole fingerprint blocks (the comparison cut
-them so): hashing its data again gives the fingerprints. Done again after a cut, it gives the same table.
+The log is the only record of what was sent: hashing its data again gives the fingerprints. Entries of a
+comparison are whole fingerprint blocks; a guest's own writes may cover some in part, and what such a block
+holds then counts as not known: the next comparison sends it. Done again after a cut, it gives the same table.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hvreplica import native
-from hvreplica.formats.fingerprint import FINGERPRINT_BYTES
+from hvreplica.formats.fingerprint import FINGERPRINT_BYTES, UNKNOWN
 from hvreplica.hrl import HoleFinder, LogReader
 from hvreplica.units import MIB
 
@@ -49,16 +50,59 @@ def _contiguous(entries: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
 def _follow_group(
     file: BlockFile, group: npt.NDArray[Any], table: FingerprintTable, holes: HoleFinder
 ) -> None:
+    firsts = group["byte_offset"].astype(np.int64)
     lengths = group["data_length"].astype(np.int64)
-    counts = -(-lengths // table.block_bytes)
-    firsts = group["byte_offset"].astype(np.int64) // table.block_bytes
     start, total_bytes = int(group["log_offset"][0]), int(lengths.sum())
-    if holes.find_under(group)[:, 1].sum() == total_bytes:
+    data = None
+    if holes.find_under(group)[:, 1].sum() != total_bytes:
+        data = np.empty(total_bytes, np.uint8)
+        file.read_into(data, start)
+    ends = firsts + lengths
+    whole = (ends % table.block_bytes == 0) | (ends == table.header.virtual_bytes)
+    whole &= firsts % table.block_bytes == 0
+    if whole.all():
+        _follow_blocks(firsts, lengths, data, table)
+        return
+    at = np.concatenate(([0], np.cumsum(lengths)))
+    for index, (first, length) in enumerate(zip(firsts.tolist(), lengths.tolist(), strict=True)):
+        _follow_entry(first, length, None if data is None else data[at[index] : at[index + 1]], table)
+
+
+def _follow_entry(
+    disk_offset: int, length: int, data: npt.NDArray[np.uint8] | None, table: FingerprintTable
+) -> None:
+    """Follow one entry of any sectors. Of a block that it covers in part the log does not hold the rest."""
+    block_bytes, end = table.block_bytes, disk_offset + length
+    first = -(-disk_offset // block_bytes)
+    last = -(-end // block_bytes) if end == table.header.virtual_bytes else end // block_bytes
+    if disk_offset % block_bytes:
+        _forget(table, disk_offset // block_bytes)
+    if last < -(-end // block_bytes):
+        _forget(table, last)
+    if first < last:
+        skipped = first * block_bytes - disk_offset
+        whole_bytes = min(last * block_bytes, end) - first * block_bytes
+        whole = None if data is None else data[skipped : skipped + whole_bytes]
+        _follow_blocks(np.array([first * block_bytes]), np.array([whole_bytes]), whole, table)
+
+
+def _forget(table: FingerprintTable, block: int) -> None:
+    table.write(block, np.frombuffer(UNKNOWN, np.uint8).reshape(1, FINGERPRINT_BYTES))
+
+
+def _follow_blocks(
+    offsets: npt.NDArray[np.int64],
+    lengths: npt.NDArray[np.int64],
+    data: npt.NDArray[np.uint8] | None,
+    table: FingerprintTable,
+) -> None:
+    """Follow entries of whole blocks, the disk's short last one included; data: None where all is zero."""
+    firsts = offsets // table.block_bytes
+    counts = -(-lengths // table.block_bytes)
+    if data is None:
         for first, count in zip(firsts.tolist(), counts.tolist(), strict=True):
             table.clear(first, count)
         return
-    data = np.empty(total_bytes, np.uint8)
-    file.read_into(data, start)
     # Only a disk's last block is short, so within a group a short one can only stand at the end of an entry:
     # entries are hashed together as long as they are whole blocks.
     if (lengths % table.block_bytes == 0).all():

@@ -1,7 +1,9 @@
 """Initial replication: the whole of each disk, filling the fingerprint tables on the way.
 
-A broken transfer goes on from the positions that the replica confirmed, but no further than the disks still
-are what was sent: the point that results is one state of the disks, not a mixture.
+Of disks at rest a broken transfer goes on from the positions that the replica confirmed, but no further than
+the disks still are what was sent: the point that results is one state of the disks, not a mixture. Disks that
+are tracked live are read while the guest writes: the copy is a mixture, and the first cut after it makes it
+one instant.
 """
 
 from __future__ import annotations
@@ -20,28 +22,34 @@ if TYPE_CHECKING:
 def prepare_initial(work: Work) -> None:
     """Where an initial replication is unfinished, go back to where the disks are no longer what was sent.
 
-    Reads and hashes all that was sent. Raises: TrackingLost without the tables.
+    Reads and hashes all that was sent, but where tracking knows every write since it began. Raises:
+    TrackingLost without the tables.
     """
     transfer = work.state.transfer
     if transfer is None or transfer.kind != "initial":
         return
     work.open_tables()
+    if work.machine is not None and transfer.tracked:
+        return
     transfer.positions = [
         unchanged_until(disk, table, position)
         for disk, table, position in zip(work.disks, work.tables, transfer.positions, strict=True)
     ]
     transfer.instant_s = work.clock.now_s()
+    transfer.tracked = transfer.tracked or work.machine is not None
     work.save()
 
 
 def replicate_initially(work: Work, session: ReplicaSession) -> None:
     """Send a whole copy, or the rest of one, and record that the replica has it."""
     transfer = work.state.transfer or _begin(work)
+    work.open_tables()
     question = messages.BeginInitial(
         transfer_id=transfer.transfer_id,
         point_id=transfer.point_id,
         instant_s=transfer.instant_s,
         positions=transfer.positions,
+        consistent=not transfer.tracked,
     )
     answer = session.ask_either(question, messages.Ready, messages.AlreadyHave)
     if isinstance(answer, messages.Ready):
@@ -65,16 +73,16 @@ def settle_initial(work: Work, transfer: Transfer) -> None:
     for table in work.tables:
         table.mark(transfer.point_id)
     state = work.state
-    state.phase, state.last_point, state.transfer = "ready", transfer.point_id, None
-    for disk in state.disks:
-        disk.last_log_id = NIL
-    work.save()
+    with work.lock:
+        state.phase, state.last_point, state.transfer = "ready", transfer.point_id, None
+        state.mixed = transfer.tracked
+        for disk in state.disks:
+            disk.last_log_id = NIL
+        work.save()
 
 
 def _begin(work: Work) -> Transfer:
-    work.folder.discard_logs()
     work.create_tables()
-    work.state.phase = "initial"
     transfer = Transfer(
         kind="initial",
         stage="cut",
@@ -82,7 +90,11 @@ def _begin(work: Work) -> Transfer:
         point_id=work.clock.guid(),
         instant_s=work.clock.now_s(),
         positions=[0] * len(work.disks),
+        tracked=work.machine is not None,
     )
-    work.state.transfer = transfer
-    work.save()
+    with work.cutting:  # a cut that is being made belongs to what the disks are read for now
+        with work.lock:
+            work.state.phase, work.state.transfer, work.state.pending = "initial", transfer, []
+            work.save()
+        work.sweep_logs()
     return transfer

@@ -2,6 +2,7 @@
 
     new ──> initial ──(every window durable, committed)──> ready
     ready: compare ──> logs closed ("cut") ──> shipped ("acknowledged") ──> fingerprints follow, logs go
+           (or a cut of what live tracking knows)
 
 Each step is written to the state folder before it is taken. A call that finds an unfinished step finishes it
 first; killed anywhere, the next call goes on from there. A connection that breaks is made again a few times.
@@ -9,6 +10,7 @@ first; killed anywhere, the next call goes on from there. A connection that brea
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from typing import TYPE_CHECKING
@@ -18,11 +20,15 @@ from hvreplica.formats import messages
 from hvreplica.progress import Progress
 from hvreplica.replication import cycle
 from hvreplica.replication.initial import prepare_initial, replicate_initially, settle_initial
+from hvreplica.replication.live import cut_live
 from hvreplica.replication.resync import resync
 from hvreplica.replication.state import NIL, shapes
 from hvreplica.replication.version import SOFTWARE
 
 if TYPE_CHECKING:
+    import uuid
+    from collections.abc import Callable, Iterator
+
     from hvreplica.replication.session import ReplicaSession
     from hvreplica.replication.work import Work
 
@@ -32,16 +38,32 @@ _RESYNC_HINT = "--resync compares both sides by fingerprints and sends only what
 
 
 class Primary:
-    """Drives one call.
+    """Drives replicate calls. run() from one thread, one call after the other; abort() from any.
 
-    with_resync: do not believe the tables; takeover: become the writer of another's VM.
+    with_resync: do not believe the tables; takeover: become the writer of another's VM; both for the first
+    call. keep_session: leave the session open between calls. wait: called before a retry; whether to give up.
     """
 
-    def __init__(self, work: Work, *, with_resync: bool, takeover: bool) -> None:
+    def __init__(
+        self,
+        work: Work,
+        *,
+        with_resync: bool = False,
+        takeover: bool = False,
+        keep_session: bool = False,
+        wait: Callable[[float], bool] | None = None,
+    ) -> None:
         self._work = work
         self._with_resync = with_resync or takeover
         self._takeover = takeover
+        self._keep_session = keep_session
+        self._wait = wait or threading.Event().wait
         self._met = False
+        self._session: ReplicaSession | None = None
+        self._counted_bytes = 0  # of the session's wire_bytes, those that are in a tally
+        self._applied: uuid.UUID | None = None
+        self._is_cut = False
+        self._is_aborted = False
 
     def run(self) -> None:
         """Bring the replica to what the disks hold now.
@@ -50,62 +72,119 @@ class Primary:
         """
         waits = iter(RETRY_AFTER_S)
         durable_bytes = 0
-        compared = False
+        self._is_cut = False
         while True:
             try:
-                self._catch_up()
-                if compared or self._work.tally.kind == "initial":
-                    return
-                # The comparison may take hours: no connection is kept open meanwhile.
-                compared = True
-                if not cycle.cut(self._work):
-                    return
-            except HvReplicaError as error:
+                self._run_once()
+            except BaseException as error:
+                self.close()
+                self._work.close_tables()
+                if not isinstance(error, HvReplicaError):
+                    raise
                 if self._durable_bytes() > durable_bytes:
                     durable_bytes, waits = self._durable_bytes(), iter(RETRY_AFTER_S)  # it gets on, if slowly
                 wait_s = next(waits, None) if error.retryable and self._met else None
                 if wait_s is None:
                     raise
                 _LOG.warning("%s; trying again in %g s", error, wait_s)
+                if self._wait(wait_s):
+                    raise
                 kept(error)
-                threading.Event().wait(wait_s)
+            else:
+                return
+
+    def close(self) -> None:
+        """End the session, if one is open."""
+        session, self._session = self._session, None
+        if session is not None:
+            self._count(session)
+            session.close()
+
+    def abort(self) -> None:
+        """Make this call, and all later ones, fail soon; from any thread."""
+        self._is_aborted = True
+        session = self._session
+        if session is not None:
+            session.abort()
+
+    def _run_once(self) -> None:
+        """Do what is left of a call."""
+        if self._work.machine is not None:
+            with self._in_session() as session:
+                if self._work.state.phase != "ready":
+                    replicate_initially(self._work, session)
+                self._deliver(session)
+                if not self._is_cut:
+                    cut_live(self._work)
+                    self._is_cut = True
+                    self._deliver(session)
+            return
+        self._catch_up()
+        if not self._is_cut and (self._work.tally.kind != "initial" or self._work.state.mixed):
+            # The comparison may take hours: no connection is kept open meanwhile.
+            changed = cycle.cut(self._work)
+            self._is_cut = True
+            if changed:
+                self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Finish in one session whatever is unfinished on either side."""
+        with self._in_session() as session:
+            if self._work.state.phase == "ready":
+                self._deliver(session)
+            else:
+                replicate_initially(self._work, session)
 
     def _durable_bytes(self) -> int:
         transfer = self._work.state.transfer
         return 0 if transfer is None else sum(transfer.positions)
 
-    def _catch_up(self) -> None:
-        """Finish in one session whatever is unfinished on either side."""
+    @contextlib.contextmanager
+    def _in_session(self) -> Iterator[ReplicaSession]:
+        """Yield the session in which both sides agree on what the replica holds."""
+        if self._session is None:
+            self._session = self._open_session()
+        yield self._session
+        self._count(self._session)
+        if not self._keep_session:
+            self.close()
+
+    def _count(self, session: ReplicaSession) -> None:
+        self._work.tally.wire_bytes += session.wire_bytes - self._counted_bytes
+        self._counted_bytes = session.wire_bytes
+
+    def _open_session(self) -> ReplicaSession:
         if not self._with_resync and not self._met:
             # What earlier calls sent is hashed again, before the session: the replica does not wait for that.
             prepare_initial(self._work)
         try:
-            self._meet()
+            return self._meet()
         except Fenced as error:
             if not self._takeover or error.generation < self._work.state.generation:
                 raise
             self._work.state.generation = error.generation
-            self._meet()
+            return self._meet()
 
-    def _meet(self) -> None:
-        with self._work.session() as session:
-            try:
-                # Durable before it is used: a state folder that was copied or restored claims what is taken.
-                state = self._work.state
-                state.generation += 1
-                self._work.save()
-                claimed = session.claim(state, shapes(state), software=SOFTWARE)
-                self._met = True
-                if self._with_resync:
-                    self._resync(session, claimed)
-                else:
-                    self._agree(claimed)
-                if self._work.state.phase == "ready":
-                    self._finish_cycle(session)
-                else:
-                    replicate_initially(self._work, session)
-            finally:
-                self._work.tally.wire_bytes += session.wire_bytes
+    def _meet(self) -> ReplicaSession:
+        session = self._work.session()
+        self._session, self._counted_bytes, self._applied = session, 0, None
+        if self._is_aborted:
+            session.abort()
+        try:
+            # Durable before it is used: a state folder that was copied or restored claims what is taken.
+            state = self._work.state
+            state.generation += 1
+            self._work.save()
+            claimed = session.claim(state, shapes(state), software=SOFTWARE)
+            self._met = True
+            if self._with_resync:
+                self._resync(session, claimed)
+            else:
+                self._agree(claimed)
+        except BaseException:
+            self.close()
+            raise
+        return session
 
     def _agree(self, claimed: messages.Claimed) -> None:
         """Bring our record in line with what the replica says that it holds, or refuse to go on."""
@@ -152,28 +231,31 @@ class Primary:
         if claimed.last_point is not None and not claimed.damage:
             resync(self._work, session, claimed)
         else:
-            state = self._work.state
-            state.phase, state.last_point, state.transfer = "new", None, None
-            self._work.save()
+            with self._work.lock:
+                state = self._work.state
+                state.phase, state.last_point, state.transfer = "new", None, None
+                self._work.save()
         self._with_resync = False
 
-    def _finish_cycle(self, session: ReplicaSession) -> None:
+    def _deliver(self, session: ReplicaSession) -> None:
+        """Ship what was cut, oldest first, and have it applied."""
         work = self._work
         work.open_tables()
         work.check_tables()
-        transfer = work.state.transfer
-        if transfer is not None and transfer.stage == "cutting":
-            work.state.transfer = None
-            work.save()
-            work.folder.discard_logs()
-        elif transfer is not None:
+        cycle.drop_unfinished(work)
+        while (transfer := work.next_transfer()) is not None:
             if transfer.stage == "cut":
                 cycle.ship(work, session, transfer)
             cycle.settle(work, transfer)
+        last_point = work.state.last_point or NIL
+        if self._applied == last_point:
+            return
         work.on_progress(Progress("apply", 0, 1))
         try:
-            session.ask(messages.Apply(work.state.last_point or NIL), messages.Applied)
+            session.ask(messages.Apply(last_point), messages.Applied)
         except Locked as error:
             # An export holds the disks. The point is durable in the spool, further ones queue up behind it.
             _LOG.warning("the replica has the point and applies it later: %s", error)
+        else:
+            self._applied = last_point
         work.on_progress(Progress("apply", 1, 1))

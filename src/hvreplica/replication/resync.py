@@ -29,13 +29,20 @@ def resync(work: Work, session: ReplicaSession, claimed: messages.Claimed) -> No
     # The first answer comes before anything is forgotten: a refusal must leave things as they were.
     session.ask(messages.FingerprintsRequest(0, 0, 1, BLOCK_BYTES), messages.Fingerprints)
     state = work.state
-    state.phase, state.transfer, state.last_point = "ready", None, claimed.last_point
-    for disk, held in zip(state.disks, claimed.disks, strict=True):
-        disk.last_log_id = held.last_log_id
-    work.save()
-    # Only now: as long as the state names a transfer, its tables are still needed as they are.
-    work.create_tables()
-    work.folder.discard_logs()
+    if work.machine is not None:
+        # What waits is dropped, and what the replica holds is no longer believed: the next cut looks at all.
+        for index, disk in enumerate(work.disks):
+            work.machine.mark(index, np.array([[0, disk.virtual_bytes]], np.int64))
+    with work.cutting:
+        with work.lock:
+            state.phase, state.transfer, state.last_point = "ready", None, claimed.last_point
+            state.pending = []
+            for tracked, held in zip(state.disks, claimed.disks, strict=True):
+                tracked.last_log_id = held.last_log_id
+            work.save()
+        # Only now: as long as the state names a transfer, its tables are still needed as they are.
+        work.create_tables()
+        work.sweep_logs()
     for index in range(len(work.disks)):
         _fetch(work, session, index)
         work.tables[index].mark(claimed.last_point)

@@ -37,6 +37,8 @@ class ReplicaSession:
         self.connections_max = 1
         self._control = self._connect()
         self._channels = [self._control]
+        self._closed_wire_bytes = 0
+        self._is_aborted = False
 
     def claim(
         self, state: PrimaryState, shapes: list[messages.DiskShape], *, software: str
@@ -65,7 +67,7 @@ class ReplicaSession:
         return claimed
 
     def attach(self, transfer_id: uuid.UUID) -> Channel[messages.Answer]:
-        """Open one data connection of the session; the caller owns and closes it."""
+        """Open one data connection of the session; the caller gives it back with detach()."""
         channel = self._connect()
         try:
             channel.send_message(messages.Attach(session=self._token, transfer_id=transfer_id))
@@ -74,7 +76,15 @@ class ReplicaSession:
             channel.close()
             raise
         self._channels.append(channel)
+        if self._is_aborted:
+            channel.abort()
         return channel
+
+    def detach(self, channel: Channel[messages.Answer]) -> None:
+        """Close a data connection."""
+        channel.close()
+        self._channels.remove(channel)
+        self._closed_wire_bytes += channel.wire_bytes_sent
 
     def ask(self, question: messages.Question, answer: type[_Answer]) -> _Answer:
         """Send a question and return its answer, waiting as long as the replica says that it works."""
@@ -89,11 +99,17 @@ class ReplicaSession:
     @property
     def wire_bytes(self) -> int:
         """What this side has put on the network so far, on all connections of the session."""
-        return sum(channel.wire_bytes_sent for channel in self._channels)
+        return self._closed_wire_bytes + sum(channel.wire_bytes_sent for channel in list(self._channels))
 
     def close(self) -> None:
         """End the session. What is not committed goes on in the next one."""
         self._control.close()
+
+    def abort(self) -> None:
+        """Make every wait of the session fail with PeerClosed; from any thread."""
+        self._is_aborted = True
+        for channel in list(self._channels):
+            channel.abort()
 
     def __enter__(self) -> Self:
         return self

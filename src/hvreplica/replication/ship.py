@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hvreplica.replication.sources import FrameSource
     from hvreplica.transport import Channel
 
+_CONNECTION_BYTES = 8 << 20
 _TICK_S = 0.2  # how often progress is told
 _CHECKPOINT_S = 5.0  # at most this much time, or
 _CHECKPOINT_BYTES = 1 << 30  # this much data has to be sent again after a break; each checkpoint costs a sync
@@ -65,9 +66,9 @@ class Shipment:
         """
         with contextlib.ExitStack() as stack:
             channels = []
-            for _ in range(min(self._connections, self._session.connections_max)):
+            for _ in range(self._connection_count()):
                 channels.append(self._session.attach(transfer_id))
-                stack.callback(channels[-1].close)
+                stack.callback(self._session.detach, channels[-1])
             threads = [
                 threading.Thread(target=self._send, args=(channel,), name=f"ship-{index}")
                 for index, channel in enumerate(channels)
@@ -88,6 +89,11 @@ class Shipment:
                     channel.abort()
                 raise
         self._report(phase)
+
+    def _connection_count(self) -> int:
+        """Return how many connections what is left is worth: each one costs a handshake."""
+        left_bytes = self._source.total_bytes - self._covered_bytes
+        return min(self._connections, self._session.connections_max, 1 + left_bytes // _CONNECTION_BYTES)
 
     def _watch(self, phase: str, record: Callable[[], None]) -> None:
         checkpoint_s = self._clock.monotonic_s()

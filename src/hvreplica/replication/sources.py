@@ -154,11 +154,14 @@ class DiskSource(FrameSource):
 
 
 class LogSource(FrameSource):
-    """The bytes of each closed log from its position on."""
+    """The bytes of each closed log from its position on; what its file holds behind the log is not sent.
 
-    def __init__(self, logs: Sequence[BlockFile], positions: Sequence[int]) -> None:
-        self._logs = logs
-        super().__init__([(_file_extents(log), log.size()) for log in logs], positions)
+    logs: (open file, log_bytes).
+    """
+
+    def __init__(self, logs: Sequence[tuple[BlockFile, int]], positions: Sequence[int]) -> None:
+        self._logs = [log for log, _ in logs]
+        super().__init__([(_file_extents(log), log_bytes) for log, log_bytes in logs], positions)
 
     def load(self, window: Window, buffer: npt.NDArray[np.uint8]) -> Loaded:
         if not window.holds_data:

@@ -3,7 +3,7 @@
     state.json          PrimaryState, replaced as a whole
     lock                held while a verb works on the folder
     fingerprints/0.fp   what the replica holds of disk 0 (tracking/fingerprints.py)
-    logs/<id>.hrl       cut, not yet acknowledged
+    logs/<id>.hrl       cut, not yet acknowledged: of the transfer on its way, and of those behind it
 
 Every verb writes its intention here before it acts, so that it can be killed anywhere and called again.
 """
@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from hvreplica.disk import Disk
     from hvreplica.files import FileSystem
 
-VERSION = 1
+VERSION = 2
 NIL = uuid.UUID(int=0)
-_STATE_BYTES_MAX = 1 << 20  # 64 disks and their logs need a tenth of it
+PENDING_MAX = 256  # cuts that wait to be shipped; more only cost room that one later cut would not
+_STATE_BYTES_MAX = 16 << 20  # twice what that many cuts of 64 disks take
+_VERSIONS_READ = (1, VERSION)  # version 1 had no cuts that wait
 
 
 class TrackedDisk(msgspec.Struct, forbid_unknown_fields=True):
@@ -58,7 +60,8 @@ class Transfer(msgspec.Struct, forbid_unknown_fields=True):
     """What is on its way. positions: for each disk or log, the bytes that the replica said are durable there.
 
     kind: "initial" or "logs". stage of logs: "cutting" until they are closed and durable, then "cut", then
-    "acknowledged" once the replica has them durably; the fingerprints follow from there.
+    "acknowledged" once the replica has them durably; the fingerprints follow from there. tracked: whether
+    every write since an initial transfer began is known to live tracking.
     """
 
     kind: Annotated[str, Meta(pattern="^(initial|logs)$")]
@@ -68,12 +71,15 @@ class Transfer(msgspec.Struct, forbid_unknown_fields=True):
     instant_s: messages.Instant
     positions: list[messages.ByteCount]
     logs: list[CutLog] = []
+    tracked: bool = False
 
 
 class PrimaryState(msgspec.Struct, forbid_unknown_fields=True):
     """state.json.
 
-    phase: "new" before the first byte, "initial" until the replica has a whole copy, then "ready".
+    phase: "new" before the first byte, "initial" until the replica has a whole copy, then "ready". transfer:
+    the one on its way. pending: the cuts behind it, oldest first. mixed: the replica's copy is of several
+    instants until the next logs are applied. paused: no cycle runs until it is resumed.
     """
 
     version: int
@@ -84,6 +90,9 @@ class PrimaryState(msgspec.Struct, forbid_unknown_fields=True):
     disks: Annotated[list[TrackedDisk], Meta(min_length=1, max_length=messages.DISKS_MAX)]
     last_point: uuid.UUID | None = None
     transfer: Transfer | None = None
+    pending: Annotated[list[Transfer], Meta(max_length=PENDING_MAX)] = []
+    mixed: bool = False
+    paused: bool = False
 
 
 class StateFolder:
@@ -127,7 +136,7 @@ class StateFolder:
             file.close()
         try:
             version = msgspec.json.decode(data, type=_Version).version
-            if version != VERSION:
+            if version not in _VERSIONS_READ:
                 raise UnsupportedVersion(
                     "unknown version of the primary's state",
                     path=path,
@@ -136,7 +145,9 @@ class StateFolder:
                     actual=version,
                     hint="use the hvreplica that wrote it",
                 )
-            return msgspec.json.decode(data, type=PrimaryState)
+            state = msgspec.json.decode(data, type=PrimaryState)
+            state.version = VERSION
+            return state
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise FormatError(
                 f"the primary's state is damaged: {error}",
@@ -148,6 +159,13 @@ class StateFolder:
         """Make `state` the durable state, as a whole."""
         data = msgspec.json.format(msgspec.json.encode(state), indent=1)
         write_durably(self._files, self.folder / "state.json", data, clock=self._clock)
+
+    def remove_logs(self, logs: Sequence[CutLog]) -> None:
+        """Remove the files of `logs`."""
+        for log in logs:
+            self._files.unlink(self.log_path(log.log_id))
+        if logs:
+            self._files.sync_directory(self.logs)
 
     def discard_logs(self, keep: Sequence[CutLog] = ()) -> None:
         """Remove every file in logs/ but those of `keep`."""
@@ -170,6 +188,25 @@ class _Version(msgspec.Struct):
 def track(vm: str, disks: Sequence[Disk], *, clock: Clock) -> PrimaryState:
     """Return the state of a relationship that begins now, with a new identity."""
     return PrimaryState(VERSION, vm, clock.guid(), 0, "new", [_tracked(disk) for disk in disks])
+
+
+def cuts(state: PrimaryState) -> list[Transfer]:
+    """Return what was cut and is not yet in the fingerprints, oldest first."""
+    first = [] if state.transfer is None or state.transfer.kind != "logs" else [state.transfer]
+    return [*first, *state.pending]
+
+
+def logs_kept(state: PrimaryState) -> list[CutLog]:
+    """Return the logs that must stay in the folder."""
+    return [log for transfer in cuts(state) for log in transfer.logs]
+
+
+def previous_log_ids(state: PrimaryState) -> list[uuid.UUID]:
+    """Return for each disk the log that its next one follows: the last that was cut, shipped or not."""
+    last = [disk.last_log_id for disk in state.disks]
+    for log in logs_kept(state):
+        last[log.disk_index] = log.log_id
+    return last
 
 
 def check_same(state: PrimaryState, vm: str, disks: Sequence[Disk], folder: Path) -> None:

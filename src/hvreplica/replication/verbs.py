@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from hvreplica.clock import SYSTEM
 from hvreplica.disk import open_disk
-from hvreplica.errors import FieldOutOfRange, StateError
+from hvreplica.errors import FieldOutOfRange, StateError, TrackingLost
 from hvreplica.files import OS_FILES
 from hvreplica.formats import messages
 from hvreplica.formats.hrl import SECTOR_BYTES
@@ -110,12 +110,15 @@ def _state(folder: StateFolder, vm: str, disks: Sequence[Disk], clock: Clock) ->
     known = folder.load()
     if known is None:
         return track(vm, disks, clock=clock)
-    if known.phase == "new":
+    try:
+        check_same(known, vm, disks, folder.folder)
+    except (StateError, TrackingLost):
+        if known.phase != "new":
+            raise
         # Nothing was sent: the call may name another VM or other disks. The replica may know the identity.
         fresh = track(vm, disks, clock=clock)
         fresh.relationship_id, fresh.generation = known.relationship_id, known.generation
         return fresh
-    check_same(known, vm, disks, folder.folder)
     return known
 
 

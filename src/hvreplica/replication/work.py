@@ -5,13 +5,14 @@ the state and its folder, the disks, the tables, the running result.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hvreplica.errors import FormatError, ProtocolViolation, TrackingLost
 from hvreplica.replication.session import ReplicaSession
 from hvreplica.replication.ship import Shipment
-from hvreplica.replication.state import NIL
+from hvreplica.replication.state import NIL, cuts, logs_kept
 from hvreplica.tracking.fingerprints import FingerprintTable
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from hvreplica.disk import Disk
     from hvreplica.files import FileSystem
     from hvreplica.progress import ProgressCallback
+    from hvreplica.replication.live import LiveMachine
     from hvreplica.replication.results import ShippedLog
     from hvreplica.replication.sources import FrameSource
     from hvreplica.replication.state import PrimaryState, StateFolder, Transfer
@@ -56,7 +58,13 @@ class Tally:
 
 @dataclass(slots=True)
 class Work:
-    """One replicate call. One owner thread; save() after each change of the state."""
+    """What replicate calls work on. One owner thread; beside it, cuts may come from others.
+
+    machine: the live tracking of the disks, None where they are at rest and compared. lock: held to change
+    the state in several steps that belong together; save() after each change. cutting: held while a cut is
+    made, and to change what a cut uses: the set of open tables, files in logs/ that no state names. Whoever
+    needs both takes `cutting` first.
+    """
 
     folder: StateFolder
     state: PrimaryState
@@ -66,11 +74,52 @@ class Work:
     clock: Clock
     on_progress: ProgressCallback
     tally: Tally
+    machine: LiveMachine | None = None
     tables: list[FingerprintTable] = field(default_factory=list)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    cutting: threading.RLock = field(default_factory=threading.RLock)
 
     def save(self) -> None:
-        """Make the state durable."""
-        self.folder.save(self.state)
+        """Make the state durable; from any thread."""
+        with self.lock:
+            self.folder.save(self.state)
+
+    def append(self, transfer: Transfer) -> None:
+        """Record a cut behind those that wait; durable on return, and not there after a failure."""
+        with self.lock:
+            self.state.pending.append(transfer)
+            try:
+                self.save()
+            except BaseException:
+                self.state.pending.remove(transfer)
+                raise
+
+    def next_transfer(self) -> Transfer | None:
+        """Return the transfer that is on its way, or send the oldest cut that waits; None where none is."""
+        with self.lock:
+            if self.state.transfer is None and self.state.pending:
+                self.state.transfer = self.state.pending.pop(0)
+                self.save()
+            return self.state.transfer
+
+    def sweep_logs(self) -> None:
+        """Remove every file in logs/ that the state does not name."""
+        with self.cutting:
+            self.folder.discard_logs(keep=logs_kept(self.state))
+
+    def known_tables(self) -> list[FingerprintTable] | None:
+        """Return the tables if they say what the replica holds and no cut is on its way there.
+
+        Called with `cutting` held.
+        """
+        if self.state.phase != "ready" or cuts(self.state):
+            return None
+        try:
+            self.open_tables()
+            self.check_tables()
+        except TrackingLost:
+            return None
+        return list(self.tables)
 
     def session(self) -> ReplicaSession:
         """Open a session; the caller closes it."""
@@ -108,26 +157,38 @@ class Work:
                 expected=known,
                 actual=positions,
             )
-        transfer.positions = positions
-        self.save()
+        if positions != known:
+            transfer.positions = positions
+            self.save()
 
     def create_tables(self) -> None:
         """Start with tables that say "all zero" and describe no point; durable on return."""
-        self.close_tables()
-        for index, disk in enumerate(self.disks):
-            table = FingerprintTable.create(
-                self.files, self.folder.table_path(index), disk_index=index, virtual_bytes=disk.virtual_bytes
-            )
-            self.tables.append(table)
-            table.sync()
-        self.files.sync_directory(self.folder.fingerprints)
+        with self.cutting:
+            self.close_tables()
+            for index, disk in enumerate(self.disks):
+                path = self.folder.table_path(index)
+                table = FingerprintTable.create(
+                    self.files, path, disk_index=index, virtual_bytes=disk.virtual_bytes
+                )
+                self.tables.append(table)
+                table.sync()
+            self.files.sync_directory(self.folder.fingerprints)
 
     def open_tables(self) -> None:
-        """Open the tables that stand in the folder.
+        """Open the tables that stand in the folder, where they are not open.
 
         Raises: TrackingLost for one that is damaged or missing.
         """
-        self.close_tables()
+        with self.cutting:
+            if self.tables:
+                return
+            try:
+                self._open_tables()
+            except BaseException:
+                self.close_tables()
+                raise
+
+    def _open_tables(self) -> None:
         for index, disk in enumerate(self.disks):
             path = self.folder.table_path(index)
             try:
@@ -168,6 +229,7 @@ class Work:
 
     def close_tables(self) -> None:
         """Close what is open."""
-        for table in self.tables:
-            table.close()
-        self.tables = []
+        with self.cutting:
+            for table in self.tables:
+                table.close()
+            self.tables = []

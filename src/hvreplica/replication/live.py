@@ -1,0 +1,215 @@
+"""What replication needs of the live tracking of a VM, and how a cut of it is recorded.
+
+A cut is one instant over all disks. Its logs are durable in logs/ before the state names them, and the state
+names them before tracking forgets what they hold: killed anywhere, a change is in the tracking, in a recorded
+log, or in both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from hvreplica.errors import InvalidTransition, StateError
+from hvreplica.hrl import LogWriter
+from hvreplica.replication.state import PENDING_MAX, CutLog, Transfer, previous_log_ids
+
+if TYPE_CHECKING:
+    import uuid
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import numpy as np
+    import numpy.typing as npt
+
+    from hvreplica.disk import Disk
+    from hvreplica.replication.work import Work
+    from hvreplica.tracking.fingerprints import FingerprintTable
+
+
+class ClosedLog(Protocol):
+    """One disk's log of a cut.
+
+    log_bytes: the log's length; the file may be longer. entries: of the log. changed_bytes: of the guest.
+    """
+
+    @property
+    def disk_index(self) -> int: ...
+    @property
+    def log_id(self) -> uuid.UUID: ...
+    @property
+    def previous_log_id(self) -> uuid.UUID: ...
+    @property
+    def path(self) -> Path: ...
+    @property
+    def log_bytes(self) -> int: ...
+    @property
+    def entries(self) -> int: ...
+    @property
+    def changed_bytes(self) -> int: ...
+
+
+class Cut(Protocol):
+    """One instant of all disks. held_us: how long writes were held. logs: of the disks that changed."""
+
+    @property
+    def instant_s(self) -> float: ...
+    @property
+    def held_us(self) -> float: ...
+    @property
+    def logs(self) -> Sequence[ClosedLog]: ...
+
+
+class DiskTracking(Protocol):
+    """What tracking knows of one disk now. log_state: "open", "full", "failed" or "off"."""
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def virtual_bytes(self) -> int: ...
+    @property
+    def dirty_bytes(self) -> int: ...
+    @property
+    def unlogged_bytes(self) -> int: ...
+    @property
+    def log_bytes(self) -> int: ...
+    @property
+    def log_state(self) -> str: ...
+    @property
+    def journal_regions(self) -> int: ...
+    @property
+    def writes(self) -> int: ...
+    @property
+    def written_bytes(self) -> int: ...
+
+
+class LiveMachine(Protocol):
+    """All disks of one VM under capture. Any thread may call; one cut at a time."""
+
+    @property
+    def disks(self) -> Sequence[Disk]:
+        """The disks by index; read from any thread, never closed by replication."""
+        ...
+
+    def cut(
+        self,
+        previous_log_ids: Sequence[uuid.UUID],
+        *,
+        known: Sequence[FingerprintTable | None] | None = None,
+    ) -> Cut:
+        """Close what was written since the last cut as logs in logs/, durably, and track on.
+
+        known: tables that describe exactly what the replica will hold before this cut; a block that equals
+        them and is in no log yet is left out.
+        """
+        ...
+
+    def settle(self, cut: Cut) -> None:
+        """Forget what `cut` holds: its logs are durable and recorded."""
+        ...
+
+    def give_back(self, cut: Cut) -> None:
+        """Count what `cut` holds as changed again: it could not be recorded."""
+        ...
+
+    def mark(self, disk_index: int, extents: npt.NDArray[np.int64]) -> None:
+        """Count int64 (n, 2) rows (disk_offset, length) as changed, durably; the next cut reads them."""
+        ...
+
+    def status(self) -> Sequence[DiskTracking]:
+        """Return what is known of each disk now."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedCut:
+    """A cut that waits to be shipped, or that had nothing to ship.
+
+    transfer: None where nothing had changed. held_us: how long writes were held. entries: of each log.
+    """
+
+    instant_s: float
+    held_us: float
+    transfer: Transfer | None
+    entries: tuple[int, ...]
+
+
+def cut_live(work: Work) -> RecordedCut:
+    """Cut all disks at one instant and record the logs behind those that wait; durable on return.
+
+    Raises: InvalidTransition while the initial replication reads the disks, StateError where too much waits,
+    OSError; what changed then counts as changed still.
+    """
+    machine = work.machine
+    assert machine is not None
+    with work.cutting:
+        _check_cut(work)
+        cut = machine.cut(previous_log_ids(work.state), known=work.known_tables())
+        entries = tuple(log.entries for log in cut.logs)
+        try:
+            transfer = _record(work, cut)
+        except BaseException:
+            machine.give_back(cut)
+            raise
+        machine.settle(cut)
+        return RecordedCut(cut.instant_s, cut.held_us, transfer, entries or (0,) * (transfer is not None))
+
+
+def _check_cut(work: Work) -> None:
+    state = work.state
+    if state.phase == "initial":
+        # It would hold older bytes of a block than the initial replication may have read already, and would
+        # be a point without the newer ones of others.
+        raise InvalidTransition(
+            "the initial replication is not complete: nothing before its end is one instant of the disks",
+            path=work.folder.folder,
+            hint="cut again when `hvreplica status` says that the VM is replicating",
+        )
+    if len(state.pending) >= PENDING_MAX:
+        raise StateError(
+            "too many cuts wait to be shipped",
+            path=work.folder.folder,
+            expected=f"at most {PENDING_MAX}",
+            actual=len(state.pending),
+            hint="ship them with `hvreplica replicate --once`",
+        )
+
+
+def _record(work: Work, cut: Cut) -> Transfer | None:
+    logs = [
+        CutLog(log.disk_index, log.log_id, log.previous_log_id, log.log_bytes, log.changed_bytes)
+        for log in cut.logs
+    ]
+    if not logs and work.state.mixed:
+        logs = [_empty_log(work)]  # a copy of several instants needs logs to become one
+    if not logs:
+        return None
+    work.files.sync_directory(work.folder.logs)
+    transfer = Transfer(
+        kind="logs",
+        stage="cut",
+        transfer_id=work.clock.guid(),
+        point_id=work.clock.guid(),
+        instant_s=cut.instant_s,
+        positions=[0] * len(logs),
+        logs=logs,
+    )
+    work.append(transfer)
+    return transfer
+
+
+def _empty_log(work: Work) -> CutLog:
+    log_id, previous_log_id = work.clock.guid(), previous_log_ids(work.state)[0]
+    writer = LogWriter.create(
+        work.files,
+        work.folder.log_path(log_id),
+        log_id=log_id,
+        previous_log_id=previous_log_id,
+        data_write_guid=work.disks[0].data_write_guid,
+        clock=work.clock,
+    )
+    with writer:
+        summary = writer.close()
+    return CutLog(0, log_id, previous_log_id, summary.log_bytes, 0)
