@@ -141,7 +141,13 @@ class FakeMachine:
             self.known.append(known is not None)
             self.on_cut()
             logs = [
-                self._close(index, epoch, content[index], previous_log_ids[index], known and known[index])
+                self._close(
+                    index,
+                    epoch,
+                    content[index],
+                    previous_log_ids[index],
+                    None if known is None else known[index],
+                )
                 for index, epoch in enumerate(epochs)
                 if epoch
             ]
