@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _PUNCH_HOLE = 0x01 | 0x02  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
 _ZERO_WINDOW_BYTES = 1 << 20
+_SOCKET_NAME_BYTES_MAX = 107  # struct sockaddr_un has 108 with the NUL
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -466,6 +467,20 @@ def write_durably(files: FileSystem, path: Path, data: bytes, *, clock: Clock, m
         files.unlink(temporary)
         raise
     files.sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def short_name(path: Path) -> Iterator[str]:
+    """Yield a name for `path` that fits into the address of a Unix socket, good within the block only."""
+    if len(os.fsencode(path)) <= _SOCKET_NAME_BYTES_MAX:
+        yield os.fspath(path)
+        return
+    with _noted("open folder of", path):
+        descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{descriptor}/{path.name}"
+    finally:
+        os.close(descriptor)
 
 
 def map_private(file: BlockFile, file_offset: int, length: int) -> mmap.mmap | None:
