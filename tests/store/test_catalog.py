@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sqlite3
 import threading
 from typing import TYPE_CHECKING
@@ -40,7 +41,8 @@ def add_vm(catalog: Catalog, name: str = "web01") -> int:
     with catalog.transaction():
         vm_id = catalog.insert_vm(name, name, name, OWNER, 10.0)
         catalog.set_owner(vm_id, OWNER, 10.0)
-        catalog.set_disks(vm_id, [small_disk(1), small_disk(0)])
+        catalog.insert_disk(vm_id, small_disk(1))
+        catalog.insert_disk(vm_id, small_disk(0))
     return vm_id
 
 
@@ -58,9 +60,8 @@ def point(number: int, state: str = "spooled") -> PointRow:
 
 def transfer(number: int = 7, point_number: int = 70) -> TransferRow:
     logs = (LogSpec(0, guid(701), NIL, 8192), LogSpec(1, guid(702), guid(9), 9216))
-    return TransferRow(
-        guid(number), "logs", "receiving", guid(point_number), guid(69), 5.5, 30.0, {0: 4096}, logs
-    )
+    ids = (guid(number), "logs", "receiving", guid(point_number), guid(69))
+    return TransferRow(*ids, 5.5, 30.0, {0: 4096}, {0: 4 << 20, 1: 8 << 20}, logs)
 
 
 def test_durability_settings_are_the_strict_ones(catalog: Catalog) -> None:
@@ -79,12 +80,16 @@ def test_durability_settings_are_the_strict_ones(catalog: Catalog) -> None:
 
 def test_rows_come_back_as_they_were_written(catalog: Catalog, folder: Path) -> None:
     vm_id = add_vm(catalog)
-    state = DiskRow(small_disk(0), 1 << 20, guid(5), guid(6))
+    spec = dataclasses.replace(small_disk(0), virtual_bytes=6 << 20, virtual_disk_id=guid(8))
+    state = DiskRow(spec, 1 << 20, guid(5), guid(6), guid(100))
     with catalog.transaction():
         catalog.set_disk_state(vm_id, state)
-        catalog.set_label(vm_id, 1, "data.vhdx")
+        catalog.name_disk(vm_id, 0, spec.label, guid(8))
+        catalog.name_disk(vm_id, 0, spec.label, None)
+        catalog.name_disk(vm_id, 1, "data.vhdx", None)
+        catalog.remove_disk(vm_id, 1, 77.0)
         catalog.insert_transfer(vm_id, transfer())
-        catalog.set_position(vm_id, 0, 8192)
+        catalog.set_position(vm_id, "logs", 0, 8192)
         catalog.insert_point(vm_id, point(50, "complete"))
     catalog.close()
     again = Catalog(OS_FILES, folder / "catalog.db", create=False)
@@ -97,10 +102,12 @@ def test_rows_come_back_as_they_were_written(catalog: Catalog, folder: Path) -> 
     assert again.disks(vm_id)[0] == state
     assert again.disks(vm_id)[1].spec.label == "data.vhdx"
     assert again.disks(vm_id)[1].last_log_id == NIL
-    found = again.transfer(vm_id)
+    assert again.disks(vm_id)[1].removed_s == 77.0
+    assert again.transfer(vm_id, "initial", "join") is None
+    found = again.transfer(vm_id, "initial", "logs")
     assert found is not None
     assert found.positions == {0: 8192}
-    assert found.logs == transfer().logs
+    assert (found.logs, found.disks) == (transfer().logs, transfer().disks)
     assert (found.id, found.kind, found.state, found.previous_point_id) == (
         guid(7),
         "logs",
@@ -125,7 +132,7 @@ def test_failed_transaction_leaves_nothing(catalog: Catalog) -> None:
 
 def test_changes_outside_of_a_transaction_are_refused(catalog: Catalog) -> None:
     with pytest.raises(AssertionError):
-        catalog.set_transfer_state(1, "renaming")
+        catalog.set_transfer_state(1, "initial", "renaming")
     with pytest.raises(AssertionError), catalog.transaction(), catalog.transaction():
         pass
 
@@ -144,9 +151,10 @@ def test_transfer_leaves_its_logs_only_where_a_point_takes_them(catalog: Catalog
         with catalog.transaction():
             catalog.insert_transfer(vm_id, transfer())
         with catalog.transaction():
-            catalog.delete_transfer(vm_id, keep_logs=keep)
-        assert catalog.transfer(vm_id) is None
+            catalog.end_transfer(vm_id, "logs") if keep else catalog.delete_transfers(vm_id, "logs")
+        assert catalog.transfers(vm_id) == []
         assert catalog.log_ids(vm_id) == ({guid(701), guid(702)} if keep else set())
+        assert catalog.members(vm_id, guid(70)) == (transfer().disks if keep else {})
     with catalog.transaction():
         catalog.delete_logs(vm_id, guid(70))
     assert catalog.log_ids(vm_id) == set()
@@ -157,7 +165,10 @@ def test_completing_a_point_supersedes_the_older_ones(catalog: Catalog) -> None:
     with catalog.transaction():
         for number in range(1, 6):
             catalog.insert_point(vm_id, point(number))
-        catalog.complete_point(vm_id, guid(3), 44.0)
+            catalog.set_members(vm_id, guid(number), {0: number << 20})
+        catalog.complete_point(vm_id, guid(3), "complete", 44.0)
+    kept = [number for number in range(1, 6) if catalog.members(vm_id, guid(number))]
+    assert kept == [3, 4, 5]
     assert [(item.sequence, item.state) for item in catalog.points(vm_id)] == [
         (3, "complete"),
         (4, "spooled"),
@@ -170,6 +181,23 @@ def test_completing_a_point_supersedes_the_older_ones(catalog: Catalog) -> None:
     with catalog.transaction():
         catalog.prune_points(vm_id, 0)
     assert [item.sequence for item in catalog.points(vm_id, superseded=True)] == [3, 4, 5]
+
+
+def test_transfers_of_two_kinds_know_their_own_positions(catalog: Catalog) -> None:
+    vm_id = add_vm(catalog)
+    join = dataclasses.replace(
+        transfer(8, 80), kind="join", positions={1: 512}, logs=(), disks={1: 8 << 20}, consistent=False
+    )
+    with catalog.transaction():
+        catalog.insert_transfer(vm_id, transfer())
+        catalog.insert_transfer(vm_id, join)
+    assert {row.kind: row.positions for row in catalog.transfers(vm_id)} == {
+        "join": {1: 512},
+        "logs": {0: 4096},
+    }
+    with catalog.transaction():
+        catalog.delete_transfers(vm_id, "logs")
+    assert catalog.transfers(vm_id) == [join]
 
 
 def test_owner_history_keeps_each_primary_once(catalog: Catalog) -> None:

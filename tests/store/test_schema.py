@@ -1,14 +1,23 @@
-"""The tables of version 1 are frozen, and every column is explained."""
+"""The tables are frozen, those of older versions become them, and every column is explained."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import sqlite3
 from pathlib import Path
 
-from hvreplica.store.schema import SCHEMA_VERSION, TABLES
+import pytest
 
+from hvreplica.clock import SYSTEM
+from hvreplica.errors import Locked, UnsupportedVersion
+from hvreplica.files import OS_FILES
+from hvreplica.store import Store
+from hvreplica.store.catalog import Catalog
+from hvreplica.store.schema import APPLICATION_ID, MIGRATIONS, SCHEMA_VERSION, TABLES
+
+V1 = Path(__file__).with_name("catalog_v1.sql")
 PAGE = Path(__file__).parents[2] / "docs" / "formats" / "store.md"
 
 
@@ -33,6 +42,74 @@ def test_every_column_is_explained_in_its_place() -> None:
 
 def test_tables_change_only_with_their_version() -> None:
     digest = hashlib.sha256(" ".join(TABLES.split()).encode()).hexdigest()[:16]
-    assert {SCHEMA_VERSION: digest} == {1: "0cb98a020f8e4ee4"}, (
+    assert {SCHEMA_VERSION: digest} == {2: "cf11f5fead35e0a3"}, (
         "a change of the tables needs a new version and a migration"
     )
+
+
+def test_migrated_tables_are_those_of_a_new_store() -> None:
+    """The order of columns counts: rows are inserted by place."""
+    connection = sqlite3.connect(":memory:")
+    connection.executescript(V1.read_text())
+    for statement in MIGRATIONS[1]:
+        connection.execute(statement)
+    names = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    found = {name: [row[1] for row in connection.execute(f"PRAGMA table_info({name})")] for name in names}
+    assert found == columns()
+    assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
+    connection.close()
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """Return the folder of a store whose catalog version 1 wrote: see catalog_v1.sql."""
+    with contextlib.closing(sqlite3.connect(tmp_path / "catalog.db")) as connection:
+        connection.executescript(V1.read_text())
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        connection.execute("PRAGMA user_version = 1")
+    return tmp_path
+
+
+def test_old_catalog_is_brought_on_with_all_that_it_says(old: Path) -> None:
+    sizes = {0: 2 << 20, 1: 2 << 20}
+    with contextlib.closing(Catalog(OS_FILES, old / "catalog.db", create=True)) as catalog:
+        assert [vm.name for vm in catalog.vms()] == ["db01", "new01", "web01"]
+        points = catalog.points(1, superseded=True)
+        assert [point.state for point in points] == ["superseded", "complete", "spooled"]
+        assert [catalog.members(1, point.id) for point in points] == [{}, sizes, sizes]
+        assert [(row.is_held, row.base_id, row.removed_s) for row in catalog.disks(1)] == [
+            (True, None, None)
+        ] * 2
+        assert [row.is_held for row in catalog.disks(2)] == [False, False]
+        logs, initial = catalog.transfers(1)[0], catalog.transfers(2)[0]
+        assert (logs.kind, logs.positions, logs.disks, len(logs.logs)) == ("logs", {0: 4096}, sizes, 2)
+        assert (initial.kind, initial.positions, initial.disks) == (
+            "initial",
+            {0: 1 << 20},
+            {0: 2 << 20, 1: 3 << 20},
+        )
+        assert initial.consistent
+        assert catalog.transfers(3) == []
+
+
+def test_catalog_whose_migration_is_cut_is_the_old_one(old: Path) -> None:
+    statements = len(MIGRATIONS[1])
+    for count in range(statements):
+        connection = sqlite3.connect(old / "catalog.db", isolation_level=None)
+        connection.execute("BEGIN IMMEDIATE")
+        for statement in MIGRATIONS[1][: count + 1]:
+            connection.execute(statement)
+        connection.close()  # without a commit
+    with contextlib.closing(Catalog(OS_FILES, old / "catalog.db", create=True)) as catalog:
+        assert len(catalog.transfers(1)) == 1
+
+
+def test_reader_brings_an_old_store_on_unless_it_is_served(old: Path) -> None:
+    with pytest.raises(UnsupportedVersion, match="older"):
+        Catalog(OS_FILES, old / "catalog.db", create=False)
+    lock = OS_FILES.lock(old / "store.lock")
+    with pytest.raises(Locked):
+        Store.open_reading(OS_FILES, old, clock=SYSTEM)
+    lock.release()
+    with contextlib.closing(Store.open_reading(OS_FILES, old, clock=SYSTEM)) as store:
+        assert [point.state for point in store.points("web01")] == ["complete", "spooled"]

@@ -340,9 +340,7 @@ def test_labels_and_certificates_cannot_talk_to_the_terminal(store: Store) -> No
 @pytest.mark.parametrize(
     "disks",
     [
-        [small_disk(0), small_disk(1)],
         [small_disk(1)],
-        [small_disk(0, 8)],
         [dataclasses.replace(SPEC, logical_sector_bytes=4096)],
     ],
 )

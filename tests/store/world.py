@@ -7,7 +7,7 @@ import tempfile
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -146,16 +146,16 @@ class Primary:
         return cycle
 
     def begin_initial(
-        self, replica: VmReplica, number: int = 100, point: int | None = None
+        self, replica: VmReplica, number: int = 100, point: int | None = None, **options: Any
     ) -> InitialSink | AlreadyHave:
         """Announce (or go on with) the initial transfer of this number; its point has the same number."""
         point_id = guid(number if point is None else point)
-        return replica.begin_initial(guid(number), point_id=point_id, instant_s=INSTANT_S)
+        return replica.begin_initial(guid(number), point_id=point_id, instant_s=INSTANT_S, **options)
 
-    def replicate(self, store: Store, number: int = 100) -> VmReplica:
+    def replicate(self, store: Store, number: int = 100, **options: Any) -> VmReplica:
         """Do a whole initial replication; later cuts follow it."""
         replica = self.claim(store)
-        sink = self.begin_initial(replica, number)
+        sink = self.begin_initial(replica, number, **options)
         if not isinstance(sink, AlreadyHave):
             send_disks(sink, self.image())
             sink.commit()

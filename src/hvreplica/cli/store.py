@@ -46,6 +46,11 @@ def _show(output: Output, found: StoreStatus) -> None:
         if vm.transfer is not None:
             done, total = format_size(vm.transfer.durable_bytes), format_size(vm.transfer.total_bytes)
             output.line(f"{plain(vm.name)}: {vm.transfer.kind} transfer, {done} of {total} are safe here")
+        if vm.phase == "waiting":
+            output.line(f"{plain(vm.name)}: the whole copy is here and waits for the first cut to be a point")
+        if vm.joining is not None:
+            done, total = format_size(vm.joining.durable_bytes), format_size(vm.joining.total_bytes)
+            output.line(f"{plain(vm.name)}: added disks, {done} of {total} are safe here")
         if vm.spool_bytes:
             output.line(f"{plain(vm.name)}: {format_size(vm.spool_bytes)} of logs wait to be applied")
         for damage in vm.damage:

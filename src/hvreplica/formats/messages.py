@@ -24,6 +24,7 @@ import msgspec
 from msgspec import Meta
 
 PROTOCOL_VERSION = 1
+REVISION = 2  # 2: copies made while the VM writes; disks that are resized, added and removed
 VM_NAME_CHARS_MAX = 100  # Hyper-V's own limit for the name of a virtual machine
 DISKS_MAX = 64  # what one SCSI controller of a Hyper-V VM holds
 DISK_BYTES_MAX = 64 << 40  # [MS-VHDX] 2.6.2.4
@@ -33,6 +34,7 @@ TEXT_CHARS_MAX = 2_000
 SESSION_BYTES = 16
 
 DiskIndex = Annotated[int, Meta(ge=0, lt=DISKS_MAX)]
+DiskBytes = Annotated[int, Meta(ge=512, le=DISK_BYTES_MAX, multiple_of=512)]
 ByteCount = Annotated[int, Meta(ge=0, le=LOG_BYTES_MAX)]
 FrameCount = Annotated[int, Meta(ge=0, lt=1 << 62)]
 Instant = Annotated[float, Meta(ge=0, lt=1e11)]
@@ -48,14 +50,25 @@ class Message(msgspec.Struct, frozen=True, tag_field="is"):
 
 
 class DiskShape(msgspec.Struct, frozen=True):
-    """What the replica must make room for. label: the disk's file name at the primary, for people only."""
+    """What the replica must make room for. label: the disk's file name at the primary, for people only.
+
+    virtual_disk_id: what the guest sees of a VHDX; None where the file has none, or is not told.
+    """
 
     index: DiskIndex
-    virtual_bytes: Annotated[int, Meta(ge=512, le=DISK_BYTES_MAX, multiple_of=512)]
+    virtual_bytes: DiskBytes
     logical_sector_bytes: SectorBytes
     physical_sector_bytes: SectorBytes
     block_bytes: Annotated[int, Meta(ge=0, le=256 << 20)]
     label: Annotated[str, Meta(max_length=255)]
+    virtual_disk_id: uuid.UUID | None = None
+
+
+class DiskSize(msgspec.Struct, frozen=True):
+    """One disk of a point, with its size there."""
+
+    index: DiskIndex
+    virtual_bytes: DiskBytes
 
 
 class LogShape(msgspec.Struct, frozen=True):
@@ -68,7 +81,10 @@ class LogShape(msgspec.Struct, frozen=True):
 
 
 class Claim(Message, frozen=True, tag="claim"):
-    """Ask to be the writer of a VM; first message of a control connection."""
+    """Ask to be the writer of a VM; first message of a control connection.
+
+    disks: as they are now. removed: those that the replica may hold and that no later point has.
+    """
 
     protocol: Annotated[int, Meta(ge=1, lt=1 << 16)]
     software: Text
@@ -76,16 +92,19 @@ class Claim(Message, frozen=True, tag="claim"):
     relationship_id: uuid.UUID
     generation: Generation
     disks: Annotated[list[DiskShape], Meta(min_length=1, max_length=DISKS_MAX)]
+    removed: Annotated[list[DiskIndex], Meta(max_length=DISKS_MAX)] = []
 
 
 class DiskState(msgspec.Struct, frozen=True):
     """What the replica holds of one disk.
 
-    last_log_id: the log that was applied last; nil before the first.
+    last_log_id: the log that was applied last; nil before the first. virtual_bytes: of its copy; 0 where no
+    whole copy is there, None where the replica does not tell.
     """
 
     index: DiskIndex
     last_log_id: uuid.UUID
+    virtual_bytes: Annotated[int, Meta(ge=0, le=DISK_BYTES_MAX)] | None = None
 
 
 class Claimed(Message, frozen=True, tag="claimed"):
@@ -93,7 +112,8 @@ class Claimed(Message, frozen=True, tag="claimed"):
 
     session: proves that a data connection belongs to it. phase: empty, initial or ready. last_point: the
     newest one that is there whole. transfer: the unfinished one. damage: why the replica's copy cannot be
-    built upon, a sentence for each file; only a new initial replication mends it.
+    built upon, a sentence for each file; only a new initial replication mends it. revision: what the replica
+    understands, see REVISION.
     """
 
     protocol: int
@@ -105,6 +125,7 @@ class Claimed(Message, frozen=True, tag="claimed"):
     disks: Annotated[list[DiskState], Meta(max_length=DISKS_MAX)]
     damage: Annotated[list[Text], Meta(max_length=4 * DISKS_MAX)]
     connections_max: Annotated[int, Meta(ge=1, le=64)]
+    revision: Annotated[int, Meta(ge=1, lt=1 << 16)] = 1
 
 
 class FingerprintsRequest(Message, frozen=True, tag="fingerprints?"):
@@ -125,8 +146,10 @@ class Fingerprints(Message, frozen=True, tag="fingerprints"):
 class BeginInitial(Message, frozen=True, tag="initial"):
     """Begin or continue an initial replication.
 
-    positions: for each disk, the bytes already known to be durable. consistent: whether what arrives is one
-    instant of the disks; else it becomes one with the next logs, and is no point of its own.
+    positions: for each disk, the bytes already known to be durable. consistent: False where the disks change
+    while they are sent: what arrives is no point before the next logs were applied. joining: these disks
+    alone, added to a VM whose replica has a point; they belong to the points whose logs name them. A frame's
+    target is a place in this list, or, where it is empty, in that of the claim's disks by index.
     """
 
     transfer_id: uuid.UUID
@@ -134,12 +157,14 @@ class BeginInitial(Message, frozen=True, tag="initial"):
     instant_s: Instant
     positions: Annotated[list[ByteCount], Meta(min_length=1, max_length=DISKS_MAX)]
     consistent: bool = True
+    joining: Annotated[list[DiskIndex], Meta(max_length=DISKS_MAX)] = []
 
 
 class BeginLogs(Message, frozen=True, tag="logs"):
     """Begin or continue the shipping of one cycle's logs.
 
-    positions: for each log, the bytes known to be durable.
+    positions: for each log, the bytes known to be durable. disks: those that the point has, with their sizes
+    then; empty: those of the claim. What the replica has of a disk gets the size before its log is applied.
     """
 
     transfer_id: uuid.UUID
@@ -148,6 +173,7 @@ class BeginLogs(Message, frozen=True, tag="logs"):
     instant_s: Instant
     logs: Annotated[list[LogShape], Meta(min_length=1, max_length=DISKS_MAX)]
     positions: Annotated[list[ByteCount], Meta(min_length=1, max_length=DISKS_MAX)]
+    disks: Annotated[list[DiskSize], Meta(max_length=DISKS_MAX)] = []
 
 
 class Attach(Message, frozen=True, tag="attach"):

@@ -132,7 +132,11 @@ class AnswerSession:
 
     def _begin_initial(self, question: messages.BeginInitial) -> messages.Message:
         sink = self._replica.begin_initial(
-            question.transfer_id, point_id=question.point_id, instant_s=question.instant_s
+            question.transfer_id,
+            point_id=question.point_id,
+            instant_s=question.instant_s,
+            consistent=question.consistent,
+            joining=question.joining,
         )
         return self._begin(question, sink)
 
@@ -146,6 +150,7 @@ class AnswerSession:
                 LogSpec(log.disk_index, log.log_id, log.previous_log_id, log.log_bytes)
                 for log in question.logs
             ],
+            disks={disk.index: disk.virtual_bytes for disk in question.disks} or None,
         )
         return self._begin(question, sink)
 
@@ -154,17 +159,19 @@ class AnswerSession:
     ) -> messages.Message:
         if isinstance(sink, AlreadyHave):
             return messages.AlreadyHave(question.point_id)
-        if sorted(sink.targets) != list(range(len(question.positions))):
+        targets = sorted(sink.targets)
+        if len(targets) != len(question.positions):
             raise ProtocolViolation(
                 "a transfer needs one position for each of its targets",
                 field="positions",
-                expected=len(sink.targets),
+                expected=len(targets),
                 actual=len(question.positions),
             )
         positions = [
-            min(position, sink.position(target)) for target, position in enumerate(question.positions)
+            min(position, sink.position(target))
+            for target, position in zip(targets, question.positions, strict=True)
         ]
-        for target, position in enumerate(positions):
+        for target, position in zip(targets, positions, strict=True):
             sink.resume_from(target, position)
         with self._lock:
             older, self._incoming = self._incoming, _Incoming(question.transfer_id, question.point_id, sink)
@@ -241,6 +248,7 @@ class _Incoming:
         self.transfer_id = transfer_id
         self.point_id = point_id
         self.sink = sink
+        self._targets = sorted(sink.targets)  # a frame names a place in it
         self._changed = threading.Condition()
         self._watermark = 0
         self._ahead: set[int] = set()
@@ -269,7 +277,15 @@ class _Incoming:
                 raise kept(self._failure)
             if frame.sequence < self._watermark or frame.sequence in self._ahead:
                 raise ProtocolViolation("a frame came twice", field="sequence", actual=frame.sequence)
-        self.sink.write(frame.target, frame.window_offset, frame.window_bytes, frame.extents, frame.data)
+        if frame.target >= len(self._targets):
+            raise ProtocolViolation(
+                "a frame for a target that the transfer does not have",
+                field="target",
+                expected=f"below {len(self._targets)}",
+                actual=frame.target,
+            )
+        target = self._targets[frame.target]
+        self.sink.write(target, frame.window_offset, frame.window_bytes, frame.extents, frame.data)
         with self._changed:
             self._ahead.add(frame.sequence)
             while self._watermark in self._ahead:

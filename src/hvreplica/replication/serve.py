@@ -180,6 +180,7 @@ class Server:
             generation=claim.generation,
             certificate=f"{channel.peer.common_name} sha256:{channel.peer.fingerprint_sha256}",
             disks=[DiskSpec(**msgspec.structs.asdict(shape)) for shape in claim.disks],
+            removed=claim.removed,
         )
 
     def _authorise(self, channel: Channel[messages.Question], vm: str) -> None:
@@ -223,9 +224,15 @@ def _claimed(replica: VmReplica, token: bytes) -> messages.Claimed:
         phase=replica.phase,
         last_point=replica.last_point,
         transfer=replica.transfer,
-        disks=[messages.DiskState(disk.spec.index, disk.last_log_id) for disk in replica.disks],
+        disks=[
+            messages.DiskState(
+                disk.spec.index, disk.last_log_id, disk.spec.virtual_bytes if disk.is_held else 0
+            )
+            for disk in replica.disks
+        ],
         damage=[sentence[: messages.TEXT_CHARS_MAX] for sentence in replica.damage],
         connections_max=_DATA_CONNECTIONS_MAX,
+        revision=messages.REVISION,
     )
 
 

@@ -3,6 +3,10 @@
     logs     point "spooled" -> commit "applying" -> disks flushed -> commit "complete" -> spool removed
     initial  transfer "receiving" -> commit "renaming" -> .partial become the disks -> commit "complete"
 
+An initial replication of disks that changed meanwhile ends as "base": the disks are there, but show no single
+instant before the next logs were applied. One of disks that join the others adds no point: they belong to
+the first point whose logs say so.
+
 Until "applying" is committed the disks are whole on the point before, and that one is listed; from there on
 only the spool leads to a whole point, so it is kept, and applying it again gives the same disks. The same
 holds for "renaming" and the .partial files. All of it happens under the VM's exclusive lock.
@@ -10,6 +14,7 @@ holds for "renaming" and the .partial files. All of it happens under the VM's ex
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from hvreplica.disk import open_disk
@@ -17,6 +22,7 @@ from hvreplica.errors import ReplicaDiverged
 from hvreplica.hrl import apply_log, verify_log
 from hvreplica.store.check import file_length, require_sound
 from hvreplica.store.records import NIL, DiskRow, PointRow
+from hvreplica.store.resize import fit_disk
 from hvreplica.store.room import room
 
 if TYPE_CHECKING:
@@ -28,22 +34,19 @@ if TYPE_CHECKING:
     from hvreplica.store.records import LogSpec, TransferRow
 
 POINTS_KEPT = 256  # superseded ones, to recognise a primary that has gone back in time
+_WAITING = {"spooled", "applying"}
 
 
 def is_unfinished(home: VmHome) -> bool:
     """Return whether something that was received whole has not reached the disks yet."""
-    transfer = home.catalog.transfer(home.vm_id)
-    if transfer is not None and transfer.state == "renaming":
-        return True
-    return any(point.state != "complete" for point in home.catalog.points(home.vm_id))
+    return bool(_renaming(home)) or bool(_waiting(home))
 
 
 def is_cut(home: VmHome) -> bool:
     """Return whether the disks may be between two points, if nobody holds the VM's exclusive lock."""
-    transfer = home.catalog.transfer(home.vm_id)
-    if transfer is not None and transfer.state == "renaming":
-        return True
-    return any(point.state == "applying" for point in home.catalog.points(home.vm_id))
+    return any(transfer.kind == "initial" for transfer in _renaming(home)) or any(
+        point.state == "applying" for point in home.catalog.points(home.vm_id)
+    )
 
 
 def finish(home: VmHome, *, progress: ProgressCallback | None = None) -> list[uuid.UUID]:
@@ -62,124 +65,157 @@ def finish(home: VmHome, *, progress: ProgressCallback | None = None) -> list[uu
 
 
 def finish_initial(home: VmHome) -> list[uuid.UUID]:
-    """Let the .partial disks of a whole initial replication take over; return its point if there was one."""
-    transfer = home.catalog.transfer(home.vm_id)
-    if transfer is None or transfer.state != "renaming":
+    """Let the .partial disks of a whole initial replication take over; return its point if it is one."""
+    if not _renaming(home):
         return []
+    done = []
     with home.exclusive():
-        transfer = home.catalog.transfer(home.vm_id)
-        if transfer is None or transfer.state != "renaming":
-            return []
-        require_sound(home)
-        _rename_disks(home, transfer)
-    return [transfer.point_id]
+        for transfer in _renaming(home):
+            require_sound(home)
+            if _rename_disks(home, transfer):
+                done.append(transfer.point_id)
+    return done
 
 
-def _rename_disks(home: VmHome, transfer: TransferRow) -> None:
+def _renaming(home: VmHome) -> list[TransferRow]:
+    return [row for row in home.catalog.transfers(home.vm_id) if row.state == "renaming"]
+
+
+def _rename_disks(home: VmHome, transfer: TransferRow) -> bool:
+    """Put the received disks in their place; return whether they make a point that can be had."""
     catalog, vm_id = home.catalog, home.vm_id
     old_logs = [log for point in _waiting(home) for log in catalog.logs(vm_id, point.id)]
-    rows = catalog.disks(vm_id)
+    rows = [row for row in catalog.disks(vm_id) if row.spec.index in transfer.disks]
     for row in rows:
         partial = home.paths.partial_disk(row.spec.index)
         if home.files.exists(partial):
             home.files.replace(partial, home.paths.disk(row.spec.index))
     home.files.sync_directory(home.paths.disks)
-    states = [_look(home, row, NIL) for row in rows]
+    states = [dataclasses.replace(_look(home, row, NIL), base_id=transfer.point_id) for row in rows]
+    if transfer.kind == "join":
+        with catalog.transaction():
+            for state in states:
+                catalog.set_disk_state(vm_id, state)
+            catalog.delete_transfers(vm_id, "join")
+        return False
     with catalog.transaction():
         for point in _waiting(home):
             catalog.delete_logs(vm_id, point.id)
-        now_s = home.clock.now_s()
-        size = sum(state.file_bytes or 0 for state in states)
-        catalog.insert_point(
-            vm_id,
-            PointRow(
-                transfer.point_id,
-                0,
-                transfer.instant_s,
-                "initial",
-                "crash",
-                "complete",
-                None,
-                size,
-                now_s,
-                now_s,
-            ),
-        )
-        _complete(home, transfer.point_id, states)
-        catalog.delete_transfer(vm_id)
+        catalog.insert_point(vm_id, _initial_point(home, transfer, states))
+        _complete(home, transfer.point_id, states, "complete" if transfer.consistent else "base")
+        catalog.end_transfer(vm_id, "initial")
     _remove_logs(home, old_logs)
+    return transfer.consistent
+
+
+def _initial_point(home: VmHome, transfer: TransferRow, states: list[DiskRow]) -> PointRow:
+    now_s = home.clock.now_s()
+    return PointRow(
+        id=transfer.point_id,
+        sequence=0,
+        instant_s=transfer.instant_s,
+        kind="initial",
+        consistency="crash" if transfer.consistent else "none",
+        state="complete" if transfer.consistent else "base",
+        previous_id=None,
+        bytes=sum(state.file_bytes or 0 for state in states),
+        received_s=now_s,
+        applied_s=now_s,
+    )
 
 
 def _waiting(home: VmHome) -> list[PointRow]:
-    return [point for point in home.catalog.points(home.vm_id) if point.state in {"spooled", "applying"}]
+    return [point for point in home.catalog.points(home.vm_id) if point.state in _WAITING]
 
 
 def _apply_point(home: VmHome, point: PointRow, progress: ProgressCallback | None) -> uuid.UUID:
     catalog, vm_id = home.catalog, home.vm_id
     require_sound(home)
     logs = catalog.logs(vm_id, point.id)
-    rows = {row.spec.index: row for row in catalog.disks(vm_id)}
-    _verify(home, logs, rows)
+    sizes = catalog.members(vm_id, point.id)
+    _verify(home, logs, sizes)
+    logged = {log.disk_index for log in logs}
+    rows = [
+        row
+        for row in catalog.disks(vm_id)
+        if row.spec.index in sizes
+        and (row.spec.index in logged or row.spec.virtual_bytes != sizes[row.spec.index])
+    ]
     if point.state == "spooled":
-        for disk_index in {log.disk_index for log in logs}:
-            _require_undisturbed(home, rows[disk_index])
+        for row in rows:
+            _require_undisturbed(home, row)
         with catalog.transaction():
             catalog.set_point_state(vm_id, point.id, "applying")
     states = [
-        _apply_to_disk(home, row, [log for log in logs if log.disk_index == row.spec.index], progress)
-        for row in rows.values()
-        if any(log.disk_index == row.spec.index for log in logs)
+        _apply_to_disk(
+            home,
+            row,
+            sizes[row.spec.index],
+            [log for log in logs if log.disk_index == row.spec.index],
+            progress,
+        )
+        for row in rows
     ]
     with catalog.transaction():
-        _complete(home, point.id, states)
+        _complete(home, point.id, states, "complete")
         catalog.delete_logs(vm_id, point.id)
     _remove_logs(home, logs)
     return point.id
 
 
-def _verify(home: VmHome, logs: list[LogSpec], rows: dict[int, DiskRow]) -> None:
+def _verify(home: VmHome, logs: list[LogSpec], sizes: dict[int, int]) -> None:
     """Check logs that another process received before the disk is touched: its memory of them is gone."""
     for log in logs:
         if log.log_id not in home.verified_logs:
-            disk_bytes = rows[log.disk_index].spec.virtual_bytes
+            disk_bytes = sizes[log.disk_index]
             verify_log(home.files, home.paths.log(log.log_id), data=True, disk_bytes=disk_bytes)
             home.verified_logs.add(log.log_id)
 
 
 def _apply_to_disk(
-    home: VmHome, row: DiskRow, logs: list[LogSpec], progress: ProgressCallback | None
+    home: VmHome,
+    row: DiskRow,
+    virtual_bytes: int,
+    logs: list[LogSpec],
+    progress: ProgressCallback | None,
 ) -> DiskRow:
+    """Give the disk the size that it has at the point, then what the logs hold."""
     path = home.paths.disk(row.spec.index)
     with room(home.files, path, sum(log.log_bytes for log in logs)):
-        disk = open_disk(home.files, path, writable=True, format="vhdx", clock=home.clock)
-        try:
-            for log in logs:
-                apply_log(home.files, home.paths.log(log.log_id), disk, verify_data=False, progress=progress)
-            disk.flush()
-        except BaseException:
-            disk.abandon()
-            raise
-        disk.close()
-    return _look(home, row, logs[-1].log_id)
+        fit_disk(home.files, path, virtual_bytes, clock=home.clock)
+        if logs:
+            _apply_logs(home, path, logs, progress)
+    return _look(home, row, logs[-1].log_id if logs else row.last_log_id)
+
+
+def _apply_logs(home: VmHome, path: Path, logs: list[LogSpec], progress: ProgressCallback | None) -> None:
+    disk = open_disk(home.files, path, writable=True, format="vhdx", clock=home.clock)
+    try:
+        for log in logs:
+            apply_log(home.files, home.paths.log(log.log_id), disk, verify_data=False, progress=progress)
+        disk.flush()
+    except BaseException:
+        disk.abandon()
+        raise
+    disk.close()
 
 
 def _look(home: VmHome, row: DiskRow, last_log_id: uuid.UUID) -> DiskRow:
+    """Return the disk's row as its file is now."""
     path = home.paths.disk(row.spec.index)
-    return DiskRow(row.spec, file_length(home.files, path), _data_write_guid(home, path), last_log_id)
-
-
-def _data_write_guid(home: VmHome, path: Path) -> uuid.UUID | None:
-    disk = open_disk(home.files, path, writable=False, format="vhdx", clock=home.clock)
-    try:
-        return disk.data_write_guid
-    finally:
-        disk.close()
+    with open_disk(home.files, path, writable=False, format="vhdx", clock=home.clock) as disk:
+        spec = dataclasses.replace(row.spec, virtual_bytes=disk.virtual_bytes)
+        data_write_guid = disk.data_write_guid
+    return DiskRow(
+        spec, file_length(home.files, path), data_write_guid, last_log_id, row.base_id, row.removed_s
+    )
 
 
 def _require_undisturbed(home: VmHome, row: DiskRow) -> None:
     """Refuse to apply a log to a disk that somebody else has written to since the last point."""
     path = home.paths.disk(row.spec.index)
-    actual = _data_write_guid(home, path)
+    with open_disk(home.files, path, writable=False, format="vhdx", clock=home.clock) as disk:
+        actual = disk.data_write_guid
     if actual != row.data_write_guid:
         raise ReplicaDiverged(
             "another program has written to the replica's disk",
@@ -191,11 +227,17 @@ def _require_undisturbed(home: VmHome, row: DiskRow) -> None:
         )
 
 
-def _complete(home: VmHome, point_id: uuid.UUID, states: list[DiskRow]) -> None:
-    for state in states:
-        home.catalog.set_disk_state(home.vm_id, state)
-    home.catalog.complete_point(home.vm_id, point_id, home.clock.now_s())
-    home.catalog.prune_points(home.vm_id, POINTS_KEPT)
+def _complete(home: VmHome, point_id: uuid.UUID, states: list[DiskRow], state: str) -> None:
+    """Record that the disks are on a point, and which disks of the points before it no longer has."""
+    catalog, vm_id, now_s = home.catalog, home.vm_id, home.clock.now_s()
+    for row in states:
+        catalog.set_disk_state(vm_id, row)
+    listed = [point.id for point in catalog.points(vm_id)]
+    before = {index for known in listed[: listed.index(point_id)] for index in catalog.members(vm_id, known)}
+    for disk_index in before - catalog.members(vm_id, point_id).keys():
+        catalog.remove_disk(vm_id, disk_index, now_s)
+    catalog.complete_point(vm_id, point_id, state, now_s)
+    catalog.prune_points(vm_id, POINTS_KEPT)
 
 
 def _remove_logs(home: VmHome, logs: list[LogSpec]) -> None:

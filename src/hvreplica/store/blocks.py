@@ -32,9 +32,11 @@ class BlockReader:
     def __init__(self, home: VmHome, target: int) -> None:
         """Finish what waits to be applied, then open. Raises: NoSuchPoint before the first point, Locked."""
         finish(home)
-        if not any(row.spec.index == target for row in home.catalog.disks(home.vm_id)):
+        if not any(
+            row.spec.index == target and row.removed_s is None for row in home.catalog.disks(home.vm_id)
+        ):
             raise NoSuchPoint(f"VM {home.name!r} has no disk {target}", field="disk", actual=target)
-        if not home.catalog.points(home.vm_id):
+        if not any(row.spec.index == target and row.is_held for row in home.catalog.disks(home.vm_id)):
             raise NoSuchPoint(f"VM {home.name!r} has no complete replica yet", path=home.paths.folder)
         require_sound(home)
         self.target = target

@@ -18,10 +18,10 @@ from urllib.parse import quote
 
 from hvreplica.errors import BadSignature, Locked, StoreError, StoreFull, UnsupportedVersion, kept
 from hvreplica.store.records import NIL, DiskRow, DiskSpec, LogSpec, Owner, PointRow, TransferRow, VmRow
-from hvreplica.store.schema import APPLICATION_ID, SCHEMA_VERSION, TABLES
+from hvreplica.store.schema import APPLICATION_ID, MIGRATIONS, SCHEMA_VERSION, TABLES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from hvreplica.files import FileSystem
@@ -46,11 +46,11 @@ class Catalog:
         create: bool,
         on_commit: Callable[[bytes], None] | None = None,
     ) -> None:
-        """Open what is at `path`; with `create`, make the database and its tables where there are none.
+        """Open what is at `path`; with `create`, make the tables where there are none, and bring old ones on.
 
         on_commit: called after each commit with the whole database as bytes, while no other change can
-        happen. Raises: BadSignature for a database that is not a store's, UnsupportedVersion for a newer one,
-        StoreError for a damaged one.
+        happen. Raises: BadSignature for a database that is not a store's, UnsupportedVersion for a newer one
+        and, without `create`, for an older one; StoreError for a damaged one.
         """
         self._files = files
         self._path = path
@@ -102,7 +102,6 @@ class Catalog:
                 )
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = FULL")
-            self._connection.execute("PRAGMA foreign_keys = ON")
             found = self._rows("PRAGMA quick_check")
         if found != [("ok",)]:
             raise StoreError(
@@ -110,14 +109,26 @@ class Catalog:
                 path=self._path,
                 hint=_RESTORE_HINT,
             )
-        if version == 0:
+        if version == 0 and not create:
+            raise _no_store(self._path)
+        if version < SCHEMA_VERSION:
             if not create:
-                raise _no_store(self._path)
-            with self.transaction():
-                for statement in TABLES.split(";"):
-                    self._connection.execute(statement)
-                self._connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-                self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+                raise _outdated(self._path, version)
+            self._bring_on(version)
+        self._connection.execute("PRAGMA foreign_keys = ON")
+
+    def _bring_on(self, version: int) -> None:
+        """Make the tables, or those of this version out of older ones, as a whole."""
+        steps = (
+            [TABLES.split(";")] if version == 0 else [MIGRATIONS[at] for at in range(version, SCHEMA_VERSION)]
+        )
+        with self.transaction():
+            if self._pragma("user_version") != version:
+                return  # another process was faster
+            for statement in (statement for step in steps for statement in step):
+                self._connection.execute(statement)
+            self._connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def _pragma(self, name: str) -> int:
         return int(self._connection.execute(f"PRAGMA {name}").fetchone()[0])
@@ -280,77 +291,97 @@ class Catalog:
         return [(Owner(uuid.UUID(row[0]), row[1], row[2]), row[3]) for row in rows]
 
     def disks(self, vm_id: int) -> list[DiskRow]:
-        """Return the VM's disks by index."""
+        """Return the VM's disks by index, those that were removed too."""
         rows = self._rows(
             "SELECT disk_index, virtual_bytes, logical_sector_bytes, physical_sector_bytes, block_bytes,"
-            " label, file_bytes, data_write_guid, last_log_id FROM disk WHERE vm_id = ? ORDER BY disk_index",
+            " label, virtual_disk_id, file_bytes, data_write_guid, last_log_id, base_id, removed_s"
+            " FROM disk WHERE vm_id = ? ORDER BY disk_index",
             (vm_id,),
         )
-        return [DiskRow(DiskSpec(*row[:6]), row[6], _guid(row[7]), _guid(row[8]) or NIL) for row in rows]
+        return [_disk(row) for row in rows]
 
-    def set_disks(self, vm_id: int, specs: Iterable[DiskSpec]) -> None:
-        """Replace the VM's disks by new ones that hold nothing yet."""
-        self._change("DELETE FROM disk WHERE vm_id = ?", (vm_id,))
-        for spec in specs:
-            row = (
-                spec.index,
-                spec.virtual_bytes,
-                spec.logical_sector_bytes,
-                spec.physical_sector_bytes,
-                spec.block_bytes,
-                spec.label,
-            )
-            self._change("INSERT INTO disk VALUES (?, ?, ?, ?, ?, ?, ?, NULL, NULL, NULL)", (vm_id, *row))
-
-    def set_label(self, vm_id: int, disk_index: int, label: str) -> None:
-        """Record what the primary calls the disk now."""
+    def insert_disk(self, vm_id: int, spec: DiskSpec) -> None:
+        """Add a disk that holds nothing yet, in the place of one that never held anything."""
         self._change(
-            "UPDATE disk SET label = ? WHERE vm_id = ? AND disk_index = ? AND label <> ?",
-            (label, vm_id, disk_index, label),
+            "DELETE FROM disk WHERE vm_id = ? AND disk_index = ? AND file_bytes IS NULL", (vm_id, spec.index)
+        )
+        sizes = (spec.virtual_bytes, spec.logical_sector_bytes, spec.physical_sector_bytes, spec.block_bytes)
+        self._change(
+            "INSERT INTO disk VALUES (?, ?, ?, ?, ?, ?, ?, NULL, NULL, NULL, ?, NULL, NULL)",
+            (vm_id, spec.index, *sizes, spec.label, _text(spec.virtual_disk_id)),
+        )
+
+    def delete_disks(self, vm_id: int) -> None:
+        """Forget all disks of the VM."""
+        self._change("DELETE FROM disk WHERE vm_id = ?", (vm_id,))
+
+    def name_disk(self, vm_id: int, disk_index: int, label: str, virtual_disk_id: uuid.UUID | None) -> None:
+        """Record what the primary calls the disk now, and its identity if there is one."""
+        self._change(
+            "UPDATE disk SET label = ?, virtual_disk_id = coalesce(?, virtual_disk_id)"
+            " WHERE vm_id = ? AND disk_index = ?",
+            (label, _text(virtual_disk_id), vm_id, disk_index),
+        )
+
+    def remove_disk(self, vm_id: int, disk_index: int, now_s: float) -> None:
+        """Record that no point from now on has this disk."""
+        self._change(
+            "UPDATE disk SET removed_s = ? WHERE vm_id = ? AND disk_index = ? AND removed_s IS NULL",
+            (now_s, vm_id, disk_index),
         )
 
     def set_disk_state(self, vm_id: int, row: DiskRow) -> None:
-        """Record how the last applied point left the disk's file."""
+        """Record how the last applied point, or an initial replication, left the disk's file."""
+        states = (row.file_bytes, _text(row.data_write_guid), str(row.last_log_id), _text(row.base_id))
         self._change(
-            "UPDATE disk SET file_bytes = ?, data_write_guid = ?, last_log_id = ?"
-            " WHERE vm_id = ? AND disk_index = ?",
-            (row.file_bytes, _text(row.data_write_guid), str(row.last_log_id), vm_id, row.spec.index),
+            "UPDATE disk SET virtual_bytes = ?, file_bytes = ?, data_write_guid = ?, last_log_id = ?,"
+            " base_id = ? WHERE vm_id = ? AND disk_index = ?",
+            (row.spec.virtual_bytes, *states, vm_id, row.spec.index),
         )
 
     # Transfers
 
-    def transfer(self, vm_id: int) -> TransferRow | None:
-        """Return what is on its way for the VM."""
+    def transfers(self, vm_id: int) -> list[TransferRow]:
+        """Return what is on its way for the VM: at most one of each kind."""
         with self.snapshot():
             rows = self._rows(
-                "SELECT id, kind, state, point_id, previous_point_id, instant_s, started_s"
-                " FROM transfer WHERE vm_id = ?",
+                "SELECT id, kind, state, point_id, previous_point_id, instant_s, started_s, consistent"
+                " FROM transfer WHERE vm_id = ? ORDER BY kind",
                 (vm_id,),
             )
-            if not rows:
-                return None
-            row = rows[0]
-            positions = self._rows("SELECT target, durable_bytes FROM position WHERE vm_id = ?", (vm_id,))
-            logs = self.logs(vm_id, uuid.UUID(row[3])) if row[1] == "logs" else ()
+            return [self._transfer_row(vm_id, row) for row in rows]
+
+    def transfer(self, vm_id: int, *kinds: str) -> TransferRow | None:
+        """Return what is on its way of one of these kinds, which exclude each other."""
+        return next((row for row in self.transfers(vm_id) if row.kind in kinds), None)
+
+    def _transfer_row(self, vm_id: int, row: tuple[Any, ...]) -> TransferRow:
+        point_id = uuid.UUID(row[3])
+        positions = self._rows(
+            "SELECT target, durable_bytes FROM position WHERE vm_id = ? AND kind = ?", (vm_id, row[1])
+        )
         return TransferRow(
-            uuid.UUID(row[0]),
-            row[1],
-            row[2],
-            uuid.UUID(row[3]),
-            _guid(row[4]),
-            row[5],
-            row[6],
-            dict(positions),
-            tuple(logs),
+            id=uuid.UUID(row[0]),
+            kind=row[1],
+            state=row[2],
+            point_id=point_id,
+            previous_point_id=_guid(row[4]),
+            instant_s=row[5],
+            started_s=row[6],
+            consistent=bool(row[7]),
+            positions=dict(positions),
+            disks=self.members(vm_id, point_id),
+            logs=tuple(self.logs(vm_id, point_id)) if row[1] == "logs" else (),
         )
 
     def insert_transfer(self, vm_id: int, row: TransferRow) -> None:
-        """Record what is on its way from now on; there must be none."""
+        """Record what is on its way from now on; there must be none of its kind."""
         values = (str(row.id), row.kind, row.state, str(row.point_id), _text(row.previous_point_id))
         self._change(
-            "INSERT INTO transfer VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (vm_id, *values, row.instant_s, row.started_s),
+            "INSERT INTO transfer VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (vm_id, *values, row.instant_s, row.started_s, row.consistent),
         )
+        self.set_members(vm_id, row.point_id, row.disks)
         for place, log in enumerate(row.logs):
             ids = (str(log.log_id), str(log.previous_log_id))
             self._change(
@@ -358,31 +389,58 @@ class Catalog:
                 (vm_id, str(row.point_id), place, log.disk_index, *ids, log.log_bytes),
             )
         for target, durable_bytes in row.positions.items():
-            self.set_position(vm_id, target, durable_bytes)
+            self.set_position(vm_id, row.kind, target, durable_bytes)
 
-    def set_position(self, vm_id: int, target: int, durable_bytes: int) -> None:
+    def renew_transfer(self, vm_id: int, row: TransferRow) -> None:
+        """Record what an unfinished transfer will show once it goes on: its time, and its disks' sizes."""
+        self._change(
+            "UPDATE transfer SET instant_s = ?, consistent = ? WHERE vm_id = ? AND kind = ?",
+            (row.instant_s, row.consistent, vm_id, row.kind),
+        )
+        self.set_members(vm_id, row.point_id, row.disks)
+
+    def set_position(self, vm_id: int, kind: str, target: int, durable_bytes: int) -> None:
         """Record how many bytes from its start a target of the transfer holds durably."""
         self._change(
-            "INSERT INTO position VALUES (?, ?, ?)"
-            " ON CONFLICT (vm_id, target) DO UPDATE SET durable_bytes = excluded.durable_bytes",
-            (vm_id, target, durable_bytes),
+            "INSERT INTO position VALUES (?, ?, ?, ?)"
+            " ON CONFLICT (vm_id, kind, target) DO UPDATE SET durable_bytes = excluded.durable_bytes",
+            (vm_id, kind, target, durable_bytes),
         )
 
-    def set_transfer_state(self, vm_id: int, state: str) -> None:
+    def set_transfer_state(self, vm_id: int, kind: str, state: str) -> None:
         """Record how far the transfer is."""
-        self._change("UPDATE transfer SET state = ? WHERE vm_id = ?", (state, vm_id))
+        self._change("UPDATE transfer SET state = ? WHERE vm_id = ? AND kind = ?", (state, vm_id, kind))
 
-    def delete_transfer(self, vm_id: int, *, keep_logs: bool = False) -> None:
-        """Forget what is on its way. keep_logs: its logs belong to a point now."""
-        if not keep_logs:
+    def delete_transfers(self, vm_id: int, *kinds: str) -> None:
+        """Forget what is on its way of these kinds, its logs included."""
+        for row in self.transfers(vm_id):
+            if row.kind in kinds:
+                self.delete_logs(vm_id, row.point_id)
+                self.set_members(vm_id, row.point_id, {})
+                self.end_transfer(vm_id, row.kind)
+
+    def end_transfer(self, vm_id: int, kind: str) -> None:
+        """Forget a transfer whose logs and disks belong to a point now."""
+        self._change("DELETE FROM transfer WHERE vm_id = ? AND kind = ?", (vm_id, kind))
+
+    # Points, their disks and logs
+
+    def members(self, vm_id: int, point_id: uuid.UUID) -> dict[int, int]:
+        """Return the disks that a point or transfer has: disk index -> virtual bytes."""
+        rows = self._rows(
+            "SELECT disk_index, virtual_bytes FROM member"
+            " WHERE vm_id = ? AND point_id = ? ORDER BY disk_index",
+            (vm_id, str(point_id)),
+        )
+        return dict(rows)
+
+    def set_members(self, vm_id: int, point_id: uuid.UUID, disks: dict[int, int]) -> None:
+        """Record the disks of a point or transfer in the place of those recorded before."""
+        self._change("DELETE FROM member WHERE vm_id = ? AND point_id = ?", (vm_id, str(point_id)))
+        for disk_index, virtual_bytes in disks.items():
             self._change(
-                "DELETE FROM log WHERE vm_id = ?"
-                " AND point_id IN (SELECT point_id FROM transfer WHERE vm_id = ?)",
-                (vm_id, vm_id),
+                "INSERT INTO member VALUES (?, ?, ?, ?)", (vm_id, str(point_id), disk_index, virtual_bytes)
             )
-        self._change("DELETE FROM transfer WHERE vm_id = ?", (vm_id,))
-
-    # Points and their logs
 
     def logs(self, vm_id: int, point_id: uuid.UUID) -> list[LogSpec]:
         """Return the logs of a point or transfer that are not applied yet, in the order of applying."""
@@ -426,16 +484,21 @@ class Catalog:
         """Record how far a point is."""
         self._change("UPDATE point SET state = ? WHERE vm_id = ? AND id = ?", (state, vm_id, str(point_id)))
 
-    def complete_point(self, vm_id: int, point_id: uuid.UUID, now_s: float) -> None:
-        """Record that the disks are on this point, and on no older one any more."""
+    def complete_point(self, vm_id: int, point_id: uuid.UUID, state: str, now_s: float) -> None:
+        """Record that the disks are on this point, and on no older one any more. state: complete or base."""
         self._change(
             "UPDATE point SET state = 'superseded' WHERE vm_id = ? AND state <> 'superseded'"
             " AND sequence < (SELECT sequence FROM point WHERE vm_id = ? AND id = ?)",
             (vm_id, vm_id, str(point_id)),
         )
         self._change(
-            "UPDATE point SET state = 'complete', applied_s = ? WHERE vm_id = ? AND id = ?",
-            (now_s, vm_id, str(point_id)),
+            "UPDATE point SET state = ?, applied_s = ? WHERE vm_id = ? AND id = ?",
+            (state, now_s, vm_id, str(point_id)),
+        )
+        self._change(
+            "DELETE FROM member WHERE vm_id = ? AND point_id IN"
+            " (SELECT id FROM point WHERE vm_id = ? AND state = 'superseded')",
+            (vm_id, vm_id),
         )
 
     def prune_points(self, vm_id: int, kept_count: int) -> None:
@@ -455,12 +518,37 @@ def _no_store(path: Path) -> StoreError:
     )
 
 
+def _outdated(path: Path, version: int) -> UnsupportedVersion:
+    return UnsupportedVersion(
+        "the store was written by an older hvreplica",
+        path=path,
+        field="user_version",
+        expected=SCHEMA_VERSION,
+        actual=version,
+        hint="start `hvreplica serve` of this version on it once",
+    )
+
+
 def _guid(text: str | None) -> uuid.UUID | None:
     return None if text is None else uuid.UUID(text)
 
 
 def _text(guid: uuid.UUID | None) -> str | None:
     return None if guid is None else str(guid)
+
+
+def _disk(row: tuple[Any, ...]) -> DiskRow:
+    index, virtual_bytes, logical_bytes, physical_bytes, block_bytes, label, disk_id = row[:7]
+    spec = DiskSpec(
+        index,
+        virtual_bytes,
+        logical_bytes,
+        physical_bytes,
+        block_bytes,
+        label,
+        virtual_disk_id=_guid(disk_id),
+    )
+    return DiskRow(spec, row[7], _guid(row[8]), _guid(row[9]) or NIL, _guid(row[10]), row[11])
 
 
 def _point(row: tuple[Any, ...]) -> PointRow:

@@ -23,7 +23,7 @@ class _Records:
 
     disks: list[DiskRow]
     states: dict[uuid.UUID, str]
-    is_renaming: bool
+    renaming: set[int]
     logs: list[LogSpec]
 
 
@@ -41,29 +41,28 @@ def find_damage(home: VmHome) -> list[str]:
 
 def _records(home: VmHome) -> _Records:
     with home.catalog.snapshot():
-        transfer = home.catalog.transfer(home.vm_id)
+        transfers = home.catalog.transfers(home.vm_id)
         points = home.catalog.points(home.vm_id)
         return _Records(
             disks=home.catalog.disks(home.vm_id),
             states={point.id: point.state for point in points},
-            is_renaming=transfer is not None and transfer.state == "renaming",
+            renaming={index for row in transfers if row.state == "renaming" for index in row.disks},
             logs=[log for point in points for log in home.catalog.logs(home.vm_id, point.id)],
         )
 
 
 def _compare(home: VmHome, records: _Records) -> list[str]:
     paths, files = home.paths, home.files
-    if records.is_renaming:
-        return [
-            f"{paths.disk(row.spec.index)} is missing"
-            for row in records.disks
-            if not files.exists(paths.partial_disk(row.spec.index))
-            and not files.exists(paths.disk(row.spec.index))
-        ]
     is_moving = "applying" in records.states.values()
-    found = [
+    found: list[str | None] = [
+        f"{paths.disk(index)} is missing"
+        for index in sorted(records.renaming)
+        if not files.exists(paths.partial_disk(index)) and not files.exists(paths.disk(index))
+    ]
+    found += [
         _look(files, paths.disk(row.spec.index), None if is_moving else row.file_bytes)
-        for row in (records.disks if records.states else [])
+        for row in records.disks
+        if row.is_held and row.spec.index not in records.renaming
     ]
     found += [_look(files, paths.log(log.log_id), log.log_bytes) for log in records.logs]
     return [sentence for sentence in found if sentence is not None]

@@ -69,23 +69,46 @@ def fenced(name: str) -> Fenced:
     )
 
 
-def validate_same_disks(name: str, stored: Sequence[DiskRow], announced: Sequence[DiskSpec]) -> None:
-    """Refuse disks other than those that the replica holds. Raises: ReplicaDiverged."""
-    held = {row.spec.index: row.spec.shape for row in stored}
-    offered = {spec.index: spec.shape for spec in announced}
-    if held == offered:
-        return
-    different = sorted(
-        index for index in held.keys() | offered.keys() if held.get(index) != offered.get(index)
-    )
-    raise ReplicaDiverged(
-        f"the disks of VM {name!r} are not those that the replica holds",
-        field=f"disk {different[0]}",
-        expected=_describe(held.get(different[0])),
-        actual=_describe(offered.get(different[0])),
-        hint="give the same disks in the same order as at first; resizing or adding one is not possible yet",
-    )
+def validate_disks_follow(
+    name: str, stored: Sequence[DiskRow], announced: Sequence[DiskSpec], removed: set[int]
+) -> None:
+    """Refuse disks that cannot be those that the replica holds, as they are now. Raises: ReplicaDiverged.
+
+    Sizes may differ and disks may be new, but none may be missing unless it is among `removed`, and none may
+    stand in another's place.
+    """
+    held = {row.spec.index: row for row in stored}
+    offered = {spec.index: spec for spec in announced}
+    owners = {row.spec.virtual_disk_id: row.spec.index for row in stored if row.is_held}
+    for index in sorted(held.keys() | offered.keys()):
+        row, spec = held.get(index), offered.get(index)
+        if spec is None:
+            wrong = row is not None and row.is_held and index not in removed
+        else:
+            owner = index if spec.virtual_disk_id is None else owners.get(spec.virtual_disk_id, index)
+            wrong = owner != index or (
+                row is not None
+                and (
+                    row.removed_s is not None
+                    or (row.is_held and row.spec.logical_sector_bytes != spec.logical_sector_bytes)
+                )
+            )
+        if wrong:
+            raise ReplicaDiverged(
+                f"the disks of VM {name!r} are not those that the replica holds",
+                field=f"disk {index}",
+                expected=_describe(row),
+                actual="no such disk" if spec is None else _describe_spec(spec),
+                hint="give the same disks as before; say which one is gone with --remove-disk",
+            )
 
 
-def _describe(shape: tuple[int, int, int] | None) -> str:
-    return "no such disk" if shape is None else f"{shape[1]} bytes in sectors of {shape[2]}"
+def _describe(row: DiskRow | None) -> str:
+    if row is None:
+        return "no such disk"
+    return "none, it was removed" if row.removed_s is not None else _describe_spec(row.spec)
+
+
+def _describe_spec(spec: DiskSpec) -> str:
+    text = f"{spec.virtual_bytes} bytes in sectors of {spec.logical_sector_bytes}"
+    return text if spec.virtual_disk_id is None else f"{text}, VirtualDiskId {spec.virtual_disk_id}"

@@ -88,8 +88,7 @@ class VmHome:
 
     def require_transfer(self, transfer_id: uuid.UUID) -> None:
         """Refuse a change by a transfer that was replaced; inside a transaction. Raises: Fenced."""
-        transfer = self.catalog.transfer(self.vm_id)
-        if transfer is None or transfer.id != transfer_id:
+        if all(transfer.id != transfer_id for transfer in self.catalog.transfers(self.vm_id)):
             raise fenced(self.name)
 
     def damage(self, *names: str, hint: str) -> StoreError:

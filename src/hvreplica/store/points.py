@@ -87,15 +87,13 @@ def _validate_output(home: VmHome, output: Path, format_name: str, *, overwrite:
 
 
 def _choose_point(home: VmHome, point_id: uuid.UUID | None, disk_index: int) -> PointRow:
-    if not any(row.spec.index == disk_index for row in home.catalog.disks(home.vm_id)):
+    rows = {row.spec.index: row for row in home.catalog.disks(home.vm_id)}
+    if disk_index not in rows:
         raise NoSuchPoint(f"VM {home.name!r} has no disk {disk_index}", field="disk", actual=disk_index)
-    complete = [point for point in home.catalog.points(home.vm_id) if point.state == "complete"]
+    points = home.catalog.points(home.vm_id)
+    complete = [point for point in points if point.state == "complete"]
     if not complete:
-        raise NoSuchPoint(
-            f"VM {home.name!r} has no complete point yet",
-            path=home.paths.folder,
-            hint="its initial replication must finish first",
-        )
+        raise _nothing_complete(home, points)
     if point_id is not None and point_id != complete[-1].id:
         raise NoSuchPoint(
             f"VM {home.name!r} has no point {point_id} to export",
@@ -104,8 +102,33 @@ def _choose_point(home: VmHome, point_id: uuid.UUID | None, disk_index: int) -> 
             actual=point_id,
             hint="only the newest complete point is kept; leave the point out to take it",
         )
+    if disk_index not in home.catalog.members(home.vm_id, complete[-1].id):
+        is_removed = rows[disk_index].removed_s is not None
+        raise NoSuchPoint(
+            f"the newest point of VM {home.name!r} does not have disk {disk_index}",
+            field="disk",
+            actual=disk_index,
+            hint="the disk was removed from the VM; its last content is in its file in the store"
+            if is_removed
+            else "the disk was added to the VM; it belongs to its points from the next one on",
+        )
     require_sound(home)
     return complete[-1]
+
+
+def _nothing_complete(home: VmHome, points: list[PointRow]) -> NoSuchPoint:
+    if any(point.state == "base" for point in points):
+        return NoSuchPoint(
+            f"VM {home.name!r} has no point yet: its first copy was made while the VM wrote,"
+            " and waits for the first cut",
+            path=home.paths.folder,
+            hint="it becomes a point with the next cycle; run replicate, or wait for it",
+        )
+    return NoSuchPoint(
+        f"VM {home.name!r} has no complete point yet",
+        path=home.paths.folder,
+        hint="its initial replication must finish first",
+    )
 
 
 def _export(

@@ -60,7 +60,10 @@ class Owner:
 
 @dataclass(frozen=True, slots=True)
 class DiskSpec:
-    """One disk as the primary announces it. block_bytes 0: the replica chooses. label: for people only."""
+    """One disk as the primary announces it. block_bytes 0: the replica chooses. label: for people only.
+
+    virtual_disk_id: the identity that the guest sees, None where the primary's file has none.
+    """
 
     index: int
     virtual_bytes: int
@@ -68,6 +71,7 @@ class DiskSpec:
     physical_sector_bytes: int = 4096
     block_bytes: int = 0
     label: str = ""
+    virtual_disk_id: uuid.UUID | None = None
 
     def validate(self) -> None:
         """Refuse what no disk can be. Raises: FieldOutOfRange."""
@@ -90,9 +94,9 @@ class DiskSpec:
         )
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """What must stay as it is while logs of the disk are applied."""
-        return self.index, self.virtual_bytes, self.logical_sector_bytes
+    def key(self) -> tuple[int, int]:
+        """What must stay as it is as long as the disk is replicated."""
+        return self.index, self.logical_sector_bytes
 
 
 def validate_disks(disks: Sequence[DiskSpec]) -> None:
@@ -151,20 +155,31 @@ class DiskRow:
     """A disk of the replica. What follows `spec` is as the last applied point left it; None before the first.
 
     file_bytes: length of its file. data_write_guid: of the replica's own VHDX. last_log_id: nil after an
-    initial one.
+    initial one. base_id: what the initial replication was called that brought it; unknown where an older
+    hvreplica received it. removed_s: since when no point has it.
     """
 
     spec: DiskSpec
     file_bytes: int | None = None
     data_write_guid: uuid.UUID | None = None
     last_log_id: uuid.UUID = NIL
+    base_id: uuid.UUID | None = None
+    removed_s: float | None = None
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a whole copy is here that later points may have."""
+        return self.file_bytes is not None and self.removed_s is None
 
 
 @dataclass(frozen=True, slots=True)
 class TransferRow:
-    """What is on its way. kind: "initial" | "logs". state: "receiving" | "renaming" (whole, disks take over).
+    """What is on its way. state: "receiving" | "renaming" (whole, disks take over).
 
-    positions: for each target, the bytes from its start that are durable. logs: empty for an initial one.
+    kind: "initial" (all disks) | "join" (disks that points will have from then on, beside the others) |
+    "logs". positions: for each target, the bytes from its start that are durable. disks: index -> virtual
+    bytes of those that it sends, or, with logs, of all that its point has. consistent: whether an initial one
+    shows one instant.
     """
 
     id: uuid.UUID
@@ -175,16 +190,19 @@ class TransferRow:
     instant_s: float
     started_s: float
     positions: dict[int, int]
+    disks: dict[int, int]
     logs: tuple[LogSpec, ...] = ()
+    consistent: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class PointRow:
     """A recovery point. sequence: counts up within its VM.
 
-    kind: "initial" | "delta". consistency: "crash". state: "spooled" (its logs are durable, the disks are on
-    the point before) | "applying" (the disks are on neither) | "complete" | "superseded" (the disks have
-    moved on). bytes: what was received for it, disks or logs.
+    kind: "initial" | "delta". consistency: "crash", "none" for a base. state: "spooled" (its logs are
+    durable, the disks are on the point before) | "applying" (the disks are on neither) | "complete" |
+    "base" (the disks are whole and show no single instant: what the next logs need, and nothing to be had) |
+    "superseded" (the disks have moved on). bytes: what was received for it, disks or logs.
     """
 
     id: uuid.UUID

@@ -6,19 +6,20 @@ import dataclasses
 import threading
 from typing import TYPE_CHECKING
 
-from hvreplica.errors import InvalidTransition
+from hvreplica.errors import FieldOutOfRange, InvalidTransition
 from hvreplica.store.apply import finish
 from hvreplica.store.blocks import BlockReader
 from hvreplica.store.check import find_damage
 from hvreplica.store.fencing import fenced
 from hvreplica.store.gate import Gate
+from hvreplica.store.records import DiskSpec, TransferRow, validate_disks
 from hvreplica.store.room import room
 from hvreplica.store.sinks import InitialSink, LogSink
 from hvreplica.store.transfers import begin_initial, begin_logs, last_logs, last_point
 
 if TYPE_CHECKING:
     import uuid
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from hvreplica.progress import ProgressCallback
     from hvreplica.store.home import VmHome
@@ -31,9 +32,10 @@ class VmReplica:
     One transfer at a time: beginning one ends the sink of the one before. close() when the session ends.
     """
 
-    def __init__(self, home: VmHome, owner: Owner) -> None:
+    def __init__(self, home: VmHome, owner: Owner, announced: Sequence[DiskSpec]) -> None:
         self._home = home
         self._owner = owner
+        self._announced = {spec.index: spec.virtual_bytes for spec in announced}
         self._gate = Gate()
         self._lock = threading.RLock()
         self._sink: InitialSink | LogSink | None = None
@@ -48,8 +50,8 @@ class VmReplica:
     def phase(self) -> str:
         """What comes next: "empty" needs an initial replication, "initial" the rest of it, "ready" logs."""
         with self._home.catalog.snapshot():
-            transfer = self._home.catalog.transfer(self._home.vm_id)
-            if transfer is not None and transfer.kind == "initial" and transfer.state == "receiving":
+            transfer = self._home.catalog.transfer(self._home.vm_id, "initial")
+            if transfer is not None and transfer.state == "receiving":
                 return "initial"
             return "empty" if self.last_point is None else "ready"
 
@@ -57,7 +59,7 @@ class VmReplica:
     def last_point(self) -> uuid.UUID | None:
         """The newest point that was received whole, applied or not; the next logs must follow it."""
         with self._home.catalog.snapshot():
-            transfer = self._home.catalog.transfer(self._home.vm_id)
+            transfer = self._home.catalog.transfer(self._home.vm_id, "initial")
             if transfer is not None and transfer.state == "renaming":
                 return transfer.point_id
             point = last_point(self._home)
@@ -65,17 +67,21 @@ class VmReplica:
 
     @property
     def transfer(self) -> uuid.UUID | None:
-        """The transfer that is unfinished; beginning it again continues it."""
-        transfer = self._home.catalog.transfer(self._home.vm_id)
+        """The unfinished transfer of all disks or of logs; beginning it again continues it."""
+        transfer = self._home.catalog.transfer(self._home.vm_id, "initial", "logs")
         return None if transfer is None or transfer.state == "renaming" else transfer.id
 
     @property
     def disks(self) -> tuple[DiskRow, ...]:
-        """The VM's disks by index; last_log_id is that of the log received last, applied or not."""
+        """The announced disks by index; last_log_id is that of the log received last, applied or not."""
         with self._home.catalog.snapshot():
             last = last_logs(self._home)
             rows = self._home.catalog.disks(self._home.vm_id)
-        return tuple(dataclasses.replace(row, last_log_id=last[row.spec.index]) for row in rows)
+        return tuple(
+            dataclasses.replace(row, last_log_id=last[row.spec.index])
+            for row in rows
+            if row.spec.index in self._announced
+        )
 
     @property
     def damage(self) -> list[str]:
@@ -83,24 +89,39 @@ class VmReplica:
         return find_damage(self._home)
 
     def begin_initial(
-        self, transfer_id: uuid.UUID, *, point_id: uuid.UUID, instant_s: float, expected_bytes: int = 0
+        self,
+        transfer_id: uuid.UUID,
+        *,
+        point_id: uuid.UUID,
+        instant_s: float,
+        consistent: bool = True,
+        joining: Sequence[int] = (),
+        expected_bytes: int = 0,
     ) -> InitialSink | AlreadyHave:
         """Begin to build the VM's disks, or continue if `transfer_id` is unfinished (see sink.continued).
 
         Another unfinished transfer is dropped. The disks that are there stay as they are until commit().
-        instant_s: the point in time that the disks show, Unix seconds. expected_bytes: what the primary knows
-        to send; 0 if unknown. Raises: Fenced, StoreFull, StoreError, FieldOutOfRange.
+        instant_s: the point in time that the disks show, Unix seconds. consistent: whether they show one;
+        else the copy becomes a point with the next logs. joining: these disks alone, which no point has yet:
+        they belong to the points whose logs name them, and logs of the others may be received in turns with
+        them. expected_bytes: what the primary knows to send; 0 if unknown. Raises: Fenced, StoreFull,
+        StoreError, InvalidTransition, FieldOutOfRange.
         """
         with self._gate, self._lock, room(self._home.files, self._home.paths.folder):
             self._release()
-            sink = begin_initial(
-                self._home,
-                self._owner,
-                transfer_id,
+            wanted = TransferRow(
+                id=transfer_id,
+                kind="join" if joining else "initial",
+                state="receiving",
                 point_id=point_id,
+                previous_point_id=None,
                 instant_s=instant_s,
-                expected_bytes=expected_bytes,
+                started_s=self._home.clock.now_s(),
+                positions={},
+                disks=self._sizes(joining or self._announced),
+                consistent=consistent,
             )
+            sink = begin_initial(self._home, self._owner, wanted, expected_bytes=expected_bytes)
             self._sink = sink if isinstance(sink, InitialSink) else None
             return sink
 
@@ -112,27 +133,32 @@ class VmReplica:
         previous_point_id: uuid.UUID,
         instant_s: float,
         logs: Sequence[LogSpec],
+        disks: dict[int, int] | None = None,
         expected_bytes: int = 0,
     ) -> LogSink | AlreadyHave:
         """Begin to receive one cycle's closed logs, or continue if `transfer_id` is unfinished.
 
-        logs: in the order of applying; a target of the sink is a place in it. AlreadyHave: the point was
-        received. Raises: ChainBroken if previous_point_id is not the newest point or a log does not follow
-        the last one of its disk; InvalidTransition before the initial replication; Fenced, StoreFull,
-        StoreError, FieldOutOfRange.
+        logs: in the order of applying; a target of the sink is a place in it. disks: index -> virtual bytes
+        of the disks that the point has; by default those announced. AlreadyHave: the point was received.
+        Raises: ChainBroken if previous_point_id is not the newest point or a log does not follow
+        the last one of its disk; InvalidTransition before the initial replication; ReplicaDiverged for a disk
+        of which no copy is here; Fenced, StoreFull, StoreError, FieldOutOfRange.
         """
         with self._gate, self._lock, room(self._home.files, self._home.paths.folder):
             self._release()
-            sink = begin_logs(
-                self._home,
-                self._owner,
-                transfer_id,
+            wanted = TransferRow(
+                id=transfer_id,
+                kind="logs",
+                state="receiving",
                 point_id=point_id,
                 previous_point_id=previous_point_id,
                 instant_s=instant_s,
-                logs=logs,
-                expected_bytes=expected_bytes,
+                started_s=self._home.clock.now_s(),
+                positions={},
+                disks=self._announced if disks is None else self._validated(disks),
+                logs=tuple(logs),
             )
+            sink = begin_logs(self._home, self._owner, wanted, expected_bytes=expected_bytes)
             self._sink = sink if isinstance(sink, LogSink) else None
             return sink
 
@@ -174,6 +200,27 @@ class VmReplica:
     def fence(self) -> None:
         """End the session because a newer one has claimed the VM; every later call raises Fenced."""
         self._end(lambda: fenced(self.vm))
+
+    def _sizes(self, indexes: Iterable[int]) -> dict[int, int]:
+        unknown = sorted(set(indexes) - self._announced.keys())
+        if unknown:
+            raise FieldOutOfRange(
+                "the claim did not announce this disk",
+                field="disks",
+                expected=f"of {sorted(self._announced)}",
+                actual=unknown[0],
+            )
+        return {index: self._announced[index] for index in sorted(indexes)}
+
+    def _validated(self, disks: dict[int, int]) -> dict[int, int]:
+        """Hold sizes to what their disks can have: they may be older or newer than what was announced."""
+        rows = {row.spec.index: row.spec for row in self._home.catalog.disks(self._home.vm_id)}
+        specs = [
+            dataclasses.replace(rows.get(index, DiskSpec(index, virtual_bytes)), virtual_bytes=virtual_bytes)
+            for index, virtual_bytes in disks.items()
+        ]
+        validate_disks(specs)
+        return disks
 
     def _end(self, reason: Callable[[], Exception]) -> None:
         sink = self._sink

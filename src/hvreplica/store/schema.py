@@ -1,4 +1,4 @@
-"""The tables of catalog.db, version 1; docs/formats/store.md explains each column.
+"""The tables of catalog.db, version 2, and how those of older ones become it; see docs/formats/store.md.
 
 Times are Unix seconds, GUIDs are text in the usual lower-case form, sizes are bytes.
 """
@@ -6,7 +6,7 @@ Times are Unix seconds, GUIDs are text in the usual lower-case form, sizes are b
 from __future__ import annotations
 
 APPLICATION_ID = 0x48565243  # "HVRC": tells our database from anybody else's
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 TABLES = """
 CREATE TABLE vm (
@@ -40,23 +40,37 @@ CREATE TABLE disk (
     file_bytes INTEGER,
     data_write_guid TEXT,
     last_log_id TEXT,
+    virtual_disk_id TEXT,
+    base_id TEXT,
+    removed_s REAL,
     PRIMARY KEY (vm_id, disk_index)
 );
 CREATE TABLE transfer (
-    vm_id INTEGER PRIMARY KEY REFERENCES vm (id) ON DELETE CASCADE,
+    vm_id INTEGER NOT NULL REFERENCES vm (id) ON DELETE CASCADE,
     id TEXT NOT NULL,
-    kind TEXT NOT NULL CHECK (kind IN ('initial', 'logs')),
+    kind TEXT NOT NULL CHECK (kind IN ('initial', 'join', 'logs')),
     state TEXT NOT NULL CHECK (state IN ('receiving', 'renaming')),
     point_id TEXT NOT NULL,
     previous_point_id TEXT,
     instant_s REAL NOT NULL,
-    started_s REAL NOT NULL
+    started_s REAL NOT NULL,
+    consistent INTEGER NOT NULL CHECK (consistent IN (0, 1)),
+    PRIMARY KEY (vm_id, kind)
 );
 CREATE TABLE position (
-    vm_id INTEGER NOT NULL REFERENCES transfer (vm_id) ON DELETE CASCADE,
+    vm_id INTEGER NOT NULL,
+    kind TEXT NOT NULL,
     target INTEGER NOT NULL,
     durable_bytes INTEGER NOT NULL CHECK (durable_bytes >= 0),
-    PRIMARY KEY (vm_id, target)
+    PRIMARY KEY (vm_id, kind, target),
+    FOREIGN KEY (vm_id, kind) REFERENCES transfer (vm_id, kind) ON DELETE CASCADE
+);
+CREATE TABLE member (
+    vm_id INTEGER NOT NULL REFERENCES vm (id) ON DELETE CASCADE,
+    point_id TEXT NOT NULL,
+    disk_index INTEGER NOT NULL,
+    virtual_bytes INTEGER NOT NULL CHECK (virtual_bytes > 0),
+    PRIMARY KEY (vm_id, point_id, disk_index)
 );
 CREATE TABLE log (
     vm_id INTEGER NOT NULL REFERENCES vm (id) ON DELETE CASCADE,
@@ -75,8 +89,8 @@ CREATE TABLE point (
     id TEXT NOT NULL,
     instant_s REAL NOT NULL,
     kind TEXT NOT NULL CHECK (kind IN ('initial', 'delta')),
-    consistency TEXT NOT NULL CHECK (consistency IN ('crash')),
-    state TEXT NOT NULL CHECK (state IN ('spooled', 'applying', 'complete', 'superseded')),
+    consistency TEXT NOT NULL CHECK (consistency IN ('none', 'crash')),
+    state TEXT NOT NULL CHECK (state IN ('spooled', 'applying', 'base', 'complete', 'superseded')),
     previous_id TEXT,
     bytes INTEGER NOT NULL,
     received_s REAL NOT NULL,
@@ -85,3 +99,33 @@ CREATE TABLE point (
     UNIQUE (vm_id, id)
 );
 """
+
+_TABLE_OF = {statement.split()[2]: statement for statement in map(str.strip, TABLES.split(";")) if statement}
+# From the version that is the key to the next one. The tables are those of version 2: another change of them
+# has to freeze these here. Foreign keys are off meanwhile, so that a table that is replaced does not take the
+# rows along that refer to it.
+MIGRATIONS = {
+    1: (
+        "ALTER TABLE disk ADD COLUMN virtual_disk_id TEXT",
+        "ALTER TABLE disk ADD COLUMN base_id TEXT",
+        "ALTER TABLE disk ADD COLUMN removed_s REAL",
+        "ALTER TABLE point RENAME TO point_1",
+        _TABLE_OF["point"],
+        "INSERT INTO point SELECT * FROM point_1",
+        "DROP TABLE point_1",
+        "ALTER TABLE position RENAME TO position_1",
+        "ALTER TABLE transfer RENAME TO transfer_1",
+        _TABLE_OF["transfer"],
+        "INSERT INTO transfer SELECT *, 1 FROM transfer_1",
+        _TABLE_OF["position"],
+        """INSERT INTO position SELECT vm_id, kind, target, durable_bytes
+           FROM position_1 JOIN transfer_1 USING (vm_id)""",
+        "DROP TABLE position_1",
+        "DROP TABLE transfer_1",
+        _TABLE_OF["member"],
+        """INSERT INTO member SELECT vm_id, id, disk_index, virtual_bytes
+           FROM point JOIN disk USING (vm_id) WHERE state <> 'superseded'""",
+        """INSERT INTO member SELECT vm_id, point_id, disk_index, virtual_bytes
+           FROM transfer JOIN disk USING (vm_id)""",
+    ),
+}

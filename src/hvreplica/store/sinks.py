@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from hvreplica.files import BlockFile
     from hvreplica.progress import Progress
     from hvreplica.store.home import VmHome
-    from hvreplica.store.records import DiskSpec, LogSpec, Owner, TransferRow
+    from hvreplica.store.records import LogSpec, Owner, TransferRow
 
 
 class Closable(Protocol):
@@ -224,7 +224,7 @@ class TransferSink(ABC, Generic[C]):
             self._home.require_owner(self._owner)
             self._home.require_transfer(self.transfer_id)
             for number, done_bytes in positions.items():
-                catalog.set_position(self._home.vm_id, number, done_bytes)
+                catalog.set_position(self._home.vm_id, self._transfer.kind, number, done_bytes)
         self._positions.update(positions)
 
     def _seal(self) -> None:
@@ -251,32 +251,33 @@ class TransferSink(ABC, Generic[C]):
     def _check_whole(self) -> None:
         """Look at what came before it is taken for good."""
 
-    def _has_point(self) -> bool:
-        point = self._home.catalog.point(self._home.vm_id, self._transfer.point_id)
-        return point is not None
-
 
 class InitialSink(TransferSink["Disk"]):
     """Builds disks/<index>.vhdx.partial; target numbers are disk indexes."""
 
     def commit(self) -> uuid.UUID:
-        """Make the received disks the VM's disks and the point complete; durable on return. Repeatable.
+        """Make the received disks the VM's disks, and the point complete if it is one; durable on return.
 
+        Repeatable.
         Raises: StoreError where something is missing, Locked while another process reads the old disks
         (commit again later), Fenced.
         """
         home = self._home
         with self._gate, self._flushing, room(home.files, home.paths.folder):
-            if self._has_point():
+            if self._is_there():
                 return self._transfer.point_id
             self._seal()
             with home.exclusive():
                 with home.catalog.transaction():
                     home.require_owner(self._owner)
                     home.require_transfer(self.transfer_id)
-                    home.catalog.set_transfer_state(home.vm_id, "renaming")
+                    home.catalog.set_transfer_state(home.vm_id, self._transfer.kind, "renaming")
                 finish_initial(home)
             return self._transfer.point_id
+
+    def _is_there(self) -> bool:
+        rows = self._home.catalog.disks(self._home.vm_id)
+        return all(row.base_id == self._transfer.point_id for row in rows if row.spec.index in self._targets)
 
     def _put(self, target: Target[Disk], table: NDArray[np.int64], data: Buffer) -> None:
         target.medium.write_extents(table, data)
@@ -302,7 +303,7 @@ class LogSink(TransferSink["BlockFile"]):
         (the transfer is then dropped and must begin anew), Fenced.
         """
         with self._gate, self._flushing, room(self._home.files, self._home.paths.spool):
-            if self._has_point():
+            if self._home.catalog.point(self._home.vm_id, self._transfer.point_id) is not None:
                 return self._transfer.point_id
             self._seal()
             self._rename()
@@ -323,18 +324,17 @@ class LogSink(TransferSink["BlockFile"]):
         target.medium.close()
 
     def _check_whole(self) -> None:
-        disks = {row.spec.index: row.spec for row in self._home.catalog.disks(self._home.vm_id)}
         try:
             for number, log in enumerate(self._transfer.logs):
-                self._verify(self._targets[number].path, log, disks[log.disk_index])
+                self._verify(self._targets[number].path, log, self._transfer.disks[log.disk_index])
         except (FormatError, LogError) as error:
             self._failure = kept(error)
             self._drop()
             raise
 
-    def _verify(self, path: Path, log: LogSpec, disk: DiskSpec) -> None:
+    def _verify(self, path: Path, log: LogSpec, disk_bytes: int) -> None:
         report = verify_log(
-            self._home.files, path, data=True, disk_bytes=disk.virtual_bytes, progress=self._check_gate
+            self._home.files, path, data=True, disk_bytes=disk_bytes, progress=self._check_gate
         )
         for name, expected, actual in (
             ("UniqueId", str(log.log_id), report.log_id),
@@ -359,7 +359,7 @@ class LogSink(TransferSink["BlockFile"]):
         with self._home.catalog.transaction():
             self._home.require_owner(self._owner)
             self._home.require_transfer(self.transfer_id)
-            self._home.catalog.delete_transfer(self._home.vm_id)
+            self._home.catalog.delete_transfers(self._home.vm_id, "logs")
         for target in self._targets.values():
             target.medium.close()
             self._home.files.unlink(target.path)
@@ -382,7 +382,7 @@ class LogSink(TransferSink["BlockFile"]):
             home.catalog.insert_point(
                 home.vm_id, PointRow(*point, transfer.previous_point_id, size, now_s, None)
             )
-            home.catalog.delete_transfer(home.vm_id, keep_logs=True)
+            home.catalog.end_transfer(home.vm_id, "logs")
         home.verified_logs.update(log.log_id for log in transfer.logs)
 
 

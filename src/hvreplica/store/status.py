@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hvreplica.store.home import VmHome
-    from hvreplica.store.records import PointRow
+    from hvreplica.store.records import DiskRow, PointRow, TransferRow
 
 
 class PointStatus(msgspec.Struct, frozen=True):
@@ -36,7 +36,9 @@ class PointStatus(msgspec.Struct, frozen=True):
 class DiskStatus(msgspec.Struct, frozen=True):
     """A replica's disk. label: the primary's name for it. path: its file, which may not exist yet.
 
-    file_bytes: length of that file when the last point was applied.
+    file_bytes: length of that file when the last point was applied. state: "arriving" (no whole copy is here
+    yet), "waiting" (it is whole, and belongs to points from the next one on), "protected", or "removed" (the
+    file is as the last point left it that had the disk).
     """
 
     index: int
@@ -44,6 +46,7 @@ class DiskStatus(msgspec.Struct, frozen=True):
     path: str
     virtual_bytes: int
     file_bytes: int | None
+    state: str = "protected"
 
 
 class TransferStatus(msgspec.Struct, frozen=True):
@@ -66,9 +69,11 @@ class OwnerStatus(msgspec.Struct, frozen=True):
 
 
 class VmStatus(msgspec.Struct, frozen=True):
-    """A VM. phase: "empty", "initial" or "ready". damage: a sentence for each file that is not right.
+    """A VM. damage: a sentence for each file that is not right.
 
-    points: oldest first. spool_bytes: of logs that wait to be applied. owners: the present one last.
+    phase: "empty"; "initial", while the first copy arrives; "waiting" for the first cut, which makes a point
+    of a copy that was made while the VM wrote; "ready". points: oldest first. spool_bytes: of logs that wait
+    to be applied. owners: the present one last. joining: the first copy of disks that were added.
     """
 
     name: str
@@ -80,6 +85,7 @@ class VmStatus(msgspec.Struct, frozen=True):
     spool_bytes: int
     owners: list[OwnerStatus]
     damage: list[str]
+    joining: TransferStatus | None = None
 
 
 class StoreStatus(msgspec.Struct, frozen=True):
@@ -96,11 +102,18 @@ def vm_status(home: VmHome) -> VmStatus:
     with catalog.snapshot():
         rows = catalog.disks(vm_id)
         points = points_of(home)
-        transfer = _transfer_status(home)
-        waiting = [point for point in catalog.points(vm_id) if point.state in {"spooled", "applying"}]
+        stored = catalog.points(vm_id)
+        transfer = _transfer_status(catalog.transfer(vm_id, "initial", "logs"))
+        joining = _transfer_status(catalog.transfer(vm_id, "join"))
+        waiting = [point for point in stored if point.state in {"spooled", "applying"}]
+        members = {index for point in stored for index in catalog.members(vm_id, point.id)}
         owners = catalog.owners(vm_id)
-        receives_initial = transfer is not None and transfer.kind == "initial"
-    phase = "initial" if receives_initial else "ready" if points else "empty"
+    if transfer is not None and transfer.kind == "initial":
+        phase = "initial"
+    elif any(point.state == "base" for point in stored):
+        phase = "waiting"
+    else:
+        phase = "ready" if points else "empty"
     return VmStatus(
         name=home.name,
         folder=str(home.paths.folder),
@@ -112,6 +125,7 @@ def vm_status(home: VmHome) -> VmStatus:
                 str(home.paths.disk(row.spec.index)),
                 row.spec.virtual_bytes,
                 row.file_bytes,
+                _disk_state(row, members),
             )
             for row in rows
         ],
@@ -123,19 +137,30 @@ def vm_status(home: VmHome) -> VmStatus:
             for owner, last_s in owners
         ],
         damage=find_damage(home),
+        joining=joining,
     )
+
+
+def _disk_state(row: DiskRow, members: set[int]) -> str:
+    if row.removed_s is not None:
+        return "removed"
+    if row.file_bytes is None:
+        return "arriving"
+    return "protected" if row.spec.index in members else "waiting"
 
 
 def points_of(home: VmHome) -> list[PointStatus]:
     """Return the points that the VM's disks are on or will be on, oldest first.
 
     While the disks are being moved from one point to the next, the one before is not listed: it cannot be
-    had.
+    had. Nor is a copy that shows no single instant.
     """
     with home.catalog.snapshot():
         moving = is_cut(home)
         rows = home.catalog.points(home.vm_id)
-    return [_point_status(row) for row in rows if not (moving and row.state == "complete")]
+    return [
+        _point_status(row) for row in rows if row.state != "base" and not (moving and row.state == "complete")
+    ]
 
 
 def store_status(root: Path, free_bytes: int, homes: list[VmHome]) -> StoreStatus:
@@ -156,13 +181,12 @@ def _point_status(row: PointRow) -> PointStatus:
     )
 
 
-def _transfer_status(home: VmHome) -> TransferStatus | None:
-    transfer = home.catalog.transfer(home.vm_id)
+def _transfer_status(transfer: TransferRow | None) -> TransferStatus | None:
     if transfer is None:
         return None
-    if transfer.kind == "initial":
-        total_bytes = sum(row.spec.virtual_bytes for row in home.catalog.disks(home.vm_id))
-    else:
+    if transfer.kind == "logs":
         total_bytes = sum(log.log_bytes for log in transfer.logs)
+    else:
+        total_bytes = sum(transfer.disks.values())
     done_bytes = sum(transfer.positions.values())
     return TransferStatus(str(transfer.id), transfer.kind, transfer.started_s, done_bytes, total_bytes)

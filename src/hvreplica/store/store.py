@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Self
 
 import msgspec
 
-from hvreplica.errors import HvReplicaError, InvalidTransition, NoSuchPoint, StoreError
+from hvreplica.errors import HvReplicaError, InvalidTransition, NoSuchPoint, StoreError, UnsupportedVersion
 from hvreplica.store.apply import finish
 from hvreplica.store.catalog import Catalog
-from hvreplica.store.fencing import validate_claim, validate_same_disks
+from hvreplica.store.fencing import validate_claim, validate_disks_follow
 from hvreplica.store.home import StoreParts, VmHome
 from hvreplica.store.layout import (
     CATALOG_NAME,
@@ -92,9 +92,14 @@ class Store:
     def open_reading(cls, files: FileSystem, root: Path, *, clock: Clock) -> Store:
         """Open an existing store for status, points and exports, beside the process that serves it.
 
-        Raises: StoreError if there is none.
+        One that an older version wrote is brought on if nobody serves it. Raises: StoreError if there is
+        none, Locked where another version serves it.
         """
-        catalog = Catalog(files, root / CATALOG_NAME, create=False)
+        try:
+            catalog = Catalog(files, root / CATALOG_NAME, create=False)
+        except UnsupportedVersion:
+            _bring_on(files, root)
+            catalog = Catalog(files, root / CATALOG_NAME, create=False)
         return cls(StoreParts(files, root, catalog, clock), None)
 
     def close(self) -> None:
@@ -122,12 +127,14 @@ class Store:
         generation: int,
         certificate: str,
         disks: Sequence[DiskSpec],
+        removed: Sequence[int] = (),
     ) -> VmReplica:
         """Become the writer of a VM by the rule of store/fencing.py, and end the session that was.
 
-        Durable on return. certificate: the identity that the trust list accepted; recorded. disks: must be
-        those that the replica holds, once it holds a point. Raises: Fenced, ReplicaDiverged, FieldOutOfRange,
-        StoreFull.
+        Durable on return. certificate: the identity that the trust list accepted; recorded. disks: as they
+        are now. Once the replica holds a point they must include those that it holds, but for the indexes
+        `removed`; their sizes may differ and further ones may be among them: logs will say so. Raises:
+        Fenced, ReplicaDiverged, FieldOutOfRange, StoreFull.
         """
         self._require_serving()
         validate_vm_name(vm)
@@ -135,13 +142,13 @@ class Store:
         owner.validate()
         validate_disks(disks)
         with self._claim_lock(vm):
-            row = self._register(vm, owner, disks)
+            row = self._register(vm, owner, disks, set(removed))
             home = self._home(row)
             with self._guard:
                 older = self._replicas.get(row.id)
             if older is not None:
                 older.fence()
-            replica = VmReplica(home, owner)
+            replica = VmReplica(home, owner, disks)
             with self._guard:
                 self._replicas[row.id] = replica
         return replica
@@ -217,7 +224,7 @@ class Store:
             error = str(failure)
         return RecoveredVm(home.name, [str(point) for point in points], error)
 
-    def _register(self, vm: str, owner: Owner, disks: Sequence[DiskSpec]) -> VmRow:
+    def _register(self, vm: str, owner: Owner, disks: Sequence[DiskSpec], removed: set[int]) -> VmRow:
         """Decide the claim and record it, in one transaction."""
         catalog, now_s = self._parts.catalog, self._parts.clock.now_s()
         with catalog.transaction():
@@ -225,30 +232,39 @@ class Store:
             if row is None:
                 folder = self._free_folder(vm)
                 vm_id = catalog.insert_vm(vm, folder, collision_key(folder), owner, now_s)
-                catalog.set_disks(vm_id, disks)
+                for disk in disks:
+                    catalog.insert_disk(vm_id, disk)
             else:
                 vm_id = row.id
                 validate_claim(row, owner)
-                self._keep_disks(row, disks)
+                self._keep_disks(row, disks, removed)
             catalog.set_owner(vm_id, owner, now_s)
             for disk in disks:
-                catalog.set_label(vm_id, disk.index, printable(disk.label))
+                catalog.name_disk(vm_id, disk.index, printable(disk.label), disk.virtual_disk_id)
         row = catalog.vm(vm)
         if row is None:
             raise StoreError(f"VM {vm!r} vanished from the catalog", path=self._parts.root)
         return row
 
-    def _keep_disks(self, row: VmRow, disks: Sequence[DiskSpec]) -> None:
+    def _keep_disks(self, row: VmRow, disks: Sequence[DiskSpec], removed: set[int]) -> None:
         """Hold the claim to the disks that the replica has; while it has no point, other disks begin anew."""
         catalog = self._parts.catalog
         stored = catalog.disks(row.id)
-        transfer = catalog.transfer(row.id)
-        holds_data = catalog.points(row.id) or (transfer is not None and transfer.state == "renaming")
-        if holds_data:
-            validate_same_disks(row.name, stored, disks)
-        elif {disk.spec.shape for disk in stored} != {disk.shape for disk in disks}:
-            catalog.delete_transfer(row.id)
-            catalog.set_disks(row.id, disks)
+        transfer = catalog.transfer(row.id, "initial")
+        points = catalog.points(row.id)
+        if points or (transfer is not None and transfer.state == "renaming"):
+            validate_disks_follow(row.name, stored, disks, removed)
+        elif {disk.spec.key for disk in stored} != {disk.key for disk in disks}:
+            catalog.delete_transfers(row.id, "initial", "logs")
+            catalog.delete_disks(row.id)
+            stored = []
+        held = {disk.spec.index for disk in stored if disk.is_held}
+        for disk in disks:
+            if disk.index not in held:
+                catalog.insert_disk(row.id, disk)
+        in_points = {index for point in points for index in catalog.members(row.id, point.id)}
+        for index in removed - in_points:  # the others leave with the first point that does not have them
+            catalog.remove_disk(row.id, index, self._parts.clock.now_s())
 
     def _free_folder(self, vm: str) -> str:
         """Choose the folder of a new VM. Raises: StoreError if something of unknown origin stands there."""
@@ -263,6 +279,15 @@ class Store:
                 hint="move the folder away, or restore the catalog that belongs to it",
             )
         return folder
+
+
+def _bring_on(files: FileSystem, root: Path) -> None:
+    """Bring an older version's catalog on, alone: its server would not understand what it finds."""
+    lock = files.lock(root / STORE_LOCK_NAME)
+    try:
+        Catalog(files, root / CATALOG_NAME, create=True).close()
+    finally:
+        lock.release()
 
 
 def _require_no_orphans(files: FileSystem, root: Path) -> None:

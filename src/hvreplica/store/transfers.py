@@ -7,56 +7,65 @@ files are there, and a file without a row is worth nothing.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from hvreplica.disk import create_disk, open_disk
-from hvreplica.errors import ChainBroken, FormatError, InvalidTransition, StoreError
+from hvreplica.errors import ChainBroken, FormatError, InvalidTransition, ReplicaDiverged, StoreError
 from hvreplica.store.apply import finish_initial
 from hvreplica.store.check import require_sound
 from hvreplica.store.layout import PARTIAL_SUFFIX
-from hvreplica.store.records import NIL, AlreadyHave, TransferRow, validate_instant, validate_logs
+from hvreplica.store.records import NIL, AlreadyHave, validate_instant, validate_logs
+from hvreplica.store.resize import fit_disk
 from hvreplica.store.room import require_room, room
 from hvreplica.store.sinks import InitialSink, LogSink, Target
 
 if TYPE_CHECKING:
     import uuid
-    from collections.abc import Sequence
     from pathlib import Path
 
     from hvreplica.disk import Disk
     from hvreplica.files import BlockFile, FileSystem
     from hvreplica.store.home import VmHome
-    from hvreplica.store.records import DiskSpec, LogSpec, Owner, PointRow
+    from hvreplica.store.records import DiskRow, DiskSpec, LogSpec, Owner, PointRow, TransferRow
+
+
+# A whole copy makes all else pointless. Disks that join arrive beside the logs of the others, in turns.
+_REPLACED_BY = {
+    "initial": ("initial", "join", "logs"),
+    "join": ("initial", "join"),
+    "logs": ("initial", "logs"),
+}
 
 
 def begin_initial(
     home: VmHome,
     owner: Owner,
-    transfer_id: uuid.UUID,
+    wanted: TransferRow,
     *,
-    point_id: uuid.UUID,
-    instant_s: float,
     expected_bytes: int,
 ) -> InitialSink | AlreadyHave:
-    """Do what VmReplica.begin_initial() says."""
-    validate_instant(instant_s)
+    """Do what VmReplica.begin_initial() says. wanted: the transfer as it would be if it began now."""
+    validate_instant(wanted.instant_s)
     finish_initial(home)
-    known = _known_point(home, point_id)
+    known = _known_base(home, wanted) if wanted.kind == "join" else _known_point(home, wanted.point_id)
     if known is not None:
         return known
-    wanted = _row(
-        home, transfer_id, "initial", point_id=point_id, previous_point_id=None, instant_s=instant_s
-    )
+    if wanted.kind == "join":
+        _require_joinable(home, wanted)
     found = _unfinished(home, wanted)
     if found is not None:
-        targets = _open_disks(home)
+        targets = _open_disks(home, wanted)
         if targets is not None:
-            return InitialSink(home, owner, found, targets, continued=True)
-    _discard(home, owner)
+            _renew(home, owner, wanted)
+            positions = {index: min(at, wanted.disks[index]) for index, at in found.positions.items()}
+            row = dataclasses.replace(wanted, positions=positions, started_s=found.started_s)
+            return InitialSink(home, owner, row, targets, continued=True)
+    _discard(home, owner, wanted.kind)
     with room(home.files, home.paths.disks, expected_bytes):
-        _create_disks(home, expected_bytes)
+        _create_disks(home, wanted, expected_bytes)
         _insert(home, owner, wanted)
-        targets = _open_disks(home)
+        targets = _open_disks(home, wanted)
     if targets is None:
         raise StoreError("the disks that were just made cannot be opened", path=home.paths.disks)
     return InitialSink(home, owner, wanted, targets, continued=False)
@@ -65,38 +74,26 @@ def begin_initial(
 def begin_logs(
     home: VmHome,
     owner: Owner,
-    transfer_id: uuid.UUID,
+    wanted: TransferRow,
     *,
-    point_id: uuid.UUID,
-    previous_point_id: uuid.UUID,
-    instant_s: float,
-    logs: Sequence[LogSpec],
     expected_bytes: int,
 ) -> LogSink | AlreadyHave:
-    """Do what VmReplica.begin_logs() says."""
-    validate_instant(instant_s)
-    validate_logs(logs, {row.spec.index for row in home.catalog.disks(home.vm_id)})
+    """Do what VmReplica.begin_logs() says. wanted: the transfer as it would be if it began now."""
+    validate_instant(wanted.instant_s)
     finish_initial(home)
-    known = _known_point(home, point_id)
+    known = _known_point(home, wanted.point_id)
     if known is not None:
         return known
-    _require_chain(home, previous_point_id, logs)
+    _require_chain(home, wanted)
+    validate_logs(wanted.logs, set(wanted.disks))
+    _require_held(home, wanted)
     require_sound(home)
-    wanted = _row(
-        home,
-        transfer_id,
-        "logs",
-        point_id=point_id,
-        previous_point_id=previous_point_id,
-        instant_s=instant_s,
-        logs=tuple(logs),
-    )
     found = _unfinished(home, wanted)
     if found is not None:
         targets = _open_logs(home, found.logs)
         if targets is not None:
             return LogSink(home, owner, found, targets, continued=True)
-    _discard(home, owner)
+    _discard(home, owner, "logs")
     with room(home.files, home.paths.spool, expected_bytes):
         _create_logs(home, wanted.logs, expected_bytes)
         _insert(home, owner, wanted)
@@ -109,14 +106,14 @@ def begin_logs(
 def sweep(home: VmHome) -> None:
     """Remove files of transfers that the catalog does not know; nothing of a listed or waiting point."""
     with home.catalog.snapshot():
-        transfer = home.catalog.transfer(home.vm_id)
+        initials = [row for row in home.catalog.transfers(home.vm_id) if row.kind != "logs"]
         log_ids = home.catalog.log_ids(home.vm_id)
     keep = {
         path.name for log_id in log_ids for path in (home.paths.log(log_id), home.paths.partial_log(log_id))
     }
     _remove(home.files, home.paths.spool, (".hrl", ".hrl" + PARTIAL_SUFFIX), keep)
-    if transfer is None or transfer.kind != "initial":
-        _remove(home.files, home.paths.disks, (".vhdx" + PARTIAL_SUFFIX,), set())
+    arriving = {home.paths.partial_disk(index).name for row in initials for index in row.disks}
+    _remove(home.files, home.paths.disks, (".vhdx" + PARTIAL_SUFFIX,), arriving)
     _remove(home.files, home.paths.disks, (".tmp",), set())  # of disks whose making was cut
 
 
@@ -134,27 +131,12 @@ def last_logs(home: VmHome) -> dict[int, uuid.UUID]:
     return last
 
 
-def _row(
-    home: VmHome,
-    transfer_id: uuid.UUID,
-    kind: str,
-    *,
-    point_id: uuid.UUID,
-    previous_point_id: uuid.UUID | None,
-    instant_s: float,
-    logs: tuple[LogSpec, ...] = (),
-) -> TransferRow:
-    return TransferRow(
-        id=transfer_id,
-        kind=kind,
-        state="receiving",
-        point_id=point_id,
-        previous_point_id=previous_point_id,
-        instant_s=instant_s,
-        started_s=home.clock.now_s(),
-        positions={},
-        logs=logs,
-    )
+def _known_base(home: VmHome, wanted: TransferRow) -> AlreadyHave | None:
+    """Return the answer where the very disks that would be sent are here."""
+    rows = [row for row in home.catalog.disks(home.vm_id) if row.spec.index in wanted.disks]
+    if all(row.is_held and row.base_id == wanted.point_id for row in rows):
+        return AlreadyHave(wanted.point_id, "base")
+    return None
 
 
 def _known_point(home: VmHome, point_id: uuid.UUID) -> AlreadyHave | None:
@@ -170,19 +152,50 @@ def _known_point(home: VmHome, point_id: uuid.UUID) -> AlreadyHave | None:
     return AlreadyHave(point_id, point.state)
 
 
-def _require_chain(home: VmHome, previous_point_id: uuid.UUID, logs: Sequence[LogSpec]) -> None:
+def _require_joinable(home: VmHome, wanted: TransferRow) -> None:
+    """Let only disks join that no point has: one that has them would show two instants at once."""
     newest = last_point(home)
     if newest is None:
         raise InvalidTransition(
             f"VM {home.name!r} has no complete replica yet", hint="its initial replication comes first"
         )
-    if newest.id != previous_point_id:
+    taken = sorted(home.catalog.members(home.vm_id, newest.id).keys() & wanted.disks.keys())
+    if taken:
+        raise InvalidTransition(
+            f"disk {taken[0]} of VM {home.name!r} belongs to its newest point",
+            field="disks",
+            hint="its changes come as logs, or all disks come again with `hvreplica replicate --resync`",
+        )
+
+
+def _require_held(home: VmHome, wanted: TransferRow) -> None:
+    """Refuse a point with disks of which no whole copy is here."""
+    held = {row.spec.index for row in home.catalog.disks(home.vm_id) if row.is_held}
+    missing = sorted(wanted.disks.keys() - held)
+    if missing:
+        raise ReplicaDiverged(
+            f"the replica has no copy of disk {missing[0]} of VM {home.name!r}",
+            path=home.paths.folder,
+            field="disks",
+            expected=f"of {sorted(held)}",
+            actual=sorted(wanted.disks),
+            hint="send an initial replication of this disk first",
+        )
+
+
+def _require_chain(home: VmHome, wanted: TransferRow) -> None:
+    newest = last_point(home)
+    if newest is None:
+        raise InvalidTransition(
+            f"VM {home.name!r} has no complete replica yet", hint="its initial replication comes first"
+        )
+    if newest.id != wanted.previous_point_id:
         raise ChainBroken(
             f"the logs do not follow the newest point of VM {home.name!r}",
             path=home.paths.folder,
             field="previous_point_id",
             expected=newest.id,
-            actual=previous_point_id,
+            actual=wanted.previous_point_id,
             hint="compare the disks to find what changed since the replica's point",
         )
     last = last_logs(home)
@@ -191,18 +204,16 @@ def _require_chain(home: VmHome, previous_point_id: uuid.UUID, logs: Sequence[Lo
         for point in home.catalog.points(home.vm_id)
         for log in home.catalog.logs(home.vm_id, point.id)
     }
-    for log in logs:
+    for log in wanted.logs:
         if log.log_id in waiting:
             raise ChainBroken("a log of this id waits to be applied", field="log_id", actual=log.log_id)
-        if (
-            NIL not in {log.previous_log_id, last[log.disk_index]}
-            and log.previous_log_id != last[log.disk_index]
-        ):
+        before = last.get(log.disk_index, NIL)
+        if NIL not in {log.previous_log_id, before} and log.previous_log_id != before:
             raise ChainBroken(
                 f"a log does not follow the last one of disk {log.disk_index} of VM {home.name!r}",
                 path=home.paths.folder,
                 field="previous_log_id",
-                expected=last[log.disk_index],
+                expected=before,
                 actual=log.previous_log_id,
                 hint="compare the disks to find what changed since the replica's point",
             )
@@ -211,11 +222,14 @@ def _require_chain(home: VmHome, previous_point_id: uuid.UUID, logs: Sequence[Lo
 
 def _unfinished(home: VmHome, wanted: TransferRow) -> TransferRow | None:
     """Return the transfer to continue, None where a new one begins. Raises: StoreError if the id was used."""
-    found = home.catalog.transfer(home.vm_id)
-    if found is None or found.id != wanted.id:
+    found = next((row for row in home.catalog.transfers(home.vm_id) if row.id == wanted.id), None)
+    if found is None:
         return None
     same = ("kind", "point_id", "previous_point_id", "logs")
-    if any(getattr(found, name) != getattr(wanted, name) for name in same):
+    sizes_may_differ = wanted.kind != "logs"  # a disk that grows while it is sent for the first time goes on
+    if any(getattr(found, name) != getattr(wanted, name) for name in same) or (
+        found.disks.keys() != wanted.disks.keys() if sizes_may_differ else found.disks != wanted.disks
+    ):
         raise StoreError(
             "this transfer was announced with other contents before",
             path=home.paths.folder,
@@ -224,12 +238,18 @@ def _unfinished(home: VmHome, wanted: TransferRow) -> TransferRow | None:
     return found
 
 
-def _discard(home: VmHome, owner: Owner) -> None:
-    """Forget an unfinished transfer and remove its files."""
+def _discard(home: VmHome, owner: Owner, kind: str) -> None:
+    """Forget the unfinished transfers in whose place one of `kind` comes, and remove their files."""
     with home.catalog.transaction():
         home.require_owner(owner)
-        home.catalog.delete_transfer(home.vm_id)
+        home.catalog.delete_transfers(home.vm_id, *_REPLACED_BY[kind])
     sweep(home)
+
+
+def _renew(home: VmHome, owner: Owner, row: TransferRow) -> None:
+    with home.catalog.transaction():
+        home.require_owner(owner)
+        home.catalog.renew_transfer(home.vm_id, row)
 
 
 def _insert(home: VmHome, owner: Owner, row: TransferRow) -> None:
@@ -246,14 +266,14 @@ def _remove(files: FileSystem, folder: Path, suffixes: tuple[str, ...], keep: se
         files.sync_directory(folder)
 
 
-def _create_disks(home: VmHome, expected_bytes: int) -> None:
+def _create_disks(home: VmHome, transfer: TransferRow, expected_bytes: int) -> None:
     home.files.make_directory(home.paths.disks)
     require_room(home.files, home.paths.partial_disk(0), expected_bytes)
-    for row in home.catalog.disks(home.vm_id):
+    for row in _rows(home, transfer):
         create_disk(
             home.files,
             home.paths.partial_disk(row.spec.index),
-            virtual_bytes=row.spec.virtual_bytes,
+            virtual_bytes=transfer.disks[row.spec.index],
             format="vhdx",
             type="dynamic",
             block_bytes=row.spec.block_bytes or None,
@@ -264,33 +284,35 @@ def _create_disks(home: VmHome, expected_bytes: int) -> None:
     home.files.sync_directory(home.paths.disks)
 
 
-def _open_disks(home: VmHome) -> dict[int, Target[Disk]] | None:
+def _rows(home: VmHome, transfer: TransferRow) -> list[DiskRow]:
+    return [row for row in home.catalog.disks(home.vm_id) if row.spec.index in transfer.disks]
+
+
+def _open_disks(home: VmHome, transfer: TransferRow) -> dict[int, Target[Disk]] | None:
     """Open the .partial disks; None where they are not what an unfinished transfer needs."""
     targets: dict[int, Target[Disk]] = {}
-    for row in home.catalog.disks(home.vm_id):
-        disk = _open_disk(home, row.spec)
+    for row in _rows(home, transfer):
+        virtual_bytes = transfer.disks[row.spec.index]
+        disk = _open_disk(home, row.spec, virtual_bytes)
         if disk is None:
             for target in targets.values():
                 target.medium.abandon()
             return None
-        targets[row.spec.index] = Target(
-            disk,
-            home.paths.partial_disk(row.spec.index),
-            row.spec.virtual_bytes,
-            row.spec.logical_sector_bytes,
-        )
+        path = home.paths.partial_disk(row.spec.index)
+        targets[row.spec.index] = Target(disk, path, virtual_bytes, row.spec.logical_sector_bytes)
     return targets
 
 
-def _open_disk(home: VmHome, spec: DiskSpec) -> Disk | None:
+def _open_disk(home: VmHome, spec: DiskSpec, virtual_bytes: int) -> Disk | None:
     path = home.paths.partial_disk(spec.index)
     if not home.files.exists(path):
         return None
     try:
+        fit_disk(home.files, path, virtual_bytes, clock=home.clock)
         disk = open_disk(home.files, path, writable=True, format="vhdx", clock=home.clock)
     except FormatError:
         return None
-    if (disk.virtual_bytes, disk.logical_sector_bytes) == (spec.virtual_bytes, spec.logical_sector_bytes):
+    if disk.logical_sector_bytes == spec.logical_sector_bytes:
         return disk
     disk.abandon()
     return None
