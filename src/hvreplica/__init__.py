@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         disk_info,
         disk_map,
     )
+    from hvreplica.replication.log_sources import log_from_child
     from hvreplica.replication.log_verbs import log_apply, log_dump, log_info, log_recover, log_verify
     from hvreplica.replication.results import DiskChange, ReplicateResult, ShippedLog
     from hvreplica.replication.serve import Server
@@ -50,6 +51,7 @@ __all__ = [
     "disk_resize",
     "log_apply",
     "log_dump",
+    "log_from_child",
     "log_info",
     "log_recover",
     "log_verify",
@@ -75,6 +77,7 @@ _HOMES = {
     "disk_repair": "replication.disk_check",
     "disk_repair_undo": "replication.disk_check",
     "disk_resize": "replication.disk_change",
+    "log_from_child": "replication.log_sources",
     "replicate": "replication.verbs",
 }
 _FAMILIES = {

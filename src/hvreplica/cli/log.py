@@ -1,4 +1,4 @@
-"""`log`: look into .hrl logs, check them, apply them to a disk."""
+"""`log`: look into .hrl logs, check them, apply them to a disk, make them of other sources of change."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 import hvreplica
+from hvreplica.cli.log_sources import from_child
 from hvreplica.cli.options import PATH, verb
 from hvreplica.cli.progress import progress_shown
 
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
 _LOG = click.argument("file", type=PATH, metavar="FILE.hrl")
 
 
-@click.group(short_help="Look into .hrl logs, check and apply them.")
+@click.group(short_help="Look into .hrl logs, check, apply and make them.")
 def log() -> None:
-    """Look into .hrl logs ([MS-HRL]), check them, apply them to a disk."""
+    """Look into .hrl logs ([MS-HRL]), check them, apply them to a disk, make them of other disks."""
 
 
 @log.command()
@@ -78,3 +79,6 @@ def recover(output: Output, file: Path) -> None:
     """Close a log whose writer died after its last complete metadata block; a torn end is reported."""
     report = hvreplica.log_recover(file)
     output.answer(report, lambda: output.structure(report))
+
+
+log.add_command(from_child)
