@@ -21,6 +21,7 @@ PACKAGES = {
     "nbdinfo": "libnbd-bin",
     "nbdcopy": "libnbd-bin",
     "nbdkit": "nbdkit",
+    "qemu-system-x86_64": "qemu-system-x86",
     "fio": "fio",
     "socat": "socat",
     "mkfs.ext4": "e2fsprogs",
