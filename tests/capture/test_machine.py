@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from hvreplica.clock import SYSTEM
+from hvreplica.disk import open_disk
 from hvreplica.errors import StateError
+from hvreplica.files import OS_FILES
 from hvreplica.units import KIB, MIB
 from tests.support.live import FUA, NO_HOLE, READ, WRITE, ZEROES, Guest, GuestError, Site, random_data
 
@@ -24,9 +27,7 @@ FORMS = ("vhdx", "vhd", "raw")
 @pytest.mark.parametrize("budget", [None, 0, 64 * KIB], ids=["log", "no-log", "small-log"])
 def test_cut_brings_the_copy_to_the_disk(tmp_path: Path, form: str, budget: int | None) -> None:
     site = Site(tmp_path, sizes=[32 * MIB], form=form)
-    seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
-    rng = random.Random(seed)
+    rng = random.Random(f"{form} {budget}")
     model = bytearray(32 * MIB)
     with site.running(log_budget_bytes=budget) as machine, Guest(machine.services[0]) as guest:
         for _ in range(4):
@@ -141,10 +142,6 @@ def test_disk_changed_by_another_program_is_compared_as_a_whole(tmp_path: Path) 
     with site.running() as machine, Guest(machine.services[0]) as guest:
         guest.write(0, random_data(4096))
         site.cycle(machine)
-    from hvreplica.clock import SYSTEM
-    from hvreplica.disk import open_disk
-    from hvreplica.files import OS_FILES
-
     with open_disk(OS_FILES, site.paths[0], writable=True, clock=SYSTEM) as disk:
         disk.write(random_data(512), 5 * MIB)
     with site.running() as machine:

@@ -99,12 +99,26 @@ class _Inode:
     durable: SparseBytes = field(default_factory=SparseBytes)
     pending: list[Event] = field(default_factory=list)
     mtime_ns: int = 0  # of what is durable
+    done: int = 0  # steps that are no longer pending
+    begun: dict[int, int] = field(default_factory=dict)  # by token: the steps that a sync under way covers
 
-    def sync(self) -> None:
-        for event in self.pending:
-            _apply(self.durable, event)
+    def begin(self, token: int) -> None:
+        self.begun[token] = self.done + len(self.pending)
+
+    def sync(self, token: int) -> None:
+        end = self.begun.pop(token) if token else self.done + len(self.pending)
+        count = max(end - self.done, 0)
+        for event in self.pending[:count]:
+            apply_to_content(self.durable, event)
             self.mtime_ns = event.time_ns
-        self.pending.clear()
+        self._drop(count)
+
+    def lose(self) -> None:
+        self._drop(len(self.pending))
+
+    def _drop(self, count: int) -> None:
+        del self.pending[:count]
+        self.done += count
 
 
 class _Replay:
@@ -114,6 +128,7 @@ class _Replay:
         self._folders = start.folders
         self._names = start.names
         self._pending: list[Event] = []
+        self._begun: dict[int, list[Event]] = {}  # by token: the names that a sync under way covers
         self._inodes = {
             inode: _Inode(content, mtime_ns=start.mtimes_ns.get(inode, 0))
             for inode, content in start.contents.items()
@@ -126,14 +141,19 @@ class _Replay:
             self._pending.append(event)
         elif event.kind in _DATA_KINDS:
             self._inodes[event.inode].pending.append(event)
+        elif event.kind == "sync_begin" and event.inode:
+            self._inodes[event.inode].begin(event.token)
+        elif event.kind == "sync_begin":
+            self._begun[event.token] = list(self._pending)
         elif event.kind == "sync":
-            self._inodes[event.inode].sync()
+            self._inodes[event.inode].sync(event.token)
         elif event.kind == "sync_failed":
-            self._inodes[event.inode].pending.clear()
+            self._inodes[event.inode].lose()
         elif event.kind == "mkdir":
             self._folders.add(event.path)
         elif event.kind == "sync_directory":
-            self._sync_folder(event.path)
+            covered = self._begun.pop(event.token) if event.token else self._pending
+            self._sync_folder(event.path, covered)
 
     def is_pending(self) -> bool:
         return bool(self._pending) or any(inode.pending for inode in self._inodes.values())
@@ -147,7 +167,7 @@ class _Replay:
             count = {"none": 0, "all": len(group)}.get(name_mode, rng.randint(0, len(group)))
             kept += count
             for event in group[:count]:
-                _apply_name(names, event)
+                apply_to_names(names, event)
         contents, mtimes = {}, {}
         story = [f"names kept {kept} of {len(self._pending)}"]
         for path, number in sorted(names.items()):
@@ -165,11 +185,12 @@ class _Replay:
         world.story = ", ".join([*story, f"seed {seed}"])
         return world
 
-    def _sync_folder(self, folder: Path) -> None:
-        for group in _groups(self._pending):
+    def _sync_folder(self, folder: Path, covered: list[Event]) -> None:
+        still = {id(event) for event in self._pending}
+        for group in _groups([event for event in covered if id(event) in still]):
             if any(folder in _folders_of(event) for event in group):
                 for event in group:
-                    _apply_name(self._names, event)
+                    apply_to_names(self._names, event)
                 done = {id(event) for event in group}
                 self._pending = [event for event in self._pending if id(event) not in done]
 
@@ -195,7 +216,8 @@ def _groups(pending: Sequence[Event]) -> list[list[Event]]:
     return [sorted(steps, key=lambda event: order[id(event)]) for _, steps in groups]
 
 
-def _apply_name(names: dict[Path, int], event: Event) -> None:
+def apply_to_names(names: dict[Path, int], event: Event) -> None:
+    """Take one step of names: create, rename or unlink."""
     if event.kind in {"rename", "unlink"}:
         names.pop(event.path, None)
     if event.kind == "create":
@@ -204,7 +226,8 @@ def _apply_name(names: dict[Path, int], event: Event) -> None:
         names[event.target] = event.inode
 
 
-def _apply(content: SparseBytes, event: Event) -> None:
+def apply_to_content(content: SparseBytes, event: Event) -> None:
+    """Take one step of data: write, zero or resize."""
     if event.kind == "write":
         content.write(memoryview(event.data), event.offset)
     elif event.kind == "zero":
@@ -217,11 +240,11 @@ def _survive(content: SparseBytes, pending: list[Event], mode: str, rng: random.
     """Turn the durable `content` into what came back."""
     if mode == "all":
         for event in pending:
-            _apply(content, event)
+            apply_to_content(content, event)
     elif mode == "prefix":
         count = rng.randint(0, len(pending))
         for event in pending[:count]:
-            _apply(content, event)
+            apply_to_content(content, event)
         if count < len(pending) and pending[count].kind == "write":
             torn = pending[count]
             ends = -(-(torn.offset + torn.length) // SECTOR_BYTES) - torn.offset // SECTOR_BYTES

@@ -22,6 +22,7 @@ from hvreplica.hrl import apply_log
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+    from typing import Self
 
     from hvreplica.capture.machine import Cut
     from hvreplica.capture.service import DiskService
@@ -105,7 +106,7 @@ class Guest:
             count -= len(part)
         return b"".join(parts)
 
-    def __enter__(self) -> Guest:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -109,6 +109,19 @@ class SparseBytes:
         if run_end > run_start:
             yield run_start, run_end - run_start
 
+    def runs(self) -> Iterator[tuple[int, bytes]]:
+        """Yield (offset, bytes) of the runs of held chunks, in order, within the size."""
+        indexes = sorted(self._chunks)
+        first = 0
+        for last, index in enumerate(indexes):
+            if last + 1 < len(indexes) and indexes[last + 1] == index + 1:
+                continue
+            start = indexes[first] * CHUNK_BYTES
+            data = b"".join([self._chunks[held] for held in indexes[first : last + 1]])
+            if start < self.size_bytes:
+                yield start, data[: self.size_bytes - start]
+            first = last + 1
+
     def _own(self, index: int) -> bytearray:
         chunk = self._chunks.get(index, _ZEROS)
         if index in self._owned and isinstance(chunk, bytearray):

@@ -23,10 +23,12 @@ class Killed(BaseException):
 class Event:
     """One step of a trace.
 
-    kind: create write resize zero sync sync_failed rename unlink mkdir sync_directory note.
+    kind: create write resize zero sync_begin sync sync_failed rename unlink mkdir sync_directory note.
     inode: the file whatever its name. path: its name when it was opened; for rename the source. offset,
-    length: bytes (length is the new size for resize). data: what was written. label, value: of a note. time_ns:
-    when, on the clock that mtimes are made of.
+    length: bytes (length is the new size for resize). data: what was written. label, value: of a note. token:
+    of sync_begin (inode 0: of a folder), and of the sync or sync_directory that ends it, which covers only what
+    stands before its beginning; 0 where a sync is one step and covers all before it. time_ns: when, on the
+    clock that mtimes are made of.
     """
 
     kind: str
@@ -39,6 +41,7 @@ class Event:
     label: str = ""
     value: Any = None
     time_ns: int = 0
+    token: int = 0
 
     def __str__(self) -> str:
         place = f" [{self.offset}, +{self.length})" if self.kind in {"write", "zero"} else ""
