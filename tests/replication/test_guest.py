@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
+from uuid import UUID
 
 import pytest
 
@@ -15,7 +18,6 @@ import hvreplica
 from hvreplica.capture.guest_agent import GuestAgent
 from tests.support.ext4 import content_sums, replay_journal, require_clean
 from tests.support.linux_guest import GuestImage, LinuxGuest
-from tests.support.tools import require_tool, run_tool
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.guest
 
 MIB = 1 << 20
+ROOT = Path(__file__).parents[2]
 DISK_BYTES = 192 * MIB
 
 
@@ -39,20 +42,43 @@ def short() -> Iterator[Path]:
         yield Path(folder)
 
 
-class QemuNbd:
-    """Another program's export of the same disk, to judge guest and checks by."""
+class Capture:
+    """Our export of a disk in a process of its own, and the logs of its cuts."""
 
-    def __init__(self, disk: Path, socket: Path) -> None:
-        self._command = [require_tool("qemu-nbd"), "--persistent", "--socket", str(socket), "-x", "0"]
-        self._command += ["-f", "vhdx", str(disk)]
+    def __init__(self, disk: Path, socket: Path, state: Path) -> None:
+        self._arguments = [str(disk), str(socket), str(state)]
+        self._last_id = UUID(int=0)
+        self.logs: list[Path] = []
         self.start()
 
     def start(self) -> None:
-        self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.replication.capturing", *self._arguments],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._read() == "ready"
+
+    def _read(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def cut(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"cut {self._last_id}\n")
+        self._process.stdin.flush()
+        told = self._read()
+        if told != "none":
+            path, log_id, _ = told.split()
+            self.logs.append(Path(path))
+            self._last_id = UUID(log_id)
 
     def kill(self) -> None:
         self._process.kill()
-        self._process.wait()
+        self._process.communicate()
 
 
 def nbd(socket: Path) -> str:
@@ -104,21 +130,40 @@ def test_frozen_real_guest_holds_still_and_its_disk_is_clean(
 def test_export_killed_under_load_guest_goes_on_and_loses_nothing(
     image: GuestImage, tmp_path: Path, short: Path
 ) -> None:
-    disk, exported = tmp_path / "web01.vhdx", tmp_path / "export.raw"
+    disk = tmp_path / "web01.vhdx"
     hvreplica.disk_create(disk, DISK_BYTES, block_bytes=MIB)
-    server = QemuNbd(disk, short / "nbd.sock")
+    replica, frozen = tmp_path / "replica.raw", tmp_path / "frozen.raw"
+    for path in (replica, frozen):
+        hvreplica.disk_create(path, DISK_BYTES, format="raw")
+    capture = Capture(disk, short / "nbd.sock", tmp_path / "state")
     with contextlib.ExitStack() as stack:
-        stack.callback(server.kill)
+        stack.callback(capture.kill)
         guest = stack.enter_context(LinuxGuest(image, short, drive=nbd(short / "nbd.sock")))
         format_and_mount(guest)
+        guest.start("agent")
         guest.start("writing load/file")
+        wait_for_files(guest, 5)
+        capture.cut()
         for _ in range(2):
             count = len(wait_for_files(guest, 5))
-            server.kill()
-            server.start()
-            fsynced = wait_for_files(guest, count + 10)
+            capture.kill()
+            capture.start()
+            wait_for_files(guest, count + 10)
+            capture.cut()
+        with GuestAgent(guest.agent_path, timeout_s=30).frozen(limit_s=30):
+            before = guest.fsynced()
+            capture.cut()
+        frozen_count = len(capture.logs)
+        fsynced = wait_for_files(guest, len(before) + 10)
         guest.kill()
-    run_tool("qemu-img", "convert", "-f", "vhdx", "-O", "raw", disk, exported)
-    replay_journal(exported)
-    require_clean(exported)
-    require_held(content_sums(exported, tmp_path / "content"), fsynced)
+        capture.cut()
+    for log in capture.logs[:frozen_count]:
+        hvreplica.log_apply(log, frozen)
+    for log in capture.logs:
+        hvreplica.log_apply(log, replica)
+    assert hvreplica.disk_compare(disk, replica).equal
+    require_clean(frozen)
+    require_held(content_sums(frozen, tmp_path / "frozen"), before)
+    replay_journal(replica)
+    require_clean(replica)
+    require_held(content_sums(replica, tmp_path / "content"), fsynced)

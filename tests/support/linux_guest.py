@@ -27,7 +27,8 @@ COMMAND_TIMEOUT_S = 60
 _MODULES = ["virtio_pci", "virtio_blk", "virtio_console", "crc32c_generic", "ext4"]
 
 # fsynced SIZE_KIB NAME: write a new file of random bytes, fsync it (in ext4 its name with it), tell name and sum.
-# writing: fsynced files without end, told in /run/fsynced, beside unsynced overwrites of one file; for &.
+# writing PREFIX: fsynced files without end, told in /run/fsynced, beside unsynced overwrites of one file and
+# trims; for start().
 _INIT = r"""#!/bin/busybox sh
 /bin/busybox --install -s /bin
 export PATH=/bin:/sbin
@@ -63,6 +64,7 @@ writing() {
         number=$((number + 1))
         dd if=/dev/urandom of=/mnt/unsynced bs=4k seek=$((number * 37 % 1024)) count=8 conv=notrunc 2>/dev/null
         fsynced $((number * 29 % 96 + 1)) "$1-$number" >>/run/fsynced || break
+        [ $((number % 8)) -ne 0 ] || fstrim /mnt || break
     done
     echo ended >>/run/ended
 }
