@@ -11,7 +11,7 @@ import socket
 import struct
 import threading
 import uuid
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hvreplica.capture.machine import Machine, Slot
 from hvreplica.clock import SYSTEM
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from hvreplica.capture.machine import Cut
     from hvreplica.capture.service import DiskService
+    from hvreplica.disk.open import Format
 
 NIL = uuid.UUID(int=0)
 READ, WRITE, DISC, FLUSH, TRIM, CACHE, ZEROES, STATUS = range(8)
@@ -117,7 +118,7 @@ class Site:
     """Disks in a folder, captured, and a copy of each that follows the cuts as a replica does."""
 
     def __init__(
-        self, folder: Path, *, sizes: list[int], form: str = "vhdx", block_bytes: int | None = None
+        self, folder: Path, *, sizes: list[int], form: Format = "vhdx", block_bytes: int | None = None
     ) -> None:
         self.folder = folder
         self.sizes = sizes
@@ -133,7 +134,7 @@ class Site:
         self.previous = [NIL] * len(sizes)
         self.has_base = False
 
-    def start(self, **settings: object) -> Machine:
+    def start(self, **settings: Any) -> Machine:
         slots = [
             Slot(index, open_disk(OS_FILES, path, writable=True, clock=SYSTEM), self.has_base)
             for index, path in enumerate(self.paths)
@@ -142,7 +143,7 @@ class Site:
         return Machine(OS_FILES, self.folder / "state", slots, clock=SYSTEM, **settings)
 
     @contextlib.contextmanager
-    def running(self, **settings: object) -> Iterator[Machine]:
+    def running(self, **settings: Any) -> Iterator[Machine]:
         machine = self.start(**settings)
         try:
             yield machine
