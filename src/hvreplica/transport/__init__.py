@@ -1,6 +1,6 @@
 """Channels between the two sites: TLS 1.3 with mutual certificates, verified frames, a codec for each frame.
 
-Only this package (and later capture/) knows sockets. docs/formats/wire.md has the bytes, docs/tls.md the
+Only this package and capture/ know sockets. docs/formats/wire.md has the bytes, docs/tls.md the
 certificates. Making certificates is transport.certificates, which nothing else needs.
 """
 
