@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import tempfile
 import uuid
 from dataclasses import dataclass, field
@@ -63,6 +64,11 @@ class Cycle:
     contents: list[bytes]
     disks: dict[int, bytes]
 
+    @property
+    def sizes(self) -> dict[int, int]:
+        """The disks of the point, with their sizes."""
+        return {index: len(content) for index, content in self.disks.items()}
+
 
 @dataclass
 class Primary:
@@ -78,6 +84,7 @@ class Primary:
     last_log: dict[int, uuid.UUID] = field(default_factory=dict)
     last_point: uuid.UUID | None = None
     has_claimed: bool = False
+    removed: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Begin with empty disks, or with copies of those that were given."""
@@ -97,7 +104,36 @@ class Primary:
             generation=self.generation,
             certificate="sha256:01",
             disks=self.specs,
+            removed=self.removed,
         )
+
+    def resize(self, disk_index: int, virtual_bytes: int) -> None:
+        """Give a disk another size; what it grows by is zero."""
+        content = self.disks[disk_index][:virtual_bytes]
+        self.disks[disk_index] = content + bytes(virtual_bytes - len(content))
+        self.changes[disk_index] = [
+            (offset, min(length, virtual_bytes - offset))
+            for offset, length in self.changes[disk_index]
+            if offset < virtual_bytes
+        ]
+        self.specs = [
+            dataclasses.replace(spec, virtual_bytes=virtual_bytes) if spec.index == disk_index else spec
+            for spec in self.specs
+        ]
+
+    def add(self, spec: DiskSpec) -> None:
+        """Give the VM one more disk."""
+        self.specs = [*self.specs, spec]
+        self.disks[spec.index] = bytearray(spec.virtual_bytes)
+        self.changes[spec.index] = []
+        self.last_log[spec.index] = NIL
+
+    def remove(self, disk_index: int) -> None:
+        """Take a disk away."""
+        self.specs = [spec for spec in self.specs if spec.index != disk_index]
+        self.removed.append(disk_index)
+        for held in (self.disks, self.changes, self.last_log):
+            del held[disk_index]
 
     def write(self, disk_index: int, disk_offset: int, data: bytes) -> None:
         """Let the guest write."""
@@ -116,11 +152,13 @@ class Primary:
         """Return what the disks hold now."""
         return {index: bytes(disk) for index, disk in self.disks.items()}
 
-    def cut(self) -> Cycle:
-        """Close a log for each changed disk, at one instant."""
+    def cut(self, *, without: tuple[int, ...] = ()) -> Cycle:
+        """Close a log for each changed disk, at one instant; `without`: disks that stay as they are."""
         files = FaultFiles("/primary")
         logs, contents = [], []
         for index, changes in self.changes.items():
+            if index in without:
+                continue
             if not changes and logs:
                 continue
             log_id, path = self.clock.guid(), Path(f"/primary/{index}.hrl")
@@ -139,9 +177,10 @@ class Primary:
             logs.append(LogSpec(index, log_id, self.last_log[index], summary.log_bytes))
             contents.append(files.content_of(path))
             self.last_log[index] = log_id
-        self.changes = {index: [] for index in self.changes}
+        self.changes = {index: rows if index in without else [] for index, rows in self.changes.items()}
         assert self.last_point is not None
-        cycle = Cycle(self.clock.guid(), self.clock.guid(), self.last_point, logs, contents, self.image())
+        image = {index: content for index, content in self.image().items() if index not in without}
+        cycle = Cycle(self.clock.guid(), self.clock.guid(), self.last_point, logs, contents, image)
         self.last_point = cycle.point_id
         return cycle
 
@@ -172,6 +211,7 @@ class Primary:
             previous_point_id=cycle.previous_point_id,
             instant_s=INSTANT_S + 60,
             logs=cycle.logs,
+            disks=cycle.sizes,
         )
 
     def ship(self, replica: VmReplica, cycle: Cycle) -> None:
