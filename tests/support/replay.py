@@ -5,7 +5,7 @@
     recording = read_recording(trace_file, before)
     assert recording.differences(photograph(state, disks)) == []    # nothing passed the recorder by
     for index, world in crash_states(recording.trace(notes), seed=seed):
-        lay_out(world, before.roots, recording.times(index))
+        lay_out(world, before.roots)
         recover()
 
 The fault model is that of faultfile.py, with one addition: a sync covers what stood before its beginning and promises
@@ -14,12 +14,11 @@ it from its end on. Folders that are made are durable at once.
 
 from __future__ import annotations
 
-import bisect
 import os
 import shutil
 import stat
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,7 +28,7 @@ from tests.support.sparse import CHUNK_BYTES, SparseBytes
 from tests.support.trace import Event, FileTree, Trace
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from tests.support.memfiles import FaultFiles
 
@@ -66,13 +65,12 @@ class Photograph:
     roots: tuple[Path, ...]
     tree: FileTree
     numbers: dict[tuple[int, int], int]
-    mtimes: dict[int, int]
 
 
 def photograph(*roots: Path) -> Photograph:
     """Read folders with all that they hold; links and special files are left out."""
     real = tuple(root.resolve(strict=True) for root in roots)
-    shot = Photograph(real, FileTree({Path("/")}), {}, {})
+    shot = Photograph(real, FileTree({Path("/")}), {})
     for root in real:
         shot.tree.folders.update((root, *root.parents))
         for folder, folders, names in os.walk(root):
@@ -85,7 +83,7 @@ def photograph(*roots: Path) -> Photograph:
                 number = shot.numbers.setdefault((status.st_dev, status.st_ino), len(shot.numbers) + 1)
                 shot.tree.names[path] = number
                 shot.tree.contents[number] = read_sparse(path)
-                shot.mtimes[number] = status.st_mtime_ns
+                shot.tree.mtimes_ns[number] = status.st_mtime_ns
     return shot
 
 
@@ -120,20 +118,16 @@ class Recording:
     events: list[Event] = field(default_factory=list)
     sends: list[Send] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
-    mtimes: dict[int, tuple[list[int], list[int]]] = field(default_factory=dict)  # (positions, ns) by inode
-    places: list[int] = field(default_factory=list)  # by index in trace(): the events of ours before it
 
     def trace(self, notes: Iterable[Note] = ()) -> Trace:
         """Return the events with `notes` among them. The start is shared: make no two traces at a time."""
         ordered = sorted(notes, key=lambda note: note.position)
         events: list[Event] = []
         done = 0
-        self.places = list(range(len(self.events) + 1))
-        for count, note in enumerate(ordered):
+        for note in ordered:
             events += self.events[done : note.position]
             done = note.position
             events.append(Event("note", Path("/"), label=note.label, value=note.value))
-            self.places.insert(note.position + count, note.position)
         events += self.events[done:]
         return Trace(self.start.copy(), tuple(events))
 
@@ -150,15 +144,6 @@ class Recording:
             else:
                 found += [f"{path}: differs at {at}" for at in first_difference(ours, theirs)]
         return found
-
-    def times(self, index: int) -> dict[int, int]:
-        """Return the modification time, in ns, of each inode after `index` events of the trace last made."""
-        position, times = self.places[index], {}
-        for inode, (positions, values) in self.mtimes.items():
-            count = bisect.bisect_left(positions, position)
-            if count:
-                times[inode] = values[count - 1]
-        return times
 
 
 def first_difference(one: SparseBytes, other: SparseBytes) -> Iterator[int]:
@@ -191,8 +176,6 @@ class _Reader:
         self._next = max(before.numbers.values(), default=0) + 1
         self._open_sends: dict[int, int] = {}
         self._folders: dict[int, Path] = {}  # by token: folders whose sync is under way
-        for number, mtime_ns in before.mtimes.items():
-            self._recording.mtimes[number] = ([-1], [mtime_ns])
 
     def read(self, blob: bytes) -> Recording:
         at = 0
@@ -223,13 +206,15 @@ class _Reader:
         elif kind == "create":
             self._numbers[device, inode] = self._next
             self._next += 1
-            self._add(Event("create", Path(os.fsdecode(name)), self._numbers[device, inode]), mtime_ns)
+            self._add(
+                Event("create", Path(os.fsdecode(name)), self._numbers[device, inode], time_ns=mtime_ns)
+            )
         elif kind in {"rename", "unlink", "mkdir", "rmdir"}:
             self._feed_name(kind, name)
         else:
             number = self._numbers[device, inode]
             for event in self._data_events(kind, number, flags, offset, length, data):
-                self._add(event, mtime_ns)
+                self._add(replace(event, time_ns=mtime_ns))
 
     def _data_events(
         self, kind: str, number: int, flags: int, offset: int, length: int, data: bytes
@@ -292,12 +277,8 @@ class _Reader:
         names = self._recording.end.names
         return next((path for path, held in names.items() if held == number), Path(f"/removed/{number}"))
 
-    def _add(self, event: Event, mtime_ns: int | None = None) -> None:
+    def _add(self, event: Event) -> None:
         end = self._recording.end
-        if mtime_ns is not None:
-            positions, values = self._recording.mtimes.setdefault(event.inode, ([], []))
-            positions.append(len(self._recording.events))
-            values.append(mtime_ns)
         self._recording.events.append(event)
         if event.kind == "create":
             end.contents[event.inode] = SparseBytes()
@@ -309,11 +290,8 @@ class _Reader:
             end.folders.add(event.path)
 
 
-def lay_out(world: FaultFiles, roots: Sequence[Path], times: Mapping[int, int] | None = None) -> None:
-    """Make real folders hold what `world` holds under `roots`; files of the same name keep their inode.
-
-    times: modification times in ns by inode of the world; files without one get the present.
-    """
+def lay_out(world: FaultFiles, roots: Sequence[Path]) -> None:
+    """Make real folders hold what `world` holds under `roots`; files of the same name keep their inode."""
     tree = world.trace().start
     wanted = {path for path in tree.names if any(root in path.parents for root in roots)}
     for root in roots:
@@ -330,8 +308,8 @@ def lay_out(world: FaultFiles, roots: Sequence[Path], times: Mapping[int, int] |
     for path in wanted:
         number = tree.names[path]
         _write_sparse(path, tree.contents[number])
-        if times and number in times:
-            os.utime(path, ns=(times[number], times[number]))
+        mtime_ns = tree.mtimes_ns[number]
+        os.utime(path, ns=(mtime_ns, mtime_ns))
 
 
 def _write_sparse(path: Path, content: SparseBytes) -> None:
