@@ -34,6 +34,7 @@ PATH = Path("/journal/0.ij")
 REGION = IntentJournal.REGION_BYTES
 # Few regions, so that they meet; on both sides of the border of two sectors, and at the end of the disk.
 PLACES = [0, 1, 7, 8, SECTOR_REGIONS - 1, SECTOR_REGIONS, SECTOR_REGIONS + 3, 2 * SECTOR_REGIONS + 1]
+BITMAP_BYTES = 3 * SECTOR_REGIONS // 8  # more than the largest of the disks below needs
 SIZES = [9 * REGION, (SECTOR_REGIONS + 1) * REGION, (2 * SECTOR_REGIONS + 2) * REGION]
 
 places = st.sampled_from(PLACES)
@@ -53,7 +54,7 @@ def rows(regions: Iterable[int]) -> NDArray[np.int64]:
 
 
 def bits(bitmap: NDArray[np.uint8]) -> set[int]:
-    return set(np.flatnonzero(np.unpackbits(bitmap, bitorder="little")).tolist())
+    return set(np.flatnonzero(np.unpackbits(bitmap[:BITMAP_BYTES], bitorder="little")).tolist())
 
 
 def covered(extents: NDArray[np.int64]) -> set[int]:
@@ -93,11 +94,12 @@ class History:
         self.note()
 
     def do_cut(self, regions: frozenset[int]) -> None:
-        drop = np.zeros(len(self.journal.armed), np.uint8)
+        armed = self.journal.armed[:BITMAP_BYTES]
+        drop = np.zeros(BITMAP_BYTES, np.uint8)
         for region in regions:
             drop[region // 8] |= 1 << region % 8
-        removed = self.journal.armed & drop
-        self.journal.armed &= ~removed
+        removed = armed & drop
+        armed &= ~removed
         self.owed -= bits(removed)
         self.note()
         self.journal.cleared(removed)
@@ -127,6 +129,8 @@ class History:
         self.journal = IntentJournal.open(self.files, PATH, virtual_bytes=self.size)
         self.owed = bits(self.journal.armed)
         self.note()
+        if self.journal.identity is not None:
+            self.files.note("identity", (self.journal.identity, self.journal.is_clean))
 
 
 def check(world: FaultFiles, *, again: bool) -> None:
@@ -221,8 +225,8 @@ class Guest:
         count = 0
         while not self.done.is_set():
             with self.gate:
-                removed = self.journal.armed.copy()
-                self.journal.armed &= ~removed
+                removed = self.journal.armed[:BITMAP_BYTES].copy()
+                self.journal.armed[:BITMAP_BYTES] &= ~removed
                 self.files.note("cut")
             self.journal.cleared(removed)
             count += 1

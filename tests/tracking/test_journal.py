@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import threading
 import time
@@ -202,6 +203,16 @@ def test_region_that_is_armed_between_all_cuts_costs_one_sync() -> None:
     assert not len(files.trace())
 
 
+def test_settle_forgets_nothing_that_is_armed_again() -> None:
+    journal = new_journal(new_files())
+    journal.arm(of_regions([5]))
+    remove(journal, {5})
+    journal.arm(of_regions([5]))
+    journal.settle()
+    journal.settle()
+    assert bits(journal.armed) == marked(journal) == {5}
+
+
 def test_region_that_is_forgotten_needs_a_sync_again() -> None:
     files = new_files()
     journal = new_journal(files)
@@ -290,6 +301,20 @@ def test_open_arms_what_it_finds_and_makes_it_durable() -> None:
             assert 7 in marked(opened(world))
 
 
+def test_open_makes_the_identity_durable_that_it_tells() -> None:
+    files = new_files()
+    journal = new_journal(files)
+    files.fail("sync")
+    with pytest.raises(OSError):
+        journal.record(IDENTITY, clean=True)
+    assert opened(files).identity == IDENTITY
+    files.acknowledge("told")
+    worlds = [world for _, world in crash_states(files.trace(), subsets_per_prefix=9) if world.acknowledged]
+    assert worlds
+    for world in worlds:
+        assert read_regions(world, PATH)[0].identity == IDENTITY
+
+
 def test_damaged_sector_is_marked_whole_and_mended_at_the_next_open() -> None:
     files = new_files()
     new_journal(files).arm(of_regions([0]))
@@ -367,6 +392,51 @@ def test_shrinking_drops_the_marks_behind_the_end() -> None:
         journal.resize(64 * TIB + 512)
 
 
+def test_arm_that_a_resize_overtakes_is_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = new_journal(new_files())
+    plain = journal._window
+
+    def overtaken(extents: NDArray[np.int64]) -> object:
+        found = plain(extents)
+        monkeypatch.undo()
+        journal.resize(9 * MIB)
+        return found
+
+    monkeypatch.setattr(journal, "_window", overtaken)
+    with pytest.raises(FieldOutOfRange):
+        journal.arm(of_regions([16_383]))
+    assert not journal.armed.any()
+
+
+@pytest.mark.parametrize("size", [9 * MIB, 32 * TIB])
+def test_resize_meets_arms_that_wait(size: int) -> None:
+    """They hold regions of the old size; what the disk has no more is not armed, lest growth finds it so."""
+    files = new_files()
+    journal = new_journal(files)
+    waiting, go = threading.Event(), threading.Event()
+    hold_first(files, waiting, go)
+    threads = [threading.Thread(target=journal.arm, args=(of_regions([0]),))]
+    threads[0].start()
+    assert waiting.wait(30)
+
+    def late() -> None:
+        with contextlib.suppress(FieldOutOfRange):
+            journal.arm(of_regions([1, 16_383]))
+
+    threads += [threading.Thread(target=journal.resize, args=(size,)), threading.Thread(target=late)]
+    for thread in threads[1:]:
+        thread.start()
+    go.set()
+    for thread in threads:
+        thread.join(30)
+    kept = {0, 1, 16_383} if size > 64 * GIB else {0, 1}
+    assert bits(journal.armed) <= kept
+    assert bits(journal.armed) <= marked(opened(files, size)) <= kept
+    if size > 64 * GIB:
+        journal.arm(of_regions([8_000_000]))
+        assert bits(journal.armed) == {*kept, 8_000_000}
+
+
 def test_open_follows_a_disk_that_was_resized_meanwhile() -> None:
     files = new_files()
     new_journal(files).arm(of_regions([0, 16_383]))
@@ -412,10 +482,12 @@ def test_failed_sync_ends_the_journal() -> None:
     journal.close()
 
 
-def hold_first_sync(files: FaultFiles, waiting: threading.Event, go: threading.Event) -> None:
-    def hook(operation: str, path: Path) -> None:
+def hold_first(
+    files: FaultFiles, waiting: threading.Event, go: threading.Event, operation: str = "sync"
+) -> None:
+    def hook(called: str, path: Path) -> None:
         del path
-        if operation == "sync" and not waiting.is_set():
+        if called == operation and not waiting.is_set():
             waiting.set()
             go.wait(30)
 
@@ -423,11 +495,16 @@ def hold_first_sync(files: FaultFiles, waiting: threading.Event, go: threading.E
 
 
 def run_beside_a_held_sync(
-    files: FaultFiles, journal: IntentJournal, regions: list[list[int]], members: int
+    files: FaultFiles,
+    journal: IntentJournal,
+    regions: list[list[int]],
+    *,
+    members: int,
+    operation: str = "sync",
 ) -> list[OSError]:
-    """Arm regions[0] and hold its sync until the others, of whom `members` need the next one, have arrived."""
+    """Arm regions[0] and hold it until the others, of whom `members` need the next sync, have arrived."""
     waiting, go = threading.Event(), threading.Event()
-    hold_first_sync(files, waiting, go)
+    hold_first(files, waiting, go, operation)
     failed: list[OSError] = []
 
     def work(mine: list[int]) -> None:
@@ -492,6 +569,31 @@ def test_failed_write_fails_its_own_members_alone() -> None:
     assert bits(journal.armed) == {0, 2}
 
 
+def test_failed_write_takes_nothing_from_those_behind_it() -> None:
+    files = new_files()
+    journal = new_journal(files)
+    files.fail("write")
+    failed = run_beside_a_held_sync(files, journal, [[0, 1], [1, 2]], members=1, operation="write")
+    assert len(failed) == 1
+    assert bits(journal.armed) == marked(journal) == in_file(files) == {1, 2}
+
+
+def test_cleared_takes_nothing_from_what_is_on_its_way() -> None:
+    files = new_files()
+    journal = new_journal(files)
+    waiting, go = threading.Event(), threading.Event()
+    hold_first(files, waiting, go)
+    thread = threading.Thread(target=journal.arm, args=(of_regions([5]),))
+    thread.start()
+    assert waiting.wait(30)
+    journal.cleared(bitmap([5]))
+    go.set()
+    thread.join(30)
+    journal.settle()
+    journal.settle()
+    assert bits(journal.armed) == marked(journal) == {5}
+
+
 def test_settle_and_record_wait_for_a_batch_on_its_way() -> None:
     files = new_files()
     journal = new_journal(files)
@@ -499,7 +601,7 @@ def test_settle_and_record_wait_for_a_batch_on_its_way() -> None:
     remove(journal, {9})
     journal.settle()
     waiting, go = threading.Event(), threading.Event()
-    hold_first_sync(files, waiting, go)
+    hold_first(files, waiting, go)
     threads = [threading.Thread(target=journal.arm, args=(of_regions([0]),))]
     threads[0].start()
     assert waiting.wait(30)

@@ -59,8 +59,8 @@ class _Batch:
 
     __slots__ = ("bits", "outcome", "places", "sectors")
 
-    def __init__(self) -> None:
-        self.bits = _bitmap()
+    def __init__(self, bitmap_bytes: int) -> None:
+        self.bits = np.zeros(bitmap_bytes, np.uint8)
         self.places: list[slice] = []  # what of `bits` was touched
         self.sectors: set[int] = set()
         self.outcome: BaseException | bool | None = None
@@ -69,6 +69,9 @@ class _Batch:
         self.bits[place] |= bits
         self.places.append(place)
         self.sectors |= _sectors(place.start, bits)
+
+    def grow(self, bitmap_bytes: int) -> None:
+        self.bits = np.concatenate((self.bits, np.zeros(max(bitmap_bytes - len(self.bits), 0), np.uint8)))
 
 
 class IntentJournal:
@@ -92,7 +95,7 @@ class IntentJournal:
         self._turn = threading.Condition(threading.Lock())
         self._busy = False  # one thread at a time writes to the file, without the lock
         self._flight: _Batch | None = None
-        self._next = _Batch()
+        self._next = _Batch(self._used)
         self._failure: BaseException | None = None
 
     @classmethod
@@ -177,12 +180,15 @@ class IntentJournal:
         cleared the bits again on return, at a cut: look again before the write.
         Raises: FieldOutOfRange beyond the disk's end; OSError, for every later call too if a sync failed.
         """
+        size = self._header.virtual_bytes
         window = self._window(extents)
         if self._failure is not None:
             raise kept(self._failure)
         if window is None or not np.count_nonzero(window[1] & ~self.armed[window[0]]):
             return
         with self._turn:
+            if size != self._header.virtual_bytes:
+                window = self._window(extents) or window
             batch = self._admit(*window)
             while batch is not None and batch.outcome is None:
                 if self._busy:
@@ -227,7 +233,9 @@ class IntentJournal:
                 self._forget(self._aged)
             self._write(self._stale)
             state = JournalState.CLEAN if clean else JournalState.IN_USE
-            self._write_header(self._header.followed(identity=identity, state=state))
+            header = self._header.followed(identity=identity, state=state)
+            self._write_header(header)
+            self._header = header
 
     def resize(self, virtual_bytes: int) -> None:
         """Follow a new size of the disk, durably: marks stay, those behind a nearer end go.
@@ -243,7 +251,9 @@ class IntentJournal:
                 self._sync()  # first, or a crash would find sectors that are not there, and marked
             self._write_header(header)
             with self._turn:
-                self._cut_off(header.region_count)
+                self._forget_behind(header.region_count)
+                self._header = header
+                self._next.grow(self._used)
             self._file.resize(file_bytes_of(header.region_count))
 
     def close(self) -> None:
@@ -289,7 +299,7 @@ class IntentJournal:
 
     def _lead(self, batch: _Batch) -> None:
         """Write the waiting batch and sync; the lock is held, but not during the work."""
-        self._busy, self._flight, self._next = True, batch, _Batch()
+        self._busy, self._flight, self._next = True, batch, _Batch(self._used)
         self._turn.release()
         outcome: BaseException | bool = True
         try:
@@ -301,7 +311,7 @@ class IntentJournal:
             self._turn.acquire()
             self._busy, self._flight = False, None
         for place in batch.places:
-            bits = batch.bits[place]
+            bits = batch.bits[place] & self._image[place]  # less what a shorter disk has no more
             if outcome is True:
                 self._certain[place] |= bits
                 self.armed[place] |= bits
@@ -355,7 +365,6 @@ class IntentJournal:
     def _write_header(self, header: JournalHeader) -> None:
         self._file.write(header.pack(), header_offset_of(header.sequence))
         self._sync()
-        self._header = header
 
     def _sync(self) -> None:
         try:
@@ -374,11 +383,12 @@ class IntentJournal:
         self._certain[:used] = found.bitmap
         self.armed[:used] = found.bitmap
 
-    def _cut_off(self, region_count: int) -> None:
-        """Clear all bits from `region_count` on, which no longer are regions."""
-        bitmaps = (self.armed, self._image, self._certain, self._lapsed, self._aged)
-        for bitmap in bitmaps:
-            native.bitmap_clear(bitmap, region_count, REGION_COUNT_MAX - region_count)
+    def _forget_behind(self, end: int) -> None:
+        """Clear the bits of regions from `end` on, which the disk has no more. The lock is held."""
+        count = self._header.region_count - end
+        if count > 0:
+            for bitmap in (self.armed, self._image, self._certain, self._lapsed, self._aged):
+                native.bitmap_clear(bitmap, end, count)
 
 
 def read_regions(files: FileSystem, path: Path) -> tuple[JournalHeader, NDArray[np.int64]]:
