@@ -130,6 +130,14 @@ def test_header_with_an_impossible_field_is_refused(
     assert caught.value.field == field
 
 
+def test_header_that_cannot_be_counted_further_has_no_next_one() -> None:
+    last = replace(HEADER_VALUE, sequence=SEQUENCE_MAX)
+    assert unpack_header(last.pack()) == last
+    assert unpack_header(replace(last, sequence=SEQUENCE_MAX - 1).followed().pack()) == last
+    with pytest.raises(FieldOutOfRange, match="count"):
+        last.followed()
+
+
 def test_header_with_any_byte_changed_is_refused() -> None:
     packed = HEADER_VALUE.pack()
     for at in range(len(packed)):

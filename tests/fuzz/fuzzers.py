@@ -6,6 +6,7 @@ from tests.fuzz import (
     targets_check,
     targets_disk,
     targets_hrl,
+    targets_journal,
     targets_nbd,
     targets_text,
     targets_vhd,
@@ -22,4 +23,5 @@ FUZZERS = (
     *targets_wire.FUZZERS,
     *targets_nbd.FUZZERS,
     *targets_text.FUZZERS,
+    *targets_journal.FUZZERS,
 )

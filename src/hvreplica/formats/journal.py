@@ -51,7 +51,7 @@ SECTOR_REGIONS = SECTOR_BITMAP_BYTES * 8
 REGION_BYTES = 4 * MIB
 DISK_BYTES_MAX = 64 * TIB  # bounds the journal to 2.1 MiB
 REGION_COUNT_MAX = DISK_BYTES_MAX // REGION_BYTES
-SEQUENCE_MAX = 1 << 63  # one that counts from 0 never gets there, and from there it has room to go on
+SEQUENCE_MAX = 1 << 63  # what counts from 0 never gets there
 
 
 class JournalState(IntEnum):
@@ -134,7 +134,16 @@ class JournalHeader:
         return regions_of(self.virtual_bytes)
 
     def followed(self, **changes: Any) -> JournalHeader:
-        """Return the header that replaces this one."""
+        """Return the header that replaces this one. Raises: FieldOutOfRange where none can."""
+        if self.sequence >= SEQUENCE_MAX:
+            raise FieldOutOfRange(
+                "the intent journal cannot count its headers further",
+                field="sequence",
+                expected=f"below {SEQUENCE_MAX}",
+                actual=self.sequence,
+                spec=SPEC,
+                hint="another program made this header: compare the disk, with a new journal",
+            )
         return replace(self, sequence=self.sequence + 1, **changes)
 
     def pack(self) -> bytes:

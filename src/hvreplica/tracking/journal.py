@@ -51,8 +51,6 @@ if TYPE_CHECKING:
     from hvreplica.clock import Clock
     from hvreplica.files import BlockFile, FileSystem
 
-_CAPACITY_BYTES = REGION_COUNT_MAX // 8
-
 
 class _Batch:
     """Regions of several arm() that share one sync. outcome: None until it is decided, True, or the error."""
@@ -60,7 +58,7 @@ class _Batch:
     __slots__ = ("bits", "outcome", "places", "sectors")
 
     def __init__(self, bitmap_bytes: int) -> None:
-        self.bits = np.zeros(bitmap_bytes, np.uint8)
+        self.bits = _empty(bitmap_bytes)
         self.places: list[slice] = []  # what of `bits` was touched
         self.sectors: set[int] = set()
         self.outcome: BaseException | bool | None = None
@@ -69,9 +67,6 @@ class _Batch:
         self.bits[place] |= bits
         self.places.append(place)
         self.sectors |= _sectors(place.start, bits)
-
-    def grow(self, bitmap_bytes: int) -> None:
-        self.bits = np.concatenate((self.bits, np.zeros(max(bitmap_bytes - len(self.bits), 0), np.uint8)))
 
 
 class IntentJournal:
@@ -85,12 +80,13 @@ class IntentJournal:
     REGION_BYTES = REGION_BYTES
 
     def __init__(self, file: BlockFile, header: JournalHeader, sequence: int) -> None:
-        self.armed = _bitmap()
+        self.armed = np.zeros(REGION_COUNT_MAX // 8, np.uint8)  # memory is taken by what is touched of it
         self._file = file
         self._header = header
         self._sequence = sequence  # of the last write of sectors
-        self._image, self._certain = _bitmap(), _bitmap()
-        self._lapsed, self._aged = _bitmap(), _bitmap()  # since the last settle(), and before it
+        self._image, self._certain = _empty(self._used), _empty(self._used)
+        self._lapsed = _empty(self._used)  # since the last settle()
+        self._aged = _empty(self._used)  # before it
         self._stale: set[int] = set()  # sectors that the file still has with bits that are forgotten
         self._turn = threading.Condition(threading.Lock())
         self._busy = False  # one thread at a time writes to the file, without the lock
@@ -110,7 +106,7 @@ class IntentJournal:
         for copy in (header, header.followed()):
             packed, at = copy.pack(), header_offset_of(copy.sequence)
             top[at : at + len(packed)] = packed
-        sectors = pack_sectors(range(count), _bitmap(), sequence=1)
+        sectors = pack_sectors(range(count), _empty(0), sequence=1)
         write_durably(files, path, bytes(top) + b"".join(sectors), clock=clock)
         return cls.open(files, path, virtual_bytes=virtual_bytes)
 
@@ -253,7 +249,7 @@ class IntentJournal:
             with self._turn:
                 self._forget_behind(header.region_count)
                 self._header = header
-                self._next.grow(self._used)
+                self._grow()
             self._file.resize(file_bytes_of(header.region_count))
 
     def close(self) -> None:
@@ -390,6 +386,13 @@ class IntentJournal:
             for bitmap in (self.armed, self._image, self._certain, self._lapsed, self._aged):
                 native.bitmap_clear(bitmap, end, count)
 
+    def _grow(self) -> None:
+        """Give each bitmap room for the disk; one that has more keeps it. The lock is held."""
+        used = self._used
+        self._image, self._certain = _grown(self._image, used), _grown(self._certain, used)
+        self._lapsed, self._aged = _grown(self._lapsed, used), _grown(self._aged, used)
+        self._next.bits = _grown(self._next.bits, used)
+
 
 def read_regions(files: FileSystem, path: Path) -> tuple[JournalHeader, NDArray[np.int64]]:
     """Return the header and the marked regions of a journal without changing it; see IntentJournal.regions().
@@ -412,9 +415,12 @@ def _read(file: BlockFile, path: Path) -> tuple[JournalHeader, JournalBitmap]:
     return header, unpack_sectors(sectors, header.region_count)
 
 
-def _bitmap() -> NDArray[np.uint8]:
-    """Return an empty bitmap of the largest disk; memory is taken by what is touched of it."""
-    return np.zeros(_CAPACITY_BYTES, np.uint8)
+def _empty(bitmap_bytes: int) -> NDArray[np.uint8]:
+    return np.zeros(bitmap_bytes, np.uint8)
+
+
+def _grown(bitmap: NDArray[np.uint8], bitmap_bytes: int) -> NDArray[np.uint8]:
+    return np.concatenate((bitmap, _empty(max(bitmap_bytes - len(bitmap), 0))))
 
 
 def _sectors(first_byte: int, bits: NDArray[np.uint8]) -> set[int]:
