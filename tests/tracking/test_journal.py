@@ -378,6 +378,18 @@ def test_growth_keeps_marks_and_the_place_of_armed() -> None:
     assert marked(opened(files)) == {2, 16_383}
 
 
+def test_growth_that_is_cut_marks_nothing_new() -> None:
+    files = new_files()
+    new_journal(files, 9 * MIB).resize(64 * GIB)
+    sizes = set()
+    for _, world in crash_states(files.trace(), subsets_per_prefix=9):
+        if world.exists(PATH):
+            header, found = read_regions(world, PATH)
+            assert not len(found), world.story
+            sizes.add(header.virtual_bytes)
+    assert sizes == {9 * MIB, 64 * GIB}
+
+
 def test_shrinking_drops_the_marks_behind_the_end() -> None:
     files = new_files()
     journal = new_journal(files)
@@ -406,6 +418,23 @@ def test_arm_that_a_resize_overtakes_is_checked_again(monkeypatch: pytest.Monkey
     with pytest.raises(FieldOutOfRange):
         journal.arm(of_regions([16_383]))
     assert not journal.armed.any()
+
+
+def test_batch_that_a_resize_overtakes_arms_nothing_behind_the_end() -> None:
+    files = new_files()
+    journal = new_journal(files)
+    window = journal._window(of_regions([1, 16_383]))
+    assert window is not None
+    with journal._turn:
+        batch = journal._admit(*window)
+    assert batch is not None
+    journal.resize(9 * MIB)
+    with journal._turn:
+        journal._lead(batch)
+    assert bits(journal.armed) == marked(journal) == {1}
+    journal.resize(64 * GIB)
+    journal.arm(of_regions([16_383]))
+    assert marked(opened(files)) == {1, 16_383}
 
 
 @pytest.mark.parametrize("size", [9 * MIB, 32 * TIB])
@@ -594,26 +623,22 @@ def test_cleared_takes_nothing_from_what_is_on_its_way() -> None:
     assert bits(journal.armed) == marked(journal) == {5}
 
 
-def test_settle_and_record_wait_for_a_batch_on_its_way() -> None:
-    files = new_files()
-    journal = new_journal(files)
-    journal.arm(of_regions([9]))
-    remove(journal, {9})
-    journal.settle()
-    waiting, go = threading.Event(), threading.Event()
-    hold_first(files, waiting, go)
-    threads = [threading.Thread(target=journal.arm, args=(of_regions([0]),))]
-    threads[0].start()
-    assert waiting.wait(30)
-    threads += [
-        threading.Thread(target=journal.settle),
-        threading.Thread(target=journal.record, args=(IDENTITY,), kwargs={"clean": True}),
-    ]
-    for thread in threads[1:]:
-        thread.start()
-    assert not journal.is_clean
-    go.set()
-    for thread in threads:
-        thread.join(30)
-    assert journal.is_clean
-    assert marked(opened(files)) == {0}
+@pytest.mark.parametrize("verb", ["settle", "record", "resize"])
+def test_one_at_a_time_writes_to_the_file(monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    journal = new_journal(new_files())
+    waited = []
+
+    def wait() -> None:
+        waited.append(1)
+        journal._busy = False
+
+    monkeypatch.setattr(journal._turn, "wait", wait)
+    journal._busy = True
+    if verb == "settle":
+        journal.settle()
+    elif verb == "record":
+        journal.record(IDENTITY, clean=True)
+    else:
+        journal.resize(GIB)
+    assert waited
+    assert not journal._busy
