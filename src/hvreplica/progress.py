@@ -25,3 +25,7 @@ class Progress(msgspec.Struct, frozen=True):
 
 
 ProgressCallback = Callable[[Progress], None]
+
+
+def quiet(_: Progress) -> None:
+    """Tell nobody."""

@@ -17,7 +17,7 @@ from hvreplica.hrl import LogWriter
 
 if TYPE_CHECKING:
     import uuid
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     import numpy.typing as npt
@@ -129,6 +129,7 @@ class FakeMachine:
         previous_log_ids: Sequence[uuid.UUID],
         *,
         known: Sequence[FingerprintTable | None] | None = None,
+        at_instant: Callable[[], None] | None = None,
     ) -> FakeCut:
         """Close every disk's epoch as a log; at one instant, for writes wait."""
         assert self._cutting.acquire(blocking=False), "a cut inside a cut"
@@ -139,7 +140,14 @@ class FakeMachine:
                 content = [self.content(index) for index in range(len(self.disks))]
                 instant_s = self._clock.now_s()
             self.known.append(known is not None)
-            self.on_cut()
+            try:
+                self.on_cut()
+                if at_instant is not None:
+                    at_instant()
+            except BaseException:
+                self._unsettled.remove(epochs)
+                self.recall([epochs])
+                raise
             logs = [
                 self._close(
                     index,
@@ -185,6 +193,11 @@ class FakeMachine:
                     self._epochs[index].grains |= epoch.grains
                     for disk_offset, data in epoch.writes:
                         self._add_grains(index, disk_offset, len(data))
+
+    def recycle(self, paths: Iterable[Path]) -> None:
+        """Remove logs that nobody needs."""
+        for path in paths:
+            self.files.unlink(path)
 
     def mark(self, disk_index: int, extents: npt.NDArray[np.int64]) -> None:
         """Count ranges as changed."""

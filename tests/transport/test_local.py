@@ -13,16 +13,23 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from hvreplica import errors
-from hvreplica.errors import Fenced, HvReplicaError, Locked, PeerClosed, ProtocolViolation, Unreachable
+from hvreplica.errors import Fenced, HvReplicaError, Locked, PeerClosed, ProtocolViolation
 from hvreplica.files import short_name
 from hvreplica.transport import local
-from hvreplica.transport.local import LINE_BYTES_MAX, LocalServer, ask
+from hvreplica.transport.local import LINE_BYTES_MAX, LocalServer
+from hvreplica.transport.local import Owner as Line
 
 if TYPE_CHECKING:
     import random
     from collections.abc import Iterator
 
     from hvreplica.transport.local import Tell
+
+
+def ask(path: Path, verb: str, arguments: dict[str, Any] | None = None, **options: Any) -> Any:
+    line = Line.find(path)
+    assert line is not None
+    return line.ask(verb, arguments, **options)
 
 
 class Owner:
@@ -154,13 +161,12 @@ def test_owners_generation_and_bugs_are_told(
     assert "cannot be answered" in caplog.text
 
 
-def test_nobody_there_is_unreachable_and_a_dead_owners_name_is_replaced(path: Path, owner: Owner) -> None:
-    with pytest.raises(Unreachable, match=r"control\.sock"):
-        ask(path, "echo")
+def test_nobody_there_is_none_and_a_dead_owners_name_is_replaced(path: Path, owner: Owner) -> None:
+    assert Line.find(path) is None
+    assert Line.find(path.parent / "absent" / "folder" / path.name) is None
     with socket.socket(socket.AF_UNIX) as dead, short_name(path) as name:
         dead.bind(name)
-    with pytest.raises(Unreachable):
-        ask(path, "echo")
+    assert Line.find(path) is None
     with LocalServer(path, owner):
         assert ask(path, "echo", {}) == {}
 

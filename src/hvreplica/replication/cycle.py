@@ -111,7 +111,7 @@ def settle(work: Work, transfer: Transfer) -> None:
     with work.lock:
         state.last_point, state.transfer, state.mixed = transfer.point_id, None, False
         work.save()
-    work.folder.remove_logs(transfer.logs)
+    work.forget_logs(transfer)
 
 
 def _cut_disk(work: Work, index: int, progress: _CompareProgress) -> CutLog:

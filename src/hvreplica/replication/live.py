@@ -1,4 +1,4 @@
-"""What replication needs of the live tracking of a VM, and how a cut of it is recorded.
+"""What replication needs of the live tracking of a VM, and how a cut of it, or of disks at rest, is recorded.
 
 A cut is one instant over all disks. Its logs are durable in logs/ before the state names them, and the state
 names them before tracking forgets what they hold: killed anywhere, a change is in the tracking, in a recorded
@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from hvreplica.errors import InvalidTransition, StateError
-from hvreplica.hrl import LogWriter
-from hvreplica.replication.state import PENDING_MAX, CutLog, Transfer, previous_log_ids
+from hvreplica.hrl import LogReader, LogWriter
+from hvreplica.replication import cycle
+from hvreplica.replication.state import PENDING_MAX, CutLog, Transfer, cuts, previous_log_ids
 
 if TYPE_CHECKING:
     import uuid
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     import numpy as np
@@ -98,11 +99,13 @@ class LiveMachine(Protocol):
         previous_log_ids: Sequence[uuid.UUID],
         *,
         known: Sequence[FingerprintTable | None] | None = None,
+        at_instant: Callable[[], None] | None = None,
     ) -> Cut:
         """Close what was written since the last cut as logs in logs/, durably, and track on.
 
         known: tables that describe exactly what the replica will hold before this cut; a block that equals
-        them and is in no log yet is left out.
+        them and is in no log yet is left out. at_instant: called as soon as the guest may write again; what
+        it raises undoes the cut.
         """
         ...
 
@@ -112,6 +115,10 @@ class LiveMachine(Protocol):
 
     def give_back(self, cut: Cut) -> None:
         """Count what `cut` holds as changed again: it could not be recorded."""
+        ...
+
+    def recycle(self, paths: Iterable[Path]) -> None:
+        """Take back the files of logs in logs/ that nobody needs any more."""
         ...
 
     def mark(self, disk_index: int, extents: npt.NDArray[np.int64]) -> None:
@@ -136,9 +143,10 @@ class RecordedCut:
     entries: tuple[int, ...]
 
 
-def cut_live(work: Work) -> RecordedCut:
+def cut_live(work: Work, *, at_instant: Callable[[], None] | None = None) -> RecordedCut:
     """Cut all disks at one instant and record the logs behind those that wait; durable on return.
 
+    at_instant: called as soon as the guest may write again; what it raises undoes the cut.
     Raises: InvalidTransition while the initial replication reads the disks, StateError where too much waits,
     OSError; what changed then counts as changed still.
     """
@@ -146,7 +154,7 @@ def cut_live(work: Work) -> RecordedCut:
     assert machine is not None
     with work.cutting:
         _check_cut(work)
-        cut = machine.cut(previous_log_ids(work.state), known=work.known_tables())
+        cut = machine.cut(previous_log_ids(work.state), known=work.known_tables(), at_instant=at_instant)
         entries = tuple(log.entries for log in cut.logs)
         try:
             transfer = _record(work, cut)
@@ -155,6 +163,36 @@ def cut_live(work: Work) -> RecordedCut:
             raise
         machine.settle(cut)
         return RecordedCut(cut.instant_s, cut.held_us, transfer, entries or (0,) * (transfer is not None))
+
+
+def cut_compared(work: Work) -> RecordedCut:
+    """Find what changed of disks at rest by comparison, and record it as a cut; durable on return.
+
+    Raises: InvalidTransition before the replica has a copy, StateError while another cut waits: what it holds
+    is in no fingerprint yet.
+    """
+    if work.state.phase != "ready":
+        raise InvalidTransition(
+            "there is nothing to compare the disks with before they were replicated",
+            path=work.folder.folder,
+            hint="replicate first, or serve the disks with `hvreplica capture`, which knows every write",
+        )
+    cycle.drop_unfinished(work)
+    if cuts(work.state):
+        raise StateError(
+            "a cut waits to be shipped, and disks at rest can only be compared with what was shipped",
+            path=work.folder.folder,
+            hint="ship it with `hvreplica replicate --once`",
+        )
+    work.open_tables()
+    work.check_tables()
+    instant_s = work.clock.now_s()
+    transfer = work.state.transfer if cycle.cut(work) else None
+    entries = []
+    for log in [] if transfer is None else transfer.logs:
+        with LogReader(work.files, work.folder.log_path(log.log_id)) as reader:
+            entries.append(reader.entry_count)
+    return RecordedCut(instant_s, 0.0, transfer, tuple(entries))
 
 
 def _check_cut(work: Work) -> None:

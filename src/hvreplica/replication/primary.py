@@ -59,6 +59,7 @@ class Primary:
         self._keep_session = keep_session
         self._wait = wait or threading.Event().wait
         self._met = False
+        self._is_prepared = False
         self._session: ReplicaSession | None = None
         self._counted_bytes = 0  # of the session's wire_bytes, those that are in a tally
         self._applied: uuid.UUID | None = None
@@ -72,7 +73,7 @@ class Primary:
         """
         waits = iter(RETRY_AFTER_S)
         durable_bytes = 0
-        self._is_cut = False
+        self._is_cut = self._is_prepared = False
         while True:
             try:
                 self._run_once()
@@ -154,9 +155,10 @@ class Primary:
         self._counted_bytes = session.wire_bytes
 
     def _open_session(self) -> ReplicaSession:
-        if not self._with_resync and not self._met:
+        if not self._with_resync and not self._is_prepared:
             # What earlier calls sent is hashed again, before the session: the replica does not wait for that.
             prepare_initial(self._work)
+            self._is_prepared = True
         try:
             return self._meet()
         except Fenced as error:
@@ -195,7 +197,7 @@ class Primary:
         if claimed.damage:
             raise ReplicaDiverged(
                 f"the replica's copy of this VM is damaged: {'; '.join(claimed.damage)}",
-                path=self._work.link.address,
+                path=self._work.required_link.address,
                 hint="--resync sends a whole copy again and puts it in its place",
             )
         if transfer is not None and transfer.stage != "cutting" and claimed.last_point == transfer.point_id:
@@ -209,7 +211,7 @@ class Primary:
             raise self._diverged(claimed)
 
     def _diverged(self, claimed: messages.Claimed) -> ReplicaDiverged:
-        address, last_point = self._work.link.address, self._work.state.last_point
+        address, last_point = self._work.required_link.address, self._work.state.last_point
         if claimed.last_point is None:
             return ReplicaDiverged(
                 "the replica no longer has its copy of this VM",

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import msgspec
+
+from hvreplica.errors import StateError
+
+if TYPE_CHECKING:
+    from hvreplica.replication.work import Work
 
 
 class DiskChange(msgspec.Struct, frozen=True):
@@ -41,3 +48,47 @@ class ReplicateResult(msgspec.Struct, frozen=True):
     seconds: float
     logs: list[ShippedLog]
     point: str
+
+
+class CutLog(msgspec.Struct, frozen=True):
+    """One log of a cut. disk: its index in the VM. id: its UniqueId. path: where it stands until shipped."""
+
+    disk: int
+    id: str
+    path: str
+    bytes: int
+    entries: int
+
+
+class CutResult(msgspec.Struct, frozen=True):
+    """A cut. logs: of the disks that changed. held_us: microseconds for which writes were held.
+
+    instant: ISO 8601 in UTC. point: the recovery point that it becomes, None where nothing had changed.
+    frozen: file systems that the guest held still for it, None where it was not asked to.
+    """
+
+    logs: list[CutLog]
+    held_us: float
+    instant: str
+    point: str | None
+    frozen: int | None = None
+
+
+def make_result(work: Work, seconds: float) -> ReplicateResult:
+    """Return what a call has done by its tally. Raises: StateError where the replica has no point."""
+    if work.state.last_point is None:
+        raise StateError(
+            "the replica has no recovery point yet", path=work.folder.folder, hint="call replicate again"
+        )
+    return ReplicateResult(
+        vm=work.state.vm,
+        kind=work.tally.kind,
+        disks=[
+            DiskChange(str(disk.path), disk.virtual_bytes, changed_bytes)
+            for disk, changed_bytes in zip(work.disks, work.tally.changed_bytes, strict=True)
+        ],
+        wire_bytes=work.tally.wire_bytes,
+        seconds=round(seconds, 3),
+        logs=work.tally.shipped,
+        point=str(work.state.last_point),
+    )

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def resync(work: Work, session: ReplicaSession, claimed: messages.Claimed) -> None:
     """Make tables and state say what the replica really holds, whatever was believed before. Repeatable."""
     if claimed.last_point is None:
-        raise ReplicaDiverged("the replica has no point to compare with", path=work.link.address)
+        raise ReplicaDiverged("the replica has no point to compare with", path=work.required_link.address)
     # The first answer comes before anything is forgotten: a refusal must leave things as they were.
     session.ask(messages.FingerprintsRequest(0, 0, 1, BLOCK_BYTES), messages.Fingerprints)
     state = work.state
@@ -59,7 +59,7 @@ def _fetch(work: Work, session: ReplicaSession, index: int) -> None:
             if len(data) != count * FINGERPRINT_BYTES:
                 raise ProtocolViolation(
                     "the replica sent another number of fingerprints than it was asked for",
-                    path=work.link.address,
+                    path=work.required_link.address,
                     expected=count,
                     actual=len(data) / FINGERPRINT_BYTES,
                 )

@@ -126,34 +126,7 @@ class StateFolder:
 
     def load(self) -> PrimaryState | None:
         """Return the state, or None for a new folder. Raises: FormatError where it is damaged or too new."""
-        path = self.folder / "state.json"
-        if not self._files.exists(path):
-            return None
-        file = self._files.open(path)
-        try:
-            data = file.read(0, min(file.size(), _STATE_BYTES_MAX))
-        finally:
-            file.close()
-        try:
-            version = msgspec.json.decode(data, type=_Version).version
-            if version not in _VERSIONS_READ:
-                raise UnsupportedVersion(
-                    "unknown version of the primary's state",
-                    path=path,
-                    field="version",
-                    expected=VERSION,
-                    actual=version,
-                    hint="use the hvreplica that wrote it",
-                )
-            state = msgspec.json.decode(data, type=PrimaryState)
-            state.version = VERSION
-            return state
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise FormatError(
-                f"the primary's state is damaged: {error}",
-                path=path,
-                hint="restore the file, or move the folder away and run replicate with --takeover",
-            ) from None
+        return load_state(self._files, self.folder)
 
     def save(self, state: PrimaryState) -> None:
         """Make `state` the durable state, as a whole."""
@@ -179,6 +152,41 @@ class StateFolder:
     def release(self) -> None:
         """Give the folder back."""
         self._lock.release()
+
+
+def load_state(files: FileSystem, folder: Path) -> PrimaryState | None:
+    """Return the state in `folder`, or None where there is none; it may be another process's.
+
+    Raises: FormatError where it is damaged or too new.
+    """
+    path = folder / "state.json"
+    if not files.exists(path):
+        return None
+    file = files.open(path)
+    try:
+        data = file.read(0, min(file.size(), _STATE_BYTES_MAX))
+    finally:
+        file.close()
+    try:
+        version = msgspec.json.decode(data, type=_Version).version
+        if version not in _VERSIONS_READ:
+            raise UnsupportedVersion(
+                "unknown version of the primary's state",
+                path=path,
+                field="version",
+                expected=VERSION,
+                actual=version,
+                hint="use the hvreplica that wrote it",
+            )
+        state = msgspec.json.decode(data, type=PrimaryState)
+        state.version = VERSION
+        return state
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise FormatError(
+            f"the primary's state is damaged: {error}",
+            path=path,
+            hint="restore the file, or move the folder away and run replicate with --takeover",
+        ) from None
 
 
 class _Version(msgspec.Struct):

@@ -1,6 +1,6 @@
-"""The verbs as functions, for programs that embed hvreplica: the command line calls these and nothing else.
+"""The verb `replicate` as a function, for programs that embed hvreplica: the command line calls this.
 
-Each takes paths, returns a typed result, tells its progress to a callback, and is safe to call twice. Errors
+It takes paths, returns a typed result, tells its progress to a callback, and is safe to call twice. Errors
 are HvReplicaError or OSError.
 """
 
@@ -10,44 +10,37 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from hvreplica.clock import SYSTEM
-from hvreplica.disk import open_disk
-from hvreplica.errors import FieldOutOfRange, StateError, TrackingLost
 from hvreplica.files import OS_FILES
-from hvreplica.formats import messages
-from hvreplica.formats.hrl import SECTOR_BYTES
-from hvreplica.replication.primary import Primary
-from hvreplica.replication.results import DiskChange, ReplicateResult
-from hvreplica.replication.state import StateFolder, check_same, track
-from hvreplica.replication.work import Link, Tally, Work
-from hvreplica.transport import COMPRESSIONS, client_context
+from hvreplica.progress import Progress, quiet
+from hvreplica.replication.bookkeeping import Bookkeeper
+from hvreplica.replication.control import SOCKET_NAME, ReplicateRequest
+from hvreplica.replication.loop import CycleRunner
+from hvreplica.replication.opening import check_vm, disk_paths, opened_disks, state_for
+from hvreplica.replication.results import ReplicateResult
+from hvreplica.replication.state import StateFolder
+from hvreplica.replication.work import CONNECTIONS_DEFAULT, Tally, Work, make_link
+from hvreplica.transport.local import Owner
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
 
     from hvreplica.clock import Clock
-    from hvreplica.disk import Disk
     from hvreplica.files import FileSystem
-    from hvreplica.progress import Progress, ProgressCallback
-    from hvreplica.replication.state import PrimaryState
+    from hvreplica.progress import ProgressCallback
 
     PathLike = str | os.PathLike[str]
-
-CONNECTIONS_DEFAULT = 2
-CONNECTIONS_MAX = 16
-
-
-def _quiet(_: Progress) -> None:
-    """Tell nobody."""
 
 
 def replicate(  # noqa: PLR0913 - a verb with its options, all but two by keyword
     vm: str,
-    disks: Sequence[PathLike],
+    disks: Sequence[PathLike] = (),
     *,
-    to: str,
-    tls: PathLike,
+    to: str | None = None,
+    tls: PathLike | None = None,
     state: PathLike,
     compression: str = "auto",
     connections: int = CONNECTIONS_DEFAULT,
@@ -59,101 +52,65 @@ def replicate(  # noqa: PLR0913 - a verb with its options, all but two by keywor
 ) -> ReplicateResult:
     """Bring the replica of `vm` at `to` to what its disks hold now: a whole copy first, then what changed.
 
-    vm: 1 to 100 characters. disks: the files, always in the same order; they must not change during the call.
-    to: HOST:PORT. tls: the folder with ca.pem, primary.pem and primary-key.pem. state: a folder of this VM's
-    own, made where absent. compression: auto, zstd, lz4 or none. connections: 1 to 16 for data. resync: trust
-    no record, compare with the replica by fingerprints. takeover: become the primary of a VM that another one
+    vm: 1 to 100 characters. disks: the files, always in the same order; may be left out where the state
+    folder knows them. They must not change during the call, unless `hvreplica capture` serves them: then its
+    process runs the cycle, from what it tracked. to: HOST:PORT. tls: the folder with ca.pem, primary.pem and
+    primary-key.pem. Both may be left out where capture knows its replica. state: a folder of this VM's own,
+    made where absent. compression: auto, zstd, lz4 or none. connections: 1 to 16 for data. resync: trust no
+    record, compare with the replica by fingerprints. takeover: become the primary of a VM that another one
     owned (implies resync).
 
     On return the replica has applied the point durably. After any failure the next call goes on from there.
     Raises: HvReplicaError, OSError, ValueError for an argument out of its range.
     """
-    _check_arguments(vm, disks, compression, connections)
-    link = Link(to, client_context(Path(tls)), compression, connections)
-    start_s = clock.monotonic_s()
+    check_vm(vm, disks)
+    if (to is None) != (tls is None):
+        message = "`to` and `tls` belong together"
+        raise ValueError(message)
+    link = None if to is None or tls is None else make_link(to, tls, compression, connections)
+    folder_path = Path(state).absolute()
+    owner = Owner.find(folder_path / SOCKET_NAME)
+    if owner is not None:
+        request = ReplicateRequest(
+            vm=vm,
+            disks=[str(Path(path).absolute()) for path in disks],
+            to=to,
+            tls=None if tls is None else str(Path(tls).absolute()),
+            compression=compression,
+            connections=connections,
+            resync=resync,
+            takeover=takeover,
+        )
+        return _asked(owner, request, progress or quiet)
+    if link is None:
+        message = "say where the replica is, with `to` and `tls`: no process captures this VM"
+        raise ValueError(message)
     with contextlib.ExitStack() as stack:
-        folder = StateFolder(files, Path(state).absolute(), clock=clock)
+        folder = StateFolder(files, folder_path, clock=clock)
         stack.callback(folder.release)
-        opened: list[Disk] = []
-        for path in disks:
-            disk = open_disk(files, Path(path).absolute(), clock=clock)
-            stack.callback(disk.close)
-            opened.append(disk)
+        opened = stack.enter_context(opened_disks(files, disk_paths(folder, disks), clock=clock))
         work = Work(
             folder=folder,
-            state=_state(folder, vm, opened, clock),
+            state=state_for(folder, vm, opened, clock=clock),
             disks=opened,
             link=link,
             files=files,
             clock=clock,
-            on_progress=progress or _quiet,
+            on_progress=quiet,
             tally=Tally("none", [0] * len(opened)),
         )
-        stack.callback(work.close_tables)
         work.save()
-        Primary(work, with_resync=resync, takeover=takeover).run()
-        return _result(work, round(clock.monotonic_s() - start_s, 3))
+        runner = CycleRunner(work, Bookkeeper(files, folder_path, clock=clock), link=link)
+        stack.callback(runner.close)
+        return runner.run(with_resync=resync, takeover=takeover, on_progress=progress or quiet)
 
 
-def _state(folder: StateFolder, vm: str, disks: Sequence[Disk], clock: Clock) -> PrimaryState:
-    """Return the folder's state, checked against the call; a new one where nothing was replicated yet."""
-    for disk in disks:
-        if disk.virtual_bytes == 0 or disk.virtual_bytes % SECTOR_BYTES:
-            raise FieldOutOfRange(
-                "a disk must have whole sectors",
-                path=disk.path,
-                field="length",
-                expected=f"a multiple of {SECTOR_BYTES} bytes, not 0",
-                actual=disk.virtual_bytes,
-                hint="extend a raw file with `truncate -s %512 FILE`",
-            )
-    known = folder.load()
-    if known is None:
-        return track(vm, disks, clock=clock)
-    try:
-        check_same(known, vm, disks, folder.folder)
-    except (StateError, TrackingLost):
-        if known.phase != "new":
-            raise
-        # Nothing was sent: the call may name another VM or other disks. The replica may know the identity.
-        fresh = track(vm, disks, clock=clock)
-        fresh.relationship_id, fresh.generation = known.relationship_id, known.generation
-        return fresh
-    return known
-
-
-def _result(work: Work, seconds: float) -> ReplicateResult:
-    if work.state.last_point is None:
-        raise StateError(
-            "the replica has no recovery point yet", path=work.folder.folder, hint="call replicate again"
-        )
-    return ReplicateResult(
-        vm=work.state.vm,
-        kind=work.tally.kind,
-        disks=[
-            DiskChange(str(disk.path), disk.virtual_bytes, changed_bytes)
-            for disk, changed_bytes in zip(work.disks, work.tally.changed_bytes, strict=True)
-        ],
-        wire_bytes=work.tally.wire_bytes,
-        seconds=seconds,
-        logs=work.tally.shipped,
-        point=str(work.state.last_point),
+def _asked(owner: Owner, request: ReplicateRequest, progress: ProgressCallback) -> ReplicateResult:
+    """Have the process that owns the state folder run the cycle."""
+    answer = owner.ask(
+        "replicate",
+        msgspec.to_builtins(request),
+        on_progress=lambda report: progress(msgspec.convert(report, type=Progress)),
     )
-
-
-def _check_arguments(vm: str, disks: Sequence[PathLike], compression: str, connections: int) -> None:
-    if not 1 <= len(vm) <= messages.VM_NAME_CHARS_MAX or not vm.isprintable():
-        message = f"the VM's name must have 1 to {messages.VM_NAME_CHARS_MAX} printable characters"
-        raise ValueError(message)
-    if not 1 <= len(disks) <= messages.DISKS_MAX:
-        message = f"a VM has 1 to {messages.DISKS_MAX} disks"
-        raise ValueError(message)
-    if len({Path(path).absolute() for path in disks}) != len(disks):
-        message = "a disk is named twice"
-        raise ValueError(message)
-    if compression not in COMPRESSIONS:
-        message = f"compression is one of {', '.join(COMPRESSIONS)}, not {compression!r}"
-        raise ValueError(message)
-    if not 1 <= connections <= CONNECTIONS_MAX:
-        message = f"connections must be 1 to {CONNECTIONS_MAX}"
-        raise ValueError(message)
+    result: ReplicateResult = msgspec.convert(answer, type=ReplicateResult)
+    return result

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvreplica.errors import FormatError, ProtocolViolation, TrackingLost
@@ -14,8 +15,10 @@ from hvreplica.replication.session import ReplicaSession
 from hvreplica.replication.ship import Shipment
 from hvreplica.replication.state import NIL, cuts, logs_kept
 from hvreplica.tracking.fingerprints import FingerprintTable
+from hvreplica.transport import COMPRESSIONS, client_context, parse_address
 
 if TYPE_CHECKING:
+    import os
     import ssl
     from collections.abc import Sequence
 
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
     from hvreplica.replication.sources import FrameSource
     from hvreplica.replication.state import PrimaryState, StateFolder, Transfer
 
+CONNECTIONS_DEFAULT = 2
+CONNECTIONS_MAX = 16
 _RESYNC_HINT = (
     "run replicate with --resync: it rebuilds the table from the replica and sends only what differs"
 )
@@ -37,13 +42,31 @@ _RESYNC_HINT = (
 class Link:
     """How to reach the replica.
 
-    address: HOST:PORT. compression: auto, zstd, lz4 or none. connections: for data.
+    address: HOST:PORT. compression: auto, zstd, lz4 or none. connections: for data. tls: where the context
+    is from.
     """
 
     address: str
-    context: ssl.SSLContext
+    context: ssl.SSLContext = field(compare=False)
     compression: str
     connections: int
+    tls: Path | None = None
+
+
+def make_link(address: str, tls: str | os.PathLike[str], compression: str, connections: int) -> Link:
+    """Return a link, checked. tls: the folder of the certificates.
+
+    Raises: ValueError, AuthenticationFailed.
+    """
+    if compression not in COMPRESSIONS:
+        message = f"compression is one of {', '.join(COMPRESSIONS)}, not {compression!r}"
+        raise ValueError(message)
+    if not 1 <= connections <= CONNECTIONS_MAX:
+        message = f"connections must be 1 to {CONNECTIONS_MAX}"
+        raise ValueError(message)
+    parse_address(address)
+    folder = Path(tls).absolute()
+    return Link(address, client_context(folder), compression, connections, folder)
 
 
 @dataclass(slots=True)
@@ -69,7 +92,7 @@ class Work:
     folder: StateFolder
     state: PrimaryState
     disks: Sequence[Disk]
-    link: Link
+    link: Link | None
     files: FileSystem
     clock: Clock
     on_progress: ProgressCallback
@@ -102,6 +125,13 @@ class Work:
                 self.save()
             return self.state.transfer
 
+    def forget_logs(self, transfer: Transfer) -> None:
+        """Give the files of acknowledged logs back to live tracking, or remove them."""
+        if self.machine is None:
+            self.folder.remove_logs(transfer.logs)
+        else:
+            self.machine.recycle(self.folder.log_path(log.log_id) for log in transfer.logs)
+
     def sweep_logs(self) -> None:
         """Remove every file in logs/ that the state does not name."""
         with self.cutting:
@@ -123,7 +153,14 @@ class Work:
 
     def session(self) -> ReplicaSession:
         """Open a session; the caller closes it."""
-        return ReplicaSession(self.link.address, self.link.context)
+        link = self.required_link
+        return ReplicaSession(link.address, link.context)
+
+    @property
+    def required_link(self) -> Link:
+        """The link of the call that runs."""
+        assert self.link is not None
+        return self.link
 
     def ship(self, session: ReplicaSession, source: FrameSource, transfer: Transfer, *, phase: str) -> None:
         """Send a source to its end and have it committed; its positions are recorded on the way."""
@@ -135,8 +172,8 @@ class Work:
         shipment = Shipment(
             session,
             source,
-            compression=self.link.compression,
-            connections=self.link.connections,
+            compression=self.required_link.compression,
+            connections=self.required_link.connections,
             on_progress=self.on_progress,
             clock=self.clock,
         )
@@ -153,7 +190,7 @@ class Work:
         ):
             raise ProtocolViolation(
                 "the replica answered with positions that were not asked for",
-                path=self.link.address,
+                path=self.required_link.address,
                 expected=known,
                 actual=positions,
             )

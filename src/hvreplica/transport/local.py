@@ -24,7 +24,7 @@ import msgspec
 from msgspec import Meta
 
 from hvreplica.clock import SYSTEM
-from hvreplica.errors import HvReplicaError, Locked, PeerClosed, ProtocolViolation, Unreachable, kept
+from hvreplica.errors import HvReplicaError, Locked, PeerClosed, ProtocolViolation, kept
 from hvreplica.files import OS_FILES, short_name
 from hvreplica.transport.failure import Failure, pack_failure, unpack_failure
 
@@ -200,44 +200,60 @@ class LocalServer:
             connection.close()
 
 
-def ask(
-    path: Path,
-    verb: str,
-    arguments: dict[str, Any] | None = None,
-    *,
-    on_progress: Callable[[Any], None] | None = None,
-) -> Any:
-    """Return the owner's answer to `verb`, waiting as long as its process lives.
+class Owner:
+    """A connection to the process that owns a folder, good for one question. find() it."""
 
-    Raises: Unreachable where nobody listens at `path`; PeerClosed where the owner ends before it answers;
-    what the owner raised, as the same class.
-    """
-    with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as connection:
+    def __init__(self, path: Path, connection: socket.socket) -> None:
+        self._path = path
+        self._connection = connection
+
+    @classmethod
+    def find(cls, path: Path) -> Owner | None:
+        """Return the owner that listens at `path`, None where nobody does. Raises: OSError."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             with short_name(path) as name:
                 connection.connect(name)
-        except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError) as error:
-            raise Unreachable("nobody listens there", path=path, hint="is the process running?") from error
-        except OSError as error:
-            error.filename = os.fspath(path)
+        except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
+            connection.close()
+            return None
+        except BaseException as error:
+            connection.close()
+            if isinstance(error, OSError):
+                error.filename = os.fspath(path)
             raise
-        connection.settimeout(None)
-        question = msgspec.json.encode(_Question(verb, arguments or {}), enc_hook=_named) + b"\n"
-        if len(question) > LINE_BYTES_MAX:
-            message = f"a question has at most {LINE_BYTES_MAX} bytes"
-            raise ValueError(message)
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            connection.sendall(question)  # the answer of an owner that did not read it says why
-        lines = _Lines(connection)
-        while (line := lines.next(lambda: None)) is not None:
-            answer = _decoded(line, _Answer)
-            if answer.error is not msgspec.UNSET:
-                raise unpack_failure(answer.error)
-            if answer.result is not msgspec.UNSET:
-                return answer.result
-            if on_progress is not None and answer.progress is not msgspec.UNSET:
-                on_progress(answer.progress)
-        raise PeerClosed("the process ended before it answered", path=path, hint="what it had done stands")
+        return cls(path, connection)
+
+    def ask(
+        self,
+        verb: str,
+        arguments: dict[str, Any] | None = None,
+        *,
+        on_progress: Callable[[Any], None] | None = None,
+    ) -> Any:
+        """Return the answer to `verb`, waiting as long as the owner lives; ends the connection.
+
+        Raises: PeerClosed where the owner ends before it answers; what the owner raised, as the same class.
+        """
+        with contextlib.closing(self._connection):
+            question = msgspec.json.encode(_Question(verb, arguments or {}), enc_hook=_named) + b"\n"
+            if len(question) > LINE_BYTES_MAX:
+                message = f"a question has at most {LINE_BYTES_MAX} bytes"
+                raise ValueError(message)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                self._connection.sendall(question)  # the answer of an owner that did not read it says why
+            lines = _Lines(self._connection)
+            while (line := lines.next(lambda: None)) is not None:
+                answer = _decoded(line, _Answer)
+                if answer.error is not msgspec.UNSET:
+                    raise unpack_failure(answer.error)
+                if answer.result is not msgspec.UNSET:
+                    return answer.result
+                if on_progress is not None and answer.progress is not msgspec.UNSET:
+                    on_progress(answer.progress)
+        raise PeerClosed(
+            "the process ended before it answered", path=self._path, hint="what it had done stands"
+        )
 
 
 class _Lines:

@@ -1,0 +1,209 @@
+"""What the process that owns a VM's state folder answers to others: cut, replicate, status, pause, resume.
+
+Each verb is a method; its arguments come from outside and are checked here. What the answers mean stands in
+results.py and status.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from hvreplica.capture.guest_agent import DEFAULT_FREEZE_LIMIT_S, GuestAgent
+from hvreplica.clock import iso_time
+from hvreplica.errors import FreezeFailed, ProtocolViolation, StateError, Unreachable
+from hvreplica.replication.live import RecordedCut, cut_live
+from hvreplica.replication.results import CutLog, CutResult
+from hvreplica.replication.status import Cycles, make_status
+from hvreplica.replication.work import CONNECTIONS_DEFAULT, CONNECTIONS_MAX, make_link
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hvreplica.replication.loop import CycleLoop, CycleRunner
+    from hvreplica.replication.results import ReplicateResult
+    from hvreplica.replication.status import ReplicationStatus
+    from hvreplica.replication.work import Link, Work
+
+    Tell = Callable[[object], None]
+
+SOCKET_NAME = "control.sock"
+Text = Annotated[str, Meta(min_length=1, max_length=4096)]
+
+
+class CutRequest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """freeze: the Unix socket of the guest's agent, an absolute path."""
+
+    freeze: Text | None = None
+    freeze_limit_s: Annotated[float, Meta(gt=0, le=3600)] = DEFAULT_FREEZE_LIMIT_S
+
+
+class ReplicateRequest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """vm, disks: checked against the state where they are given. to, tls: None for the usual replica."""
+
+    vm: Text | None = None
+    disks: list[Text] = []
+    to: Text | None = None
+    tls: Text | None = None
+    compression: Text = "auto"
+    connections: Annotated[int, Meta(ge=1, le=CONNECTIONS_MAX)] = CONNECTIONS_DEFAULT
+    resync: bool = False
+    takeover: bool = False
+
+
+class NoArguments(msgspec.Struct, forbid_unknown_fields=True):
+    """Of a verb that has none."""
+
+
+class Control:
+    """Answers the verbs of one VM. Any thread may call. running: the name of the process's own verb."""
+
+    def __init__(self, runner: CycleRunner, loop: CycleLoop | None, *, running: str) -> None:
+        self._runner = runner
+        self._loop = loop
+        self._running = running
+
+    def handle(self, verb: str, arguments: dict[str, Any], tell: Tell) -> object:
+        """Return the answer to a verb; tell(progress) while it runs. Raises: what stands in its way."""
+        match verb:
+            case "cut":
+                return self.cut(_checked(arguments, CutRequest), tell)
+            case "replicate":
+                return self.replicate(_checked(arguments, ReplicateRequest), tell)
+            case "status" | "pause" | "resume" | "reset-statistics":
+                _checked(arguments, NoArguments)
+                {"pause": self.pause, "resume": self.resume, "reset-statistics": self.reset}.get(
+                    verb, lambda: None
+                )()
+                return self.status()
+            case _:
+                raise ProtocolViolation(
+                    "no such verb", actual=verb, hint="both programs should be of one release"
+                )
+
+    def cut(self, request: CutRequest, tell: Tell) -> CutResult:
+        """Cut all disks at one instant; tell {"instant": …} as soon as the guest may go on."""
+        work = self._runner.work
+        if work.machine is None:
+            if request.freeze is not None:
+                raise StateError(
+                    "no guest can be frozen: this process does not serve the VM's disks",
+                    path=work.folder.folder,
+                    hint="serve them with `hvreplica capture`",
+                )
+            return cut_result(work, self._runner.cut_compared())
+        frozen: list[int] = []
+        with contextlib.ExitStack() as held:
+
+            def go_on() -> None:
+                held.close()  # raises where the guest did not stand still until now
+                tell({"instant": iso_time(work.clock.now_s())})
+
+            try:
+                if request.freeze is not None:
+                    agent = GuestAgent(request.freeze, clock=work.clock)
+                    frozen.append(held.enter_context(agent.frozen(limit_s=request.freeze_limit_s)))
+                recorded = cut_live(work, at_instant=go_on)
+            except (FreezeFailed, Unreachable):
+                self._runner.book.freeze_failed()
+                raise
+        return cut_result(work, recorded, frozen=frozen[0] if frozen else None)
+
+    def replicate(self, request: ReplicateRequest, tell: Tell) -> ReplicateResult:
+        """Run one cycle now."""
+        self._require_same(request)
+        result = self._runner.run(
+            link=_link(request),
+            with_resync=request.resync,
+            takeover=request.takeover,
+            on_progress=tell,
+        )
+        if self._loop is not None:
+            self._loop.mended()
+        return result
+
+    def status(self) -> ReplicationStatus:
+        """Return how things stand."""
+        work = self._runner.work
+        cycles = None
+        if self._loop is not None and self._runner.link is not None:
+            cycles = Cycles(self._runner.link.address, self._loop.interval_s or 0.0, self._loop.wait_s())
+        return make_status(
+            work.state,
+            self._runner.book.record,
+            now_s=work.clock.now_s(),
+            tracking=() if work.machine is None else work.machine.status(),
+            running=self._running,
+            cycles=cycles,
+        )
+
+    def pause(self) -> None:
+        """Begin no further cycle until resumed, in later processes too; durable on return."""
+        self._set_paused(is_paused=True)
+
+    def resume(self) -> None:
+        """Go on with the next cycle now, also where an error had stopped them; durable on return."""
+        self._set_paused(is_paused=False)
+        if self._loop is not None:
+            self._loop.resume()
+
+    def reset(self) -> None:
+        """Begin the statistics anew."""
+        self._runner.book.reset()
+
+    def _set_paused(self, *, is_paused: bool) -> None:
+        work = self._runner.work
+        with work.lock:
+            work.state.paused = is_paused
+            work.save()
+
+    def _require_same(self, request: ReplicateRequest) -> None:
+        state, folder = self._runner.work.state, self._runner.work.folder.folder
+        if request.vm not in {None, state.vm}:
+            raise StateError(
+                "the state folder belongs to another VM", path=folder, expected=state.vm, actual=request.vm
+            )
+        known = [disk.path for disk in state.disks]
+        if request.disks and request.disks != known:
+            raise StateError(
+                "the running process has other disks, or another order",
+                path=folder,
+                expected=", ".join(known),
+                actual=", ".join(request.disks),
+            )
+
+
+def cut_result(work: Work, recorded: RecordedCut, *, frozen: int | None = None) -> CutResult:
+    """Return what is told of a cut."""
+    transfer = recorded.transfer
+    logs = [] if transfer is None else transfer.logs
+    paths = [work.folder.log_path(log.log_id) for log in logs]
+    return CutResult(
+        logs=[
+            CutLog(log.disk_index, str(log.log_id), str(path), log.log_bytes, entries)
+            for log, path, entries in zip(logs, paths, recorded.entries, strict=True)
+        ],
+        held_us=round(recorded.held_us, 1),
+        instant=iso_time(recorded.instant_s),
+        point=None if transfer is None else str(transfer.point_id),
+        frozen=frozen,
+    )
+
+
+def _link(request: ReplicateRequest) -> Link | None:
+    if request.to is None:
+        return None
+    if request.tls is None:
+        message = "--to needs --tls"
+        raise ValueError(message)
+    return make_link(request.to, request.tls, request.compression, request.connections)
+
+
+def _checked(arguments: dict[str, Any], kind: type[Any]) -> Any:
+    try:
+        return msgspec.convert(arguments, type=kind)
+    except msgspec.ValidationError as error:
+        raise ProtocolViolation(f"the arguments are not those of the verb: {error}") from None

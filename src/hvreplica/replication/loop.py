@@ -1,0 +1,248 @@
+"""Run cycles: one at a time, on a schedule or because somebody asks, until stopped.
+
+One thread runs those that are due; others may ask for one between them. Pausing is part of the primary's
+state and outlives the process; what went wrong and when to try again does not.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+from hvreplica.errors import HvReplicaError, InvalidTransition, StateError, kept
+from hvreplica.progress import quiet
+from hvreplica.replication.bookkeeping import FATAL
+from hvreplica.replication.live import cut_compared
+from hvreplica.replication.primary import Primary
+from hvreplica.replication.results import make_result
+from hvreplica.replication.schedule import Schedule
+from hvreplica.replication.work import Tally
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    from hvreplica.progress import ProgressCallback
+    from hvreplica.replication.bookkeeping import Bookkeeper
+    from hvreplica.replication.live import RecordedCut
+    from hvreplica.replication.results import ReplicateResult
+    from hvreplica.replication.work import Link, Work
+
+_LOG = logging.getLogger("hvreplica.replicate")
+
+
+class CycleRunner:
+    """Runs one cycle after the other for one VM. Any thread may call run(); they wait for each other.
+
+    link: to the replica of the cycles that are due, None where each call says it. keep_session: keep its
+    session open between cycles. ready: entered around each cycle, to open the disks where they are not.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        book: Bookkeeper,
+        *,
+        link: Link | None,
+        keep_session: bool = False,
+        ready: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        self.work = work
+        self.book = book
+        self.link = link
+        self._keep_session = keep_session
+        self._ready = ready
+        self._turn = threading.Lock()
+        self._stopping = threading.Event()
+        self._standing: Primary | None = None
+        self._running: Primary | None = None
+
+    def run(
+        self,
+        *,
+        link: Link | None = None,
+        with_resync: bool = False,
+        takeover: bool = False,
+        on_progress: ProgressCallback = quiet,
+    ) -> ReplicateResult:
+        """Bring the replica up to date and count it.
+
+        link: instead of the usual one. Raises: InvalidTransition while paused; StateError without a link and
+        when stopped; else as replicate().
+        """
+        with self._turn:
+            self._check(link)
+            primary = self._primary(link, with_resync=with_resync, takeover=takeover)
+            self._running = primary
+            if self._stopping.is_set():
+                primary.abort()
+            self.work.on_progress = on_progress
+            start_s = self.work.clock.monotonic_s()
+            try:
+                with self._ready():
+                    self.work.tally = Tally("none", [0] * len(self.work.disks))
+                    primary.run()
+                    result = make_result(self.work, self.work.clock.monotonic_s() - start_s)
+            except Exception as error:
+                if not self._stopping.is_set():
+                    self.book.failed(error)
+                raise
+            finally:
+                self._running, self.work.on_progress = None, quiet
+                if primary is not self._standing:
+                    primary.close()
+            self.book.succeeded(result)
+            return result
+
+    def cut_compared(self) -> RecordedCut:
+        """Cut disks at rest, between two cycles."""
+        with self._turn:
+            self._check_running()
+            with self._ready():
+                return cut_compared(self.work)
+
+    def stop(self) -> None:
+        """Make a cycle that runs fail soon, and refuse all others; from any thread."""
+        self._stopping.set()
+        running = self._running
+        if running is not None:
+            running.abort()
+
+    def close(self) -> None:
+        """Stop, wait for the cycle that runs, and end the session."""
+        self.stop()
+        with self._turn:
+            self._close_standing()
+            self.work.close_tables()
+            self.book.save()
+
+    def _check_running(self) -> None:
+        if self._stopping.is_set():
+            raise StateError("the process is being stopped", hint="call again when it runs again")
+
+    def _check(self, link: Link | None) -> None:
+        self._check_running()
+        if self.work.state.paused:
+            raise InvalidTransition(
+                "replication of this VM is paused",
+                path=self.work.folder.folder,
+                hint="go on with `hvreplica resume --state DIR`",
+            )
+        if link is None and self.link is None:
+            raise StateError(
+                "it is not known where the replica is", hint="say so with --to HOST:PORT and --tls DIR"
+            )
+
+    def _primary(self, link: Link | None, *, with_resync: bool, takeover: bool) -> Primary:
+        chosen = link or self.link
+        assert chosen is not None
+        self.work.link = chosen
+        is_usual = (link is None or link == self.link) and not with_resync and not takeover
+        if is_usual and self._standing is not None:
+            return self._standing
+        self._close_standing()  # or the new session would find the old one in its way
+        primary = Primary(
+            self.work,
+            with_resync=with_resync,
+            takeover=takeover,
+            keep_session=is_usual and self._keep_session,
+            wait=self._stopping.wait,
+        )
+        if is_usual:
+            self._standing = primary
+        return primary
+
+    def _close_standing(self) -> None:
+        standing, self._standing = self._standing, None
+        if standing is not None:
+            standing.close()
+
+
+class CycleLoop:
+    """Runs the cycles that are due. start() makes its thread; step() is one turn of it.
+
+    interval_s: between the beginnings of cycles; None for back to back.
+    """
+
+    def __init__(self, runner: CycleRunner, *, interval_s: float | None) -> None:
+        self._runner = runner
+        self._work = runner.work
+        self._clock = runner.work.clock
+        self._lock = threading.Lock()
+        self._schedule = Schedule(interval_s, now_s=self._clock.monotonic_s())
+        self._wake = threading.Event()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="hvreplica cycles", daemon=True)
+        self.interval_s = interval_s
+
+    def start(self) -> None:
+        """Begin with the first cycle now."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; the caller stops the runner first."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def resume(self) -> None:
+        """Run the next cycle now, whatever went wrong before."""
+        with self._lock:
+            self._schedule.resume(self._clock.monotonic_s())
+        self._wake.set()
+
+    def mended(self) -> None:
+        """Take note that a cycle that somebody asked for went well: nothing is to be waited out any more."""
+        with self._lock:
+            is_failing = self._schedule.is_failing
+        if is_failing:
+            self.resume()
+
+    def wait_s(self) -> float | None:
+        """Return the seconds until the next cycle begins; None while none will."""
+        with self._lock:
+            if self._schedule.is_stopped or self._work.state.paused:
+                return None
+            return max(self._schedule.start_s - self._clock.monotonic_s(), 0.0)
+
+    def step(self) -> float | None:
+        """Run a cycle if one is due; return wait_s()."""
+        wait_s = self.wait_s()
+        if wait_s is None or wait_s > 0:
+            return wait_s
+        with self._lock:
+            count = self._schedule.begin(self._clock.monotonic_s())
+        self._runner.book.missed(count)
+        try:
+            self._runner.run()
+        except InvalidTransition:  # paused meanwhile
+            return self.wait_s()
+        except Exception as error:
+            if not self._stopping:
+                self._failed(kept(error))
+        else:
+            with self._lock:
+                count = self._schedule.end(self._clock.monotonic_s())
+            self._runner.book.missed(count)
+        return self.wait_s()
+
+    def _failed(self, error: Exception) -> None:
+        is_fatal = isinstance(error, FATAL)
+        with self._lock:
+            count = self._schedule.fail(self._clock.monotonic_s(), is_fatal=is_fatal)
+        self._runner.book.missed(count)
+        wait_s = self.wait_s()
+        if isinstance(error, (HvReplicaError, OSError)):
+            again = "it stopped until it is resumed" if wait_s is None else f"again in {wait_s:.0f} s"
+            _LOG.error("replication failed, %s: %s", again, error)
+        else:
+            _LOG.error("replication failed by a bug in hvreplica", exc_info=error)
+
+    def _run(self) -> None:
+        while not self._stopping:
+            wait_s = self.step()
+            self._wake.wait(wait_s)
+            self._wake.clear()

@@ -1,0 +1,87 @@
+"""Open what replicate calls work on: the state folder, checked against the call, and the disks."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hvreplica.disk import open_disk
+from hvreplica.errors import FieldOutOfRange, StateError, TrackingLost
+from hvreplica.formats import messages
+from hvreplica.formats.hrl import SECTOR_BYTES
+from hvreplica.replication.state import check_same, track
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator, Sequence
+
+    from hvreplica.clock import Clock
+    from hvreplica.disk import Disk
+    from hvreplica.files import FileSystem
+    from hvreplica.replication.state import PrimaryState, StateFolder
+
+    PathLike = str | os.PathLike[str]
+
+
+@contextlib.contextmanager
+def opened_disks(files: FileSystem, paths: Sequence[Path], *, clock: Clock) -> Iterator[list[Disk]]:
+    """Open disks to be read, in order, for the length of a with-block."""
+    with contextlib.ExitStack() as stack:
+        opened: list[Disk] = []
+        for path in paths:
+            disk = open_disk(files, path, clock=clock)
+            stack.callback(disk.close)
+            opened.append(disk)
+        yield opened
+
+
+def state_for(folder: StateFolder, vm: str, disks: Sequence[Disk], *, clock: Clock) -> PrimaryState:
+    """Return the folder's state, checked against the call; a new one where nothing was replicated yet."""
+    for disk in disks:
+        if disk.virtual_bytes == 0 or disk.virtual_bytes % SECTOR_BYTES:
+            raise FieldOutOfRange(
+                "a disk must have whole sectors",
+                path=disk.path,
+                field="length",
+                expected=f"a multiple of {SECTOR_BYTES} bytes, not 0",
+                actual=disk.virtual_bytes,
+                hint="extend a raw file with `truncate -s %512 FILE`",
+            )
+    known = folder.load()
+    if known is None:
+        return track(vm, disks, clock=clock)
+    try:
+        check_same(known, vm, disks, folder.folder)
+    except (StateError, TrackingLost):
+        if known.phase != "new":
+            raise
+        # Nothing was sent: the call may name another VM or other disks. The replica may know the identity.
+        fresh = track(vm, disks, clock=clock)
+        fresh.relationship_id, fresh.generation = known.relationship_id, known.generation
+        return fresh
+    return known
+
+
+def disk_paths(folder: StateFolder, disks: Sequence[PathLike]) -> list[Path]:
+    """Return the disks of a call: those it names, else those that the folder knows. Raises: ValueError."""
+    if disks:
+        return [Path(path).absolute() for path in disks]
+    known = folder.load()
+    if known is None:
+        message = f"name the VM's disks: {folder.folder} does not know them yet"
+        raise ValueError(message)
+    return [Path(disk.path) for disk in known.disks]
+
+
+def check_vm(vm: str, disks: Sequence[PathLike]) -> None:
+    """Refuse what no VM can be. Raises: ValueError."""
+    if not 1 <= len(vm) <= messages.VM_NAME_CHARS_MAX or not vm.isprintable():
+        message = f"the VM's name must have 1 to {messages.VM_NAME_CHARS_MAX} printable characters"
+        raise ValueError(message)
+    if len(disks) > messages.DISKS_MAX:
+        message = f"a VM has 1 to {messages.DISKS_MAX} disks"
+        raise ValueError(message)
+    if len({Path(path).absolute() for path in disks}) != len(disks):
+        message = "a disk is named twice"
+        raise ValueError(message)

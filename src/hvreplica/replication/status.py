@@ -1,0 +1,148 @@
+"""How replication of a VM stands, told by the process that owns its state folder, or read from the folder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from hvreplica.clock import iso_time
+from hvreplica.replication import statistics
+from hvreplica.replication.state import cuts
+from hvreplica.replication.statistics import ReplicationStatistics, Situation, Statistics
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hvreplica.replication.live import DiskTracking
+    from hvreplica.replication.state import PrimaryState, Transfer
+
+
+class WaitingCut(msgspec.Struct, frozen=True):
+    """A cut that the replica does not have yet. bytes: of its logs. instant: ISO 8601 in UTC."""
+
+    point: str
+    instant: str
+    bytes: int
+
+
+class TrackedStatus(msgspec.Struct, frozen=True):
+    """What live tracking knows of a disk.
+
+    dirty_bytes: changed since the last cut, in whole grains; unlogged_bytes: those of them that the next cut
+    reads from the disk. log_bytes: of the open log. log_state: open, full, failed or off. writes,
+    written_bytes: of the guest since the process began. judgement: what its start found of changes made
+    while nothing was tracked.
+    """
+
+    dirty_bytes: int
+    unlogged_bytes: int
+    log_bytes: int
+    log_state: str
+    journal_regions: int
+    writes: int
+    written_bytes: int
+    judgement: str = ""
+
+
+class DiskStatus(msgspec.Struct, frozen=True):
+    """One disk. tracking: None where no process captures it."""
+
+    index: int
+    path: str
+    virtual_bytes: int
+    tracking: TrackedStatus | None
+
+
+class Cycles(msgspec.Struct, frozen=True):
+    """The cycles of a running process. interval_s: 0 for back to back.
+
+    next_s: seconds until the next one, None while none will begin.
+    """
+
+    to: str
+    interval_s: float
+    next_s: float | None
+
+
+class ReplicationStatus(msgspec.Struct, frozen=True):
+    """One VM at its primary. running: "capture" or "replicate" for a living process, else None.
+
+    replication_state: ReadyForInitialReplication, InitialReplicationInProgress, Replicating, Suspended or
+    Error. last_point: that the replica acknowledged. pending: cuts that it does not have, oldest first.
+    cycles: None where none are scheduled. statistics: see ReplicationStatistics.
+    """
+
+    vm: str
+    running: str | None
+    replication_state: str
+    paused: bool
+    relationship: str
+    generation: int
+    last_point: str | None
+    pending: list[WaitingCut]
+    cycles: Cycles | None
+    disks: list[DiskStatus]
+    statistics: ReplicationStatistics
+
+
+def make_status(
+    state: PrimaryState,
+    record: Statistics,
+    *,
+    now_s: float,
+    tracking: Sequence[DiskTracking] = (),
+    running: str | None = None,
+    cycles: Cycles | None = None,
+) -> ReplicationStatus:
+    """Return the status of a VM from what is known of it."""
+    known = {disk.index: disk for disk in tracking}
+    waiting = [_waiting(transfer) for transfer in cuts(state) if transfer.stage == "cut"]
+    has_replica = cycles is not None or state.phase != "new" or record.trouble is not None
+    pending_bytes = sum(cut.bytes for cut in waiting) + sum(disk.dirty_bytes for disk in tracking)
+    situation = Situation(has_replica, state.phase, state.paused, pending_bytes, now_s)
+    return ReplicationStatus(
+        vm=state.vm,
+        running=running,
+        replication_state=_state_name(state, record),
+        paused=state.paused,
+        relationship=str(state.relationship_id),
+        generation=state.generation,
+        last_point=None if state.last_point is None else str(state.last_point),
+        pending=waiting,
+        cycles=cycles,
+        disks=[
+            DiskStatus(
+                index, disk.path, disk.virtual_bytes, _tracked(known[index]) if index in known else None
+            )
+            for index, disk in enumerate(state.disks)
+        ],
+        statistics=statistics.show(record, situation),
+    )
+
+
+def _state_name(state: PrimaryState, record: Statistics) -> str:
+    if state.paused:
+        return "Suspended"
+    if record.trouble is not None and record.trouble.is_fatal:
+        return "Error"
+    names = {"new": "ReadyForInitialReplication", "initial": "InitialReplicationInProgress"}
+    return names.get(state.phase, "Replicating")
+
+
+def _waiting(transfer: Transfer) -> WaitingCut:
+    log_bytes = sum(log.log_bytes for log in transfer.logs)
+    return WaitingCut(str(transfer.point_id), iso_time(transfer.instant_s), log_bytes)
+
+
+def _tracked(disk: DiskTracking) -> TrackedStatus:
+    return TrackedStatus(
+        dirty_bytes=disk.dirty_bytes,
+        unlogged_bytes=disk.unlogged_bytes,
+        log_bytes=disk.log_bytes,
+        log_state=disk.log_state,
+        journal_regions=disk.journal_regions,
+        writes=disk.writes,
+        written_bytes=disk.written_bytes,
+        judgement=getattr(disk, "judgement", ""),
+    )
