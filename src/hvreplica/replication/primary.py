@@ -120,6 +120,8 @@ class Primary:
                     self._is_cut = True
                     self._deliver(session)
             return
+        # What waits was cut by whoever tracks the disks: a comparison would read them for nothing.
+        self._is_cut = self._is_cut or bool(self._work.state.pending)
         self._catch_up()
         if not self._is_cut and (self._work.tally.kind != "initial" or self._work.state.mixed):
             # The comparison may take hours: no connection is kept open meanwhile.
