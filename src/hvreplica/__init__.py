@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         disk_info,
         disk_map,
     )
+    from hvreplica.replication.log_import import log_import
     from hvreplica.replication.log_sources import log_from_child
     from hvreplica.replication.log_verbs import log_apply, log_dump, log_info, log_recover, log_verify
     from hvreplica.replication.results import DiskChange, ReplicateResult, ShippedLog
@@ -52,6 +53,7 @@ __all__ = [
     "log_apply",
     "log_dump",
     "log_from_child",
+    "log_import",
     "log_info",
     "log_recover",
     "log_verify",
@@ -78,6 +80,7 @@ _HOMES = {
     "disk_repair_undo": "replication.disk_check",
     "disk_resize": "replication.disk_change",
     "log_from_child": "replication.log_sources",
+    "log_import": "replication.log_import",
     "replicate": "replication.verbs",
 }
 _FAMILIES = {

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 import hvreplica
-from hvreplica.cli.log_sources import from_child
+from hvreplica.cli.log_sources import from_child, import_logs
 from hvreplica.cli.options import PATH, verb
 from hvreplica.cli.progress import progress_shown
 
@@ -21,7 +21,7 @@ _LOG = click.argument("file", type=PATH, metavar="FILE.hrl")
 
 @click.group(short_help="Look into .hrl logs, check, apply and make them.")
 def log() -> None:
-    """Look into .hrl logs ([MS-HRL]), check them, apply them to a disk, make them of other disks."""
+    """Look into .hrl logs ([MS-HRL]), check, apply and make them, and take those of other programs."""
 
 
 @log.command()
@@ -82,3 +82,4 @@ def recover(output: Output, file: Path) -> None:
 
 
 log.add_command(from_child)
+log.add_command(import_logs)

@@ -1,4 +1,4 @@
-"""`log from-child`: an .hrl of what another source of change knows."""
+"""`log from-child`, `log import`: logs of what other sources of change know."""
 
 from __future__ import annotations
 
@@ -59,5 +59,60 @@ def from_child(
         )
         if report.child_virtual_bytes > report.base_virtual_bytes:
             output.line(f"grow the parent to {report.child_virtual_bytes} bytes before the log is applied")
+
+    output.answer(report, show)
+
+
+@click.command("import", short_help="Take logs that another program wrote for a protected VM.")
+@click.argument("logs", type=PATH, metavar="LOG.hrl...", nargs=-1, required=True)
+@option(
+    "--state",
+    type=PATH,
+    required=True,
+    envvar="HVREPLICA_STATE",
+    metavar="DIR",
+    help="The state folder of the VM, as `replicate` has it.",
+)
+@option(
+    "--disk-index",
+    "indexes",
+    type=click.IntRange(0, 63),
+    multiple=True,
+    help="Whose log it is: the disk's place in the VM. Repeat it for each log.",
+)
+@option("--disk", "disks", type=PATH, multiple=True, metavar="FILE", help="The same, by the disk's file.")
+@option("--force", is_flag=True, help="Take a log that does not say that it follows the last one.")
+@option("--verify-disk", is_flag=True, help="Refuse unless the disk holds now what the log wrote last.")
+@verb
+def import_logs(
+    output: Output,
+    *,
+    logs: tuple[Path, ...],
+    state: Path,
+    indexes: tuple[int, ...],
+    disks: tuple[Path, ...],
+    force: bool,
+    verify_disk: bool,
+) -> None:
+    """Make logs that another program wrote the next cut of a protected VM; `replicate` ships it.
+
+    The disks hold these changes already, and are not touched. Each log is copied and checked whole first. It
+    must follow the last one of its disk, or be forced. Logs of several disks that belong to one instant are
+    given in one call.
+    """
+    named: list[int | Path] = [*indexes, *disks]
+    if (indexes and disks) or (named and not len(named) == len(set(named)) == len(logs)):
+        message = "give one --disk-index, or one --disk, for each log, in the same order"
+        raise click.UsageError(message, click.get_current_context())
+    with progress_shown(output) as progress:
+        report = hvreplica.log_import(
+            logs, state=state, disks=named or None, force=force, verify_disk=verify_disk, progress=progress
+        )
+
+    def show() -> None:
+        for log in report.logs:
+            why = "follows the last one" if log.follows else "forced"
+            output.line(f"{log.path}: {format_size(log.data_bytes)} changed on disk {log.disk_index} ({why})")
+        output.line(f"recovery point {report.point} waits to be shipped by `hvreplica replicate`")
 
     output.answer(report, show)
