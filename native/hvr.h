@@ -286,6 +286,10 @@ void hvr_gate_leave(struct hvr_gate *gate, uint64_t mask);
 void hvr_gate_close(struct hvr_gate *gate, int bar_readers);
 void hvr_gate_open(struct hvr_gate *gate);
 
+/* Count a read in, once readers are not barred, and out. */
+void hvr_read_enter(struct hvr_gate *gate);
+void hvr_read_leave(struct hvr_gate *gate);
+
 /* Return the stripes of the grains of a range. */
 uint64_t hvr_stripes(uint64_t disk_offset, uint64_t length);
 

@@ -181,10 +181,6 @@ void hvr_track_writes(struct hvr_track *track, int variant, const struct hvr_wri
 void hvr_track_stream(struct hvr_track *track, int variant, const struct hvr_write *write, uint64_t whole,
                       uint32_t time_stamp);
 
-/* Count a read in, once readers are not barred, and out. */
-void hvr_read_enter(struct hvr_gate *gate);
-void hvr_read_leave(struct hvr_gate *gate);
-
 /* Return what [MS-HRL] puts into a time stamp now. */
 uint32_t hvr_time_stamp(void);
 

@@ -168,6 +168,35 @@ def test_cut_that_was_not_recorded_is_given_back(tmp_path: Path) -> None:
             machine.settle(cut)
 
 
+@pytest.mark.parametrize("broken", ["prepare", "finish"])
+@pytest.mark.parametrize("disk_index", [0, 1])
+def test_cut_that_fails_on_one_disk_loses_nothing_of_any(
+    tmp_path: Path, broken: str, disk_index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = Site(tmp_path, sizes=[8 * MIB, 8 * MIB])
+    with site.running() as machine, Guest(machine.services[0]) as one, Guest(machine.services[1]) as two:
+        for guest in (one, two):
+            guest.write(4096, random_data(4096))
+            guest.write(2 * MIB, random_data(MIB))
+        with monkeypatch.context() as patch:
+            patch.setattr(machine._tracked[disk_index], broken, _fail)
+            with pytest.raises(OSError, match="no space"):
+                machine.cut(site.previous)
+        assert not list((tmp_path / "state" / "logs").iterdir())
+        for guest in (one, two):
+            guest.write(6 * MIB, random_data(4096))
+        site.cycle(machine)
+        for index in (0, 1):
+            assert site.copy_of(index) == site.disk_of(machine, index)
+        one.write(0, random_data(512))
+        site.cycle(machine)
+        assert site.copy_of(0) == site.disk_of(machine, 0)
+
+
+def _fail(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "no space left on device")
+
+
 def test_recycled_log_is_read_as_new(tmp_path: Path) -> None:
     site = Site(tmp_path, sizes=[16 * MIB])
     with site.running() as machine, Guest(machine.services[0]) as guest:

@@ -71,6 +71,8 @@ class LogFolder:
         with self._lock:
             spare = {name: self._size(self._spare / name) for name in self._files.names(self._spare)}
             for path in paths:
+                if not self._files.exists(path):
+                    continue  # it was closed, and has another name now
                 size_bytes = self._size(path)
                 if len(spare) >= _SPARE_COUNT_MAX or sum(spare.values()) + size_bytes > self._spare_bytes_max:
                     self._files.unlink(path)

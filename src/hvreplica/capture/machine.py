@@ -209,21 +209,23 @@ class Machine:
             old, disarmed, held_ns = live.cut(
                 self._gate, [tracked.track for tracked in self._tracked], [each.epoch for each in begun]
             )
-            ended = [Ended(epoch, None) for epoch in old]
+            ended = [
+                tracked.swap(epoch, new)
+                for tracked, epoch, new in zip(self._tracked, old, begun, strict=True)
+            ]
+            logs: list[ClosedLog | None] = []
             try:
                 if at_instant is not None:
                     at_instant()
                 for place, tracked in enumerate(self._tracked):
                     tracked.journal.cleared(disarmed[place])
                     table = None if known is None else known[place]
-                    ended[place] = tracked.ended(old[place], begun[place], table)
-                logs = [
-                    self._finish(place, ended[place], previous_log_ids[place])
-                    for place in range(len(self._tracked))
-                ]
+                    ended[place] = tracked.prepare(ended[place], table)
+                for place, each in enumerate(ended):
+                    logs.append(self._finish(place, each, previous_log_ids[place]))
                 self._folder.sync()
             except BaseException:
-                self._give_back(ended)
+                self._give_back(ended, logs)
                 raise
             cut = Cut(instant_s, held_ns / 1000, [log for log in logs if log is not None])
             self._unsettled = cut, ended
@@ -256,8 +258,7 @@ class Machine:
     def give_back(self, cut: Cut) -> None:
         """Count all that a cut holds as changed again: it could not be recorded. Its logs go."""
         with self._cutting:
-            self._give_back(self._take_unsettled(cut))
-            self._folder.recycle(log.path for log in cut.logs)
+            self._give_back(self._take_unsettled(cut), cut.logs)
 
     def _take_unsettled(self, cut: Cut) -> list[Ended]:
         if self._unsettled is None or self._unsettled[0] is not cut:
@@ -265,9 +266,10 @@ class Machine:
         ended, self._unsettled = self._unsettled[1], None
         return ended
 
-    def _give_back(self, ended: Sequence[Ended]) -> None:
+    def _give_back(self, ended: Sequence[Ended], logs: Sequence[ClosedLog | None]) -> None:
         for tracked, each in zip(self._tracked, ended, strict=True):
             tracked.give_back(each)
+        self._folder.recycle(log.path for log in logs if log is not None)
 
     def _discard(self, begun: Sequence[Ended]) -> None:
         for tracked, each in zip(self._tracked, begun, strict=False):

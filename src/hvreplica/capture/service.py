@@ -8,6 +8,7 @@ what lies in blocks of which only some sectors count.
 from __future__ import annotations
 
 import logging
+import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -71,6 +72,7 @@ class DiskService:
         self._tracked = tracked
         self._clock = clock
         self._read_only = read_only
+        self._flushing = threading.Lock()
         direct = disk.direct()
         descriptor = direct.file.fileno()
         if descriptor is None:
@@ -193,7 +195,8 @@ class DiskService:
         if length > PAYLOAD_BYTES_MAX:
             raise _Refused(NbdError.EINVAL, f"a read has at most {PAYLOAD_BYTES_MAX} bytes")
         data = bytearray(length)
-        self.disk.read_into(data, offset)
+        with self._gate.reading():
+            self.disk.read_into(data, offset)
         if not structured:
             return pack_simple_reply_raw(cookie) + data
         if not length:
@@ -204,14 +207,11 @@ class DiskService:
     def _flush(self) -> None:
         """Make every write durable that was answered; the journal has been since before each of them."""
         tracked = self._tracked
-        if tracked is None or tracked.track.take_written():
-            self.disk.changed()
-        try:
+        # One after the other: a flush that finds nothing to do must not return before the one that does it.
+        with self._flushing:
+            if tracked is None or tracked.track.take_written():
+                self.disk.changed()
             self.disk.flush()
-        except BaseException:
-            if tracked is not None:
-                tracked.track.note_written()
-            raise
 
     def _zero(self, offset: int, length: int, *, keep: bool) -> None:
         for start in range(offset, offset + length, _ZERO_WINDOW_BYTES):

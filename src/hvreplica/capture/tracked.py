@@ -122,14 +122,20 @@ class TrackedDisk:
 
     # ---- the cut, after native.live.cut() has ended the epoch
 
-    def ended(self, epoch: Epoch, begun: Ended, known: FingerprintTable | None) -> Ended:
-        """Follow a cut that has ended `epoch` and begun another; finish() or give_back() comes next."""
+    def swap(self, epoch: Epoch, begun: Ended) -> Ended:
+        """Follow a cut that has ended `epoch` and begun another; prepare() or give_back() comes next."""
         ended = Ended(epoch, self._writer)
         self._writer = begun.writer
-        self._reader = None
+        return ended
+
+    def prepare(self, ended: Ended, known: FingerprintTable | None) -> Ended:
+        """Make ready to read what the log of an ended epoch lacks; finish() or give_back() comes next.
+
+        known: see Machine.cut(). Raises: OSError.
+        """
+        epoch, writer = ended
         if not epoch.touched.any():
             return ended
-        writer = ended.writer
         if writer is not None and epoch.log_state in {LogState.OFF, LogState.FAILED}:
             if epoch.log_state is LogState.FAILED:
                 _LOG.warning("the log of %s could not be written; the cut reads the disk", self.disk.path)
@@ -165,6 +171,7 @@ class TrackedDisk:
             merge_grains(now.unlogged, old.dirty, old.touched)
             self.track.unguard()
         self._reader = None
+        self.discard(ended)
 
     def _unguard(self) -> None:
         with self._gate.closed():  # nobody looks at the guard while it goes

@@ -90,6 +90,15 @@ class Gate:
         finally:
             lib.hvr_gate_open(self.c)
 
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Keep every block where it stands."""
+        lib.hvr_read_enter(self.c)
+        try:
+            yield
+        finally:
+            lib.hvr_read_leave(self.c)
+
 
 class Epoch:
     """What was written since a cut. dirty, unlogged: bit per grain; touched: bit per region; uint8, LSB
