@@ -177,6 +177,20 @@ def test_export_name_that_is_unknown_ends_the_connection() -> None:
     assert "'web02'" in error.message
 
 
+@pytest.mark.parametrize("option", [GO, EXPORT_NAME])
+def test_choice_is_told_before_the_client_learns_of_it(option: int) -> None:
+    told = threading.Event()
+    with negotiating(on_choice=told.set) as (client, server):
+        client.greet()
+        client.option(INFO_OPTION, export_request(b"0"))
+        assert not told.is_set()
+        data = export_request(b"0") if option == GO else b"0"
+        client.send(b"IHAVEOPT" + struct.pack(">II", option, len(data)) + data)
+        client.receive(33 if option == GO else 1)  # to the first byte of what says yes
+        assert told.is_set()
+        chosen(server)
+
+
 def test_list_names_every_export_with_its_description() -> None:
     with negotiating() as (client, _):
         client.greet()

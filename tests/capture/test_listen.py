@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import stat
 import struct
@@ -56,8 +57,12 @@ def connected(listener: NbdListener) -> Client:
 
 def entered(listener: NbdListener) -> Client:
     client = connected(listener)
-    client.greet()
-    assert client.kinds(GO, export_request(b"")) == [INFO, ACK]
+    try:
+        client.greet()
+        assert client.kinds(GO, export_request(b"")) == [INFO, ACK]
+    except BaseException:
+        client.connection.close()
+        raise
     return client
 
 
@@ -98,8 +103,9 @@ def test_junk_is_logged_and_the_next_client_is_served(
     with serving(address, disk) as listener:
         client = connected(listener)
         client.receive(18)
-        client.send(junk)
-        client.connection.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):  # the first bytes may have been enough for the server
+            client.send(junk)
+            client.connection.shutdown(socket.SHUT_WR)
         assert client.is_ended()
         client.connection.close()
         assert works(listener)
@@ -159,8 +165,8 @@ def test_clients_that_have_chosen_are_not_given_up(address: Path | Address, disk
 def test_connections_beyond_the_limit_are_refused(
     address: Path | Address, disk: PlainDisk, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with serving(address, disk, connections_max=4) as listener:
-        served = [entered(listener) for _ in range(4)]
+    with serving(address, disk, connections_max=2) as listener:
+        served = [entered(listener) for _ in range(2)]
         refused = connected(listener)
         assert refused.is_ended()
         for client in (*served, refused):
@@ -190,25 +196,23 @@ def test_handler_that_fails_is_logged_and_the_next_client_is_served(
 
 
 def test_close_lets_what_has_arrived_be_answered(address: Path | Address, disk: PlainDisk) -> None:
-    arrived, go_on = threading.Event(), threading.Event()
+    arrived = threading.Event()
 
     def handler(negotiated: Negotiated) -> None:
         negotiated.socket.recv(28, socket.MSG_PEEK)
         arrived.set()
-        go_on.wait(WAIT_S)
+        closed = select.poll()
+        closed.register(negotiated.socket, select.POLLRDHUP)
+        assert closed.poll(1000 * WAIT_S), "close() has not ended what the client may still send"
         disk.serve(negotiated)
 
     with serving(address, disk, handler) as listener:
         client = entered(listener)
         client.request(WRITE, 0, 512, data=b"a" * 512)
         assert arrived.wait(WAIT_S)
-        closing = threading.Thread(target=listener.close)
-        closing.start()
-        go_on.set()
+        listener.close(grace_s=WAIT_S)
         assert client.simple_reply() == (0, b"")
         assert client.is_ended()
-        closing.join(WAIT_S)
-        assert not closing.is_alive()
         client.connection.close()
     assert disk.data[:512] == b"a" * 512
 
@@ -287,7 +291,7 @@ def test_socket_of_another_that_came_after_is_not_removed(tmp_path: Path, disk: 
     ("address", "message"),
     [
         (Path("/nowhere/at/all/web01.sock"), "cannot listen: No such file"),
-        (Path("/tmp") / ("x" * 110), "too long"),
+        (Path("/tmp") / ("x" * 110), "at most 107 bytes"),
         (Address("203.0.113.1", 1), "cannot listen"),
     ],
 )

@@ -61,7 +61,12 @@ def plain(listener: NbdListener) -> Client:
 def under_tls(client: Client, context: ssl.SSLContext) -> Client:
     client.greet()
     assert client.kinds(STARTTLS) == [ACK]
-    return Client(context.wrap_socket(client.connection, server_hostname="127.0.0.1"))
+    wrapped = context.wrap_socket(
+        client.connection,
+        server_hostname="127.0.0.1",
+        suppress_ragged_eofs=False,  # an end without close_notify raises
+    )
+    return Client(wrapped)
 
 
 def entered(listener: NbdListener, context: ssl.SSLContext) -> Client:
@@ -84,7 +89,7 @@ def test_bytes_survive_in_both_directions(
         assert (error, read) == (0, bytes(disk.data))
         assert disk.data[1 << 20 : 2 << 20] == data
         client.request(DISC, 0, 0)
-        assert client.is_ended()  # with close_notify: a bare end would raise
+        assert client.is_ended()
         client.connection.close()
 
 
@@ -133,6 +138,24 @@ def test_end_of_one_direction_leaves_the_other_open(
         socket.socket.shutdown(client.connection, socket.SHUT_WR)  # of TCP, without a word of TLS
         assert client.receive(16) == b"heard last words"
         assert client.is_ended()
+        client.connection.close()
+
+
+def test_last_words_go_out_though_requests_are_unread(
+    tls_server: ssl.SSLContext, tls_client: ssl.SSLContext
+) -> None:
+    def handler(negotiated: Negotiated) -> None:
+        negotiated.socket.recv(1, socket.MSG_PEEK)
+        negotiated.socket.sendall(b"no more")
+
+    with serving(tls_server, handler) as listener:
+        client = entered(listener, tls_client)
+        client.send(bytes(1 << 16))
+        assert client.receive(7) == b"no more"
+        with contextlib.suppress(OSError):
+            client.send(bytes(1 << 20))  # for a socket that nobody reads any more
+        with contextlib.suppress(ConnectionError):
+            assert client.is_ended()
         client.connection.close()
 
 
@@ -272,6 +295,27 @@ def test_silence_in_the_handshake_of_tls_is_given_up(
         assert client.is_ended()
         client.connection.close()
     assert any("in time" in record.getMessage() for record in caplog.records)
+
+
+def test_dripping_client_cannot_stretch_the_handshake_of_tls(
+    tls_server: ssl.SSLContext, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(tls_server, lambda _: pytest.fail("served"), negotiation_limit_s=0.2) as listener:
+        client = plain(listener)
+        client.greet()
+        assert client.kinds(STARTTLS) == [ACK]
+        client.send(b"\x16\x03\x01\x40\x00")  # a record of 16 KiB
+        stop = threading.Event()
+        for _ in range(16_384):
+            try:
+                client.send(b"\1")
+            except OSError:
+                break
+            stop.wait(0.01)
+        else:
+            pytest.fail("the server still listens")
+        client.connection.close()
+    assert caplog.records
 
 
 def test_close_ends_clients_under_tls(tls_server: ssl.SSLContext, tls_client: ssl.SSLContext) -> None:

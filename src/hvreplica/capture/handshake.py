@@ -87,17 +87,19 @@ def negotiate(
     tls_context: ssl.SSLContext | None = None,
     require_tls: bool = False,
     time_limit_s: float = TIME_LIMIT_S,
+    on_choice: Callable[[], None] = lambda: None,
     clock: Clock = SYSTEM,
 ) -> Negotiated | None:
     """Return what a new client has chosen, or None if it left in good order without a choice.
 
     connection: taken over, and closed unless a choice is returned. tls_context: of a server; without one TLS
-    is refused. require_tls: serve nothing before TLS. time_limit_s: for all of it.
+    is refused. require_tls: serve nothing before TLS. time_limit_s: for all of it. on_choice: called before
+    the client learns that its choice stands.
     Raises: FormatError, ProtocolViolation for what no client may send; PeerClosed for silence, slowness and a
     lost connection; AuthenticationFailed.
     """
     line = _Line(connection, clock.monotonic_s() + time_limit_s, clock)
-    handshake = _Handshake(line, exports, tls_context, require_tls=require_tls)
+    handshake = _Handshake(line, exports, tls_context, require_tls=require_tls, on_choice=on_choice)
     chosen: Negotiated | None = None
     try:
         chosen = handshake.run()
@@ -157,11 +159,13 @@ class _Handshake:
         tls_context: ssl.SSLContext | None,
         *,
         require_tls: bool,
+        on_choice: Callable[[], None],
     ) -> None:
         self._line = line
         self._exports = exports
         self._tls_context = tls_context
         self._require_tls = require_tls
+        self._on_choice = on_choice
         self._client_flags = ClientFlag(0)
         self._tls: TlsBridge | None = None
         self._structured = False
@@ -241,6 +245,7 @@ class _Handshake:
         export = self._exports[index]
         padded = ClientFlag.NO_ZEROES not in self._client_flags
         flags = export.flags(structured=self._structured)
+        self._on_choice()
         self._line.send(pack_export_name_reply(export.size_bytes, flags, padded=padded))
         return index
 
@@ -292,6 +297,8 @@ class _Handshake:
                 payload_bytes_max=PAYLOAD_BYTES_MAX,
             )
             self._send(option, OptionReply.INFO, sizes)
+        if option == Option.GO:
+            self._on_choice()
         self._reply(option, OptionReply.ACK)
         return index if option == Option.GO else None
 

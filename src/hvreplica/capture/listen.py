@@ -190,14 +190,16 @@ class NbdListener:
         try:
             negotiated = self._negotiate(client)
             if negotiated is not None:
-                with self._lock:
-                    client.has_chosen = True
                 self._handle(client, negotiated)
         finally:
             self._forget(client)
             self._places.release()
 
     def _negotiate(self, client: _Client) -> Negotiated | None:
+        def choose() -> None:
+            with self._lock:  # from here on it is not given up for others
+                client.has_chosen = True
+
         try:
             return negotiate(
                 client.connection,
@@ -205,6 +207,7 @@ class NbdListener:
                 tls_context=self._tls_context,
                 require_tls=self._tls_context is not None,
                 time_limit_s=self._negotiation_limit_s,
+                on_choice=choose,
                 clock=self._clock,
             )
         except HvReplicaError as error:
