@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hvreplica.progress import Progress
+    from hvreplica.replication.capture_verb import Capture
     from hvreplica.replication.disk_change import disk_compact, disk_resize
     from hvreplica.replication.disk_check import disk_check, disk_repair, disk_repair_undo
     from hvreplica.replication.disk_merge import disk_merge, disk_rebase
@@ -21,23 +22,34 @@ if TYPE_CHECKING:
         disk_info,
         disk_map,
     )
+    from hvreplica.replication.live_verbs import cut, pause, reset_statistics, resume, status
     from hvreplica.replication.log_import import log_import
     from hvreplica.replication.log_sources import log_from_child
     from hvreplica.replication.log_verbs import log_apply, log_dump, log_info, log_recover, log_verify
-    from hvreplica.replication.results import DiskChange, ReplicateResult, ShippedLog
+    from hvreplica.replication.resident import Replicator
+    from hvreplica.replication.results import CutLog, CutResult, DiskChange, ReplicateResult, ShippedLog
     from hvreplica.replication.serve import Server
+    from hvreplica.replication.statistics import ReplicationStatistics
+    from hvreplica.replication.status import ReplicationStatus
     from hvreplica.replication.store_verbs import point_export, point_list, store_status
     from hvreplica.replication.tls_verbs import tls_init, tls_trust
     from hvreplica.replication.verbs import replicate
     from hvreplica.replication.version import VERSION as __version__  # noqa: N811 - the name that Python tools look for
 
 __all__ = [
+    "Capture",
+    "CutLog",
+    "CutResult",
     "DiskChange",
     "Progress",
     "ReplicateResult",
+    "ReplicationStatistics",
+    "ReplicationStatus",
+    "Replicator",
     "Server",
     "ShippedLog",
     "__version__",
+    "cut",
     "disk_check",
     "disk_compact",
     "disk_compare",
@@ -57,15 +69,30 @@ __all__ = [
     "log_info",
     "log_recover",
     "log_verify",
+    "pause",
     "point_export",
     "point_list",
     "replicate",
+    "reset_statistics",
+    "resume",
+    "status",
     "store_status",
     "tls_init",
     "tls_trust",
 ]
 
 _HOMES = {
+    "Capture": "replication.capture_verb",
+    "CutLog": "replication.results",
+    "CutResult": "replication.results",
+    "Replicator": "replication.resident",
+    "ReplicationStatistics": "replication.statistics",
+    "ReplicationStatus": "replication.status",
+    "cut": "replication.live_verbs",
+    "pause": "replication.live_verbs",
+    "reset_statistics": "replication.live_verbs",
+    "resume": "replication.live_verbs",
+    "status": "replication.live_verbs",
     "DiskChange": "replication.results",
     "Progress": "progress",
     "ReplicateResult": "replication.results",

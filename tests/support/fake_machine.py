@@ -79,6 +79,7 @@ class FakeTracking:
     journal_regions: int
     writes: int
     written_bytes: int
+    judgement: str = ""
 
 
 class FakeMachine:
@@ -129,7 +130,7 @@ class FakeMachine:
         previous_log_ids: Sequence[uuid.UUID],
         *,
         known: Sequence[FingerprintTable | None] | None = None,
-        at_instant: Callable[[], None] | None = None,
+        on_instant: Callable[[], None] | None = None,
     ) -> FakeCut:
         """Close every disk's epoch as a log; at one instant, for writes wait."""
         assert self._cutting.acquire(blocking=False), "a cut inside a cut"
@@ -142,8 +143,8 @@ class FakeMachine:
             self.known.append(known is not None)
             try:
                 self.on_cut()
-                if at_instant is not None:
-                    at_instant()
+                if on_instant is not None:
+                    on_instant()
             except BaseException:
                 self._unsettled.remove(epochs)
                 self.recall([epochs])

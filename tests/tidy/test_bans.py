@@ -27,7 +27,7 @@ IMPORTS = {
     "mmap": ["files.py"],
     "shutil": ["cli/*"],
     "tempfile": ["cli/demo*"],
-    "subprocess": ["cli/demo*"],
+    "subprocess": ["cli/demo*", "cli/cut.py"],
     "click": ["cli/*"],
     "rich": ["cli/*"],
     "pickle": [],

@@ -13,7 +13,9 @@ import click
 
 import hvreplica
 from hvreplica.cli import exit as exits
+from hvreplica.cli.capture import capture
 from hvreplica.cli.completion import completion
+from hvreplica.cli.cut import cut
 from hvreplica.cli.demo import demo
 from hvreplica.cli.disk import disk
 from hvreplica.cli.disk_change import compact, resize
@@ -24,6 +26,7 @@ from hvreplica.cli.point import point
 from hvreplica.cli.render import Output, nobody_reads, silence_output, write_error
 from hvreplica.cli.replicate import replicate
 from hvreplica.cli.serve import serve
+from hvreplica.cli.status import pause, resume, status
 from hvreplica.cli.store import store
 from hvreplica.cli.tls import tls
 
@@ -179,7 +182,22 @@ def cli() -> None:
 
 for _verb in (check, repair, resize, compact, merge, rebase):
     disk.add_command(_verb)
-for _command in (demo, tls, serve, replicate, store, point, disk, log, completion):
+for _command in (
+    demo,
+    tls,
+    serve,
+    capture,
+    replicate,
+    cut,
+    status,
+    pause,
+    resume,
+    store,
+    point,
+    disk,
+    log,
+    completion,
+):
     cli.add_command(_command)
 
 

@@ -163,6 +163,62 @@ def vm_option(function: Callable[P, R]) -> Callable[P, R]:
     )
 
 
+def state_option(function: Callable[P, R]) -> Callable[P, R]:
+    """Add --state for a folder that is there."""
+    return option(
+        "--state",
+        type=PATH,
+        required=True,
+        envvar="HVREPLICA_STATE",
+        metavar="DIR",
+        help="The VM's state folder, as `capture` or `replicate` made it.",
+    )(function)
+
+
+def cycle_options(function: Callable[P, R]) -> Callable[P, R]:
+    """Add what every verb has that runs cycles: --interval, --continuous and --metrics."""
+    for decorate in (
+        option(
+            "--metrics",
+            type=ADDRESS,
+            metavar="HOST:PORT",
+            help="Serve measurements for Prometheus there, at /metrics.",
+        ),
+        option("--continuous", is_flag=True, help="Run cycles back to back."),
+        option(
+            "--interval",
+            "interval_s",
+            type=click.FloatRange(0, min_open=True),
+            metavar="SECONDS",
+            help="Time between the beginnings of two cycles, usually 30, 300 or 900.  [default: 300]",
+        ),
+    ):
+        function = decorate(function)
+    return function
+
+
+def link_options(function: Callable[P, R]) -> Callable[P, R]:
+    """Add how data travels: --compression and --connections."""
+    for decorate in (
+        option(
+            "--connections",
+            type=click.IntRange(1, 16),
+            default=2,
+            show_default=True,
+            help="Parallel connections for data.",
+        ),
+        option(
+            "--compression",
+            type=click.Choice(["auto", "zstd", "lz4", "none"]),
+            default="auto",
+            show_default=True,
+            help="auto picks per frame what link and processor can do.",
+        ),
+    ):
+        function = decorate(function)
+    return function
+
+
 def overwrite_option(function: Callable[P, R]) -> Callable[P, R]:
     """Add --overwrite, and name it where the file is there and it was not given."""
 

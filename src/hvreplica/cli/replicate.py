@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING, Any
 
 import click
 
 import hvreplica
-from hvreplica.cli.options import ADDRESS, PATH, option, tls_option, verb, vm_option
+from hvreplica.cli.exit import INTERRUPTED, Signalled
+from hvreplica.cli.options import ADDRESS, PATH, cycle_options, link_options, option, verb, vm_option
 from hvreplica.cli.progress import progress_shown
 from hvreplica.cli.render import plain, ratio
+from hvreplica.cli.serve import run_until_signal
 from hvreplica.units import format_size
 
 if TYPE_CHECKING:
@@ -27,20 +30,24 @@ _HEADLINES = {"initial": "initial replication", "delta": "changes replicated"}
     "--disk",
     "disks",
     type=PATH,
-    required=True,
     multiple=True,
     metavar="FILE",
-    help="A disk of the VM; repeat it for each one, always in the same order.",
+    help="A disk of the VM; repeat it for each one, always in the same order. Needed the first time.",
 )
 @option(
     "--to",
     type=ADDRESS,
-    required=True,
     envvar="HVREPLICA_TO",
     metavar="HOST:PORT",
-    help="Where `serve` listens.",
+    help="Where `serve` listens. Needed unless a running `capture` knows it.",
 )
-@tls_option
+@option(
+    "--tls",
+    type=PATH,
+    envvar="HVREPLICA_TLS",
+    metavar="DIR",
+    help="The folder with the certificates, as `tls init` makes it. Belongs to --to.",
+)
 @option(
     "--state",
     type=PATH,
@@ -50,31 +57,24 @@ _HEADLINES = {"initial": "initial replication", "delta": "changes replicated"}
     help="What this side remembers between runs; made where it is absent, never shared by two VMs' copies.",
 )
 @option("--once", is_flag=True, help="Run one cycle and end.")
-@option(
-    "--compression",
-    type=click.Choice(["auto", "zstd", "lz4", "none"]),
-    default="auto",
-    show_default=True,
-    help="auto picks per frame what link and processor can do.",
-)
-@option(
-    "--connections",
-    type=click.IntRange(1, 16),
-    default=2,
-    show_default=True,
-    help="Parallel connections for data.",
-)
+@cycle_options
+@link_options
 @option("--resync", is_flag=True, help="Trust no record: compare every block with the replica's.")
 @option(
     "--takeover", is_flag=True, help="Become the VM's primary although another one owns it at the replica."
 )
 @verb
-def replicate(
+def replicate(  # noqa: PLR0913 - the options of the verb
     output: Output,
     *,
     vm: str,
     disks: tuple[Path, ...],
     once: bool,
+    interval_s: float | None,
+    continuous: bool,
+    metrics: str | None,
+    resync: bool,
+    takeover: bool,
     **settings: Any,
 ) -> None:
     """Bring the replica of a VM up to date.
@@ -82,22 +82,75 @@ def replicate(
     The first run ships the disks, each later one what changed since, as an [MS-HRL] log. A run that was cut
     off is continued by the next one.
 
+    With --once it runs one cycle and ends. While `capture` serves the VM, its process runs the cycle, from
+    the writes that it knows. Otherwise the disks are compared with what the replica has, and must not change
+    meanwhile. Without --once it runs cycles until it is stopped, each one comparing the disks anew: SIGTERM
+    ends it cleanly with exit code 0, Ctrl-C with 130.
+
     A log stands in STATE/logs until the replica has acknowledged it, and is removed then: in the JSON
     answer, logs[].path names where it stood.
     """
+    check_disks(vm, disks)
+    cycles = {"interval_s": interval_s, "continuous": continuous, "metrics": metrics}
+    _check(settings, cycles, once=once, resync=resync or takeover)
     if not once:
-        message = "pass --once: it runs one cycle and ends, and is the only mode there is"
-        raise click.UsageError(message, click.get_current_context())
+        _run_forever(output, vm, disks, settings | cycles)
+        return
     from hvreplica.cli.diagnostics import logging_shown  # noqa: PLC0415 - the start-up time of --help
 
-    _check(vm, disks)
     level = "error" if output.quiet else "warning"
     with logging_shown(level, as_json=output.json), progress_shown(output) as progress:
-        result = hvreplica.replicate(vm, disks, progress=progress, **settings)
+        result = hvreplica.replicate(
+            vm, disks, progress=progress, resync=resync, takeover=takeover, **settings
+        )
     output.answer(result, lambda: show_result(output, result))
 
 
-def _check(vm: str, disks: tuple[Path, ...]) -> None:
+def _check(settings: dict[str, Any], cycles: dict[str, Any], *, once: bool, resync: bool) -> None:
+    message = None
+    if (settings["to"] is None) != (settings["tls"] is None):
+        message = "--to and --tls belong together"
+    elif once and (cycles["interval_s"] is not None or cycles["continuous"] or cycles["metrics"]):
+        message = "--interval, --continuous and --metrics are for runs without --once"
+    elif not once and resync:
+        message = "--resync and --takeover belong to one cycle: pass --once"
+    elif not once and settings["to"] is None:
+        message = "say where the replica is, with --to and --tls"
+    elif cycles["continuous"] and cycles["interval_s"] is not None:
+        message = "--interval and --continuous exclude each other"
+    if message is not None:
+        raise click.UsageError(message, click.get_current_context())
+
+
+def _run_forever(output: Output, vm: str, disks: tuple[Path, ...], settings: dict[str, Any]) -> None:
+    from hvreplica.cli.diagnostics import logging_shown  # noqa: PLC0415 - as above
+
+    number = 0
+    level = "warning" if output.quiet else "info"
+    try:
+        with (
+            logging_shown(level, as_json=output.json),
+            hvreplica.Replicator(vm, disks, **settings) as replicator,
+        ):
+            number = run_until_signal(replicator, lambda: _tell_running(output, replicator.metrics_address))
+    except Signalled as signalled:
+        number = signalled.number
+    if number == signal.SIGINT:
+        click.get_current_context().exit(INTERRUPTED)
+    if number not in (0, signal.SIGTERM):
+        raise Signalled(number)
+
+
+def _tell_running(output: Output, metrics: str | None) -> None:
+    if output.json:
+        output.write_json_line({"event": "replicating", "metrics": metrics})
+    elif metrics is not None:
+        output.line(f"measurements at http://{metrics}/metrics")
+    output.flush()
+
+
+def check_disks(vm: str, disks: tuple[Path, ...]) -> None:
+    """Refuse a VM's name and disks that cannot be. Raises: UsageError."""
     from hvreplica.formats.messages import VM_NAME_CHARS_MAX  # noqa: PLC0415 - as above
 
     context = click.get_current_context()

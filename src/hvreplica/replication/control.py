@@ -106,7 +106,7 @@ class Control:
                 if request.freeze is not None:
                     agent = GuestAgent(request.freeze, clock=work.clock)
                     frozen.append(held.enter_context(agent.frozen(limit_s=request.freeze_limit_s)))
-                recorded = cut_live(work, at_instant=go_on)
+                recorded = cut_live(work, on_instant=go_on)
             except (FreezeFailed, Unreachable):
                 self._runner.book.freeze_failed()
                 raise

@@ -1,4 +1,4 @@
-"""What replication needs of the live tracking of a VM, and how a cut of it, or of disks at rest, is recorded.
+"""Cut a VM whose disks are tracked live, or are at rest, and record the cut to be shipped.
 
 A cut is one instant over all disks. Its logs are durable in logs/ before the state names them, and the state
 names them before tracking forgets what they hold: killed anywhere, a change is in the tracking, in a recorded
@@ -8,7 +8,7 @@ log, or in both.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from hvreplica.errors import InvalidTransition, StateError
 from hvreplica.hrl import LogReader, LogWriter
@@ -16,118 +16,10 @@ from hvreplica.replication import cycle
 from hvreplica.replication.state import PENDING_MAX, CutLog, Transfer, cuts, previous_log_ids
 
 if TYPE_CHECKING:
-    import uuid
-    from collections.abc import Callable, Iterable, Sequence
-    from pathlib import Path
+    from collections.abc import Callable
 
-    import numpy as np
-    import numpy.typing as npt
-
-    from hvreplica.disk import Disk
+    from hvreplica.capture.machine import Cut
     from hvreplica.replication.work import Work
-    from hvreplica.tracking.fingerprints import FingerprintTable
-
-
-class ClosedLog(Protocol):
-    """One disk's log of a cut.
-
-    log_bytes: the log's length; the file may be longer. entries: of the log. changed_bytes: of the guest.
-    """
-
-    @property
-    def disk_index(self) -> int: ...
-    @property
-    def log_id(self) -> uuid.UUID: ...
-    @property
-    def previous_log_id(self) -> uuid.UUID: ...
-    @property
-    def path(self) -> Path: ...
-    @property
-    def log_bytes(self) -> int: ...
-    @property
-    def entries(self) -> int: ...
-    @property
-    def changed_bytes(self) -> int: ...
-
-
-class Cut(Protocol):
-    """One instant of all disks. held_us: how long writes were held. logs: of the disks that changed."""
-
-    @property
-    def instant_s(self) -> float: ...
-    @property
-    def held_us(self) -> float: ...
-    @property
-    def logs(self) -> Sequence[ClosedLog]: ...
-
-
-class DiskTracking(Protocol):
-    """What tracking knows of one disk now. log_state: "open", "full", "failed" or "off"."""
-
-    @property
-    def index(self) -> int: ...
-    @property
-    def path(self) -> str: ...
-    @property
-    def virtual_bytes(self) -> int: ...
-    @property
-    def dirty_bytes(self) -> int: ...
-    @property
-    def unlogged_bytes(self) -> int: ...
-    @property
-    def log_bytes(self) -> int: ...
-    @property
-    def log_state(self) -> str: ...
-    @property
-    def journal_regions(self) -> int: ...
-    @property
-    def writes(self) -> int: ...
-    @property
-    def written_bytes(self) -> int: ...
-
-
-class LiveMachine(Protocol):
-    """All disks of one VM under capture. Any thread may call; one cut at a time."""
-
-    @property
-    def disks(self) -> Sequence[Disk]:
-        """The disks by index; read from any thread, never closed by replication."""
-        ...
-
-    def cut(
-        self,
-        previous_log_ids: Sequence[uuid.UUID],
-        *,
-        known: Sequence[FingerprintTable | None] | None = None,
-        at_instant: Callable[[], None] | None = None,
-    ) -> Cut:
-        """Close what was written since the last cut as logs in logs/, durably, and track on.
-
-        known: tables that describe exactly what the replica will hold before this cut; a block that equals
-        them and is in no log yet is left out. at_instant: called as soon as the guest may write again; what
-        it raises undoes the cut.
-        """
-        ...
-
-    def settle(self, cut: Cut) -> None:
-        """Forget what `cut` holds: its logs are durable and recorded."""
-        ...
-
-    def give_back(self, cut: Cut) -> None:
-        """Count what `cut` holds as changed again: it could not be recorded."""
-        ...
-
-    def recycle(self, paths: Iterable[Path]) -> None:
-        """Take back the files of logs in logs/ that nobody needs any more."""
-        ...
-
-    def mark(self, disk_index: int, extents: npt.NDArray[np.int64]) -> None:
-        """Count int64 (n, 2) rows (disk_offset, length) as changed, durably; the next cut reads them."""
-        ...
-
-    def status(self) -> Sequence[DiskTracking]:
-        """Return what is known of each disk now."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,10 +35,10 @@ class RecordedCut:
     entries: tuple[int, ...]
 
 
-def cut_live(work: Work, *, at_instant: Callable[[], None] | None = None) -> RecordedCut:
+def cut_live(work: Work, *, on_instant: Callable[[], None] | None = None) -> RecordedCut:
     """Cut all disks at one instant and record the logs behind those that wait; durable on return.
 
-    at_instant: called as soon as the guest may write again; what it raises undoes the cut.
+    on_instant: called as soon as the guest may write again; what it raises undoes the cut.
     Raises: InvalidTransition while the initial replication reads the disks, StateError where too much waits,
     OSError; what changed then counts as changed still.
     """
@@ -154,7 +46,7 @@ def cut_live(work: Work, *, at_instant: Callable[[], None] | None = None) -> Rec
     assert machine is not None
     with work.cutting:
         _check_cut(work)
-        cut = machine.cut(previous_log_ids(work.state), known=work.known_tables(), at_instant=at_instant)
+        cut = machine.cut(previous_log_ids(work.state), known=work.known_tables(), on_instant=on_instant)
         entries = tuple(log.entries for log in cut.logs)
         try:
             transfer = _record(work, cut)

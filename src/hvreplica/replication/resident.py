@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
     PathLike = str | os.PathLike[str]
 
+INTERVAL_DEFAULT_S = 300.0
+INTERVAL_MAX_S = 1e9
+
 
 class Resident:
     """Serves the cycles, the control socket and the measurements of one VM. One owner; stop() from anywhere.
@@ -95,13 +98,13 @@ class Resident:
 
 def interval_of(interval_s: float | None, *, continuous: bool) -> float | None:
     """Return the interval of a loop, None for back to back. Raises: ValueError."""
-    if continuous == (interval_s is not None):
-        message = "give either an interval in seconds or `continuous`"
+    if continuous and interval_s is not None:
+        message = "give either an interval or `continuous`"
         raise ValueError(message)
-    if interval_s is not None and not 0 < interval_s < 1e9:
+    if interval_s is not None and not 0 < interval_s <= INTERVAL_MAX_S:
         message = f"an interval is a number of seconds above 0, not {interval_s}"
         raise ValueError(message)
-    return interval_s
+    return None if continuous else interval_s or INTERVAL_DEFAULT_S
 
 
 class Replicator:

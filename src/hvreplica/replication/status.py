@@ -14,7 +14,7 @@ from hvreplica.replication.statistics import ReplicationStatistics, Situation, S
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hvreplica.replication.live import DiskTracking
+    from hvreplica.capture.machine import DiskTracking
     from hvreplica.replication.state import PrimaryState, Transfer
 
 
@@ -144,5 +144,5 @@ def _tracked(disk: DiskTracking) -> TrackedStatus:
         journal_regions=disk.journal_regions,
         writes=disk.writes,
         written_bytes=disk.written_bytes,
-        judgement=getattr(disk, "judgement", ""),
+        judgement=disk.judgement,
     )

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import Sequence
 
+    from hvreplica.capture.machine import Machine
     from hvreplica.clock import Clock
     from hvreplica.disk import Disk
     from hvreplica.files import FileSystem
     from hvreplica.progress import ProgressCallback
-    from hvreplica.replication.live import LiveMachine
     from hvreplica.replication.results import ShippedLog
     from hvreplica.replication.sources import FrameSource
     from hvreplica.replication.state import PrimaryState, StateFolder, Transfer
@@ -97,7 +97,7 @@ class Work:
     clock: Clock
     on_progress: ProgressCallback
     tally: Tally
-    machine: LiveMachine | None = None
+    machine: Machine | None = None
     tables: list[FingerprintTable] = field(default_factory=list)
     lock: threading.RLock = field(default_factory=threading.RLock)
     cutting: threading.RLock = field(default_factory=threading.RLock)

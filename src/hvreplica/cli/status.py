@@ -1,0 +1,106 @@
+"""`status`, `pause` and `resume`: how replication of a VM stands at its primary, and whether it goes on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+import hvreplica
+from hvreplica.cli.options import option, state_option, verb
+from hvreplica.cli.render import plain
+from hvreplica.units import format_size
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hvreplica.cli.render import Output
+    from hvreplica.replication.status import ReplicationStatus
+
+_GOOD = ("Normal", "NotApplicable")
+
+
+@click.command(short_help="Show how replication of a VM stands.")
+@state_option
+@option("--reset-statistics", is_flag=True, help="Begin the statistics anew.")
+@verb
+def status(output: Output, *, state: Path, reset_statistics: bool) -> None:
+    """Show how replication of a VM stands: health, what waits, and the statistics of the last 12 hours.
+
+    Health is Normal; Warning where over a fifth of the cycles was missed, the last one ended over an hour
+    ago, the first copy is not complete, or replication is paused; Critical where cycles fail.
+    """
+    found = hvreplica.reset_statistics(state) if reset_statistics else hvreplica.status(state)
+    output.answer(found, lambda: show_status(output, found))
+
+
+@click.command(short_help="Begin no further cycles.")
+@state_option
+@verb
+def pause(output: Output, *, state: Path) -> None:
+    """Begin no further cycles until `resume`, in later runs too. What the VM writes is tracked on."""
+    found = hvreplica.pause(state)
+    output.answer(found, lambda: show_status(output, found))
+
+
+@click.command(short_help="Go on with cycles.")
+@state_option
+@verb
+def resume(output: Output, *, state: Path) -> None:
+    """Go on with cycles after `pause`, or after an error that had stopped them."""
+    found = hvreplica.resume(state)
+    output.answer(found, lambda: show_status(output, found))
+
+
+def show_status(output: Output, found: ReplicationStatus) -> None:
+    """Show a status to a person."""
+    record = found.statistics
+    running = "no process runs" if found.running is None else f"{found.running} runs"
+    output.headline(
+        f"{plain(found.vm)}: {found.replication_state} · {record.replication_health} · {running}",
+        good=record.replication_health in _GOOD,
+    )
+    for issue in record.replication_health_issues:
+        output.line(plain(issue))
+    output.line()
+    output.fields(_rows(found))
+    output.line()
+    output.table(
+        (">disk", "file", ">size", ">changed", "log"),
+        [
+            (disk.index, plain(disk.path), format_size(disk.virtual_bytes), *_tracked(disk.tracking))
+            for disk in found.disks
+        ],
+    )
+
+
+def _rows(found: ReplicationStatus) -> list[tuple[str, object]]:
+    record, cycles = found.statistics, found.cycles
+    every = None
+    if cycles is not None:
+        pace = f"every {cycles.interval_s:g} s" if cycles.interval_s else "back to back"
+        then = "" if cycles.next_s is None else f", next in {cycles.next_s:.0f} s"
+        every = f"to {cycles.to} {pace}{then}"
+    done = record.replication_success_count
+    sizes = f"{format_size(record.average_replication_size)} on average"
+    sizes += f", at most {format_size(record.max_replication_size)}"
+    lengths = f"{record.average_replication_latency:.1f} s on average"
+    lengths += f", at most {record.max_replication_latency:.1f} s"
+    return [
+        ("last synchronized", record.last_synchronized_at),
+        ("recovery point", found.last_point),
+        ("waiting", f"{len(found.pending)} cuts, {format_size(record.pending_replication_size)}"),
+        ("cycles", every),
+        (
+            "since " + record.start_statistic_time,
+            f"{done} done, {record.replication_miss_count} missed, {record.replication_failure_count} failed",
+        ),
+        ("sizes", sizes if done else None),
+        ("lengths", lengths if done else None),
+    ]
+
+
+def _tracked(tracking: object) -> tuple[str, str]:
+    if tracking is None:
+        return "", ""
+    return format_size(getattr(tracking, "dirty_bytes", 0)), str(getattr(tracking, "log_state", ""))

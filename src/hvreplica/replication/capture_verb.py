@@ -1,0 +1,286 @@
+"""The verb `capture`: serve a VM's disks over NBD, know every write, and replicate while the VM runs.
+
+Start: lock of the state folder, state, disks, tracking, sockets. A client is served only when all of it
+stands, so that no write can pass unseen. Stop: clients first, then cycles, then tracking, which leaves a
+clean journal for the next start. Killed anywhere, the journal tells the next start what it has to look at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+from hvreplica.address import parse_address
+from hvreplica.capture.export import ExportInfo
+from hvreplica.capture.listen import NbdListener
+from hvreplica.capture.machine import Machine, Slot
+from hvreplica.clock import SYSTEM
+from hvreplica.disk import open_disk
+from hvreplica.files import OS_FILES
+from hvreplica.progress import quiet
+from hvreplica.replication.bookkeeping import Bookkeeper
+from hvreplica.replication.cycle import drop_unfinished
+from hvreplica.replication.loop import CycleLoop, CycleRunner
+from hvreplica.replication.opening import check_vm, disk_paths, state_for
+from hvreplica.replication.resident import Resident, interval_of
+from hvreplica.replication.state import StateFolder
+from hvreplica.replication.work import CONNECTIONS_DEFAULT, Tally, Work, make_link
+from hvreplica.transport import server_context
+
+if TYPE_CHECKING:
+    import os
+    import ssl
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
+
+    from hvreplica.address import Address
+    from hvreplica.capture.handshake import Negotiated
+    from hvreplica.clock import Clock
+    from hvreplica.disk import Disk
+    from hvreplica.files import FileSystem
+    from hvreplica.replication.work import Link
+
+    PathLike = str | os.PathLike[str]
+
+_LOG = logging.getLogger("hvreplica.capture")
+_PREFERRED_BLOCK_BYTES = 4096
+
+
+class Capture:
+    """Serve and track the disks of one VM.
+
+    serve_forever() in a thread of the caller's; stop() from anywhere; close() at the end.
+    """
+
+    def __init__(  # noqa: PLR0913 - a verb with its options, all but two by keyword
+        self,
+        vm: str,
+        disks: Sequence[PathLike],
+        *,
+        state: PathLike,
+        socket: PathLike | None = None,
+        tcp: str | None = None,
+        nbd_tls: PathLike | None = None,
+        to: str | None = None,
+        tls: PathLike | None = None,
+        interval_s: float | None = None,
+        continuous: bool = False,
+        compression: str = "auto",
+        connections: int = CONNECTIONS_DEFAULT,
+        log_budget_bytes: int | None = None,
+        metrics: str | None = None,
+        files: FileSystem = OS_FILES,
+        clock: Clock = SYSTEM,
+    ) -> None:
+        """Take state folder and disks, and bind the sockets; clients wait until serve_forever().
+
+        vm, disks, state: as of replicate(). socket: path of the Unix socket for NBD clients; tcp: HOST:PORT
+        for them, too or instead; nbd_tls: a folder as `tls init` makes it, without which TCP is not
+        encrypted. to, tls: the replica, to which cycles run every interval_s seconds or back to back
+        (`continuous`); without them cycles run only when asked for. log_budget_bytes: of each disk's log, a
+        quarter of the disk by default; 0 keeps no log, and each cut reads what changed from the disk.
+        metrics: HOST:PORT to serve measurements. Raises: Locked where state, a disk or a socket is another
+        process's; Unreachable, HvReplicaError, OSError, ValueError.
+        """
+        check_vm(vm, disks)
+        places = _places(socket, tcp)
+        link, interval_s = _standing(to, tls, (compression, connections), interval_s, continuous=continuous)
+        context = None if nbd_tls is None else server_context(Path(nbd_tls))
+        with contextlib.ExitStack() as stack:
+            work = _open(vm, disks, Path(state).absolute(), stack, files=files, clock=clock)
+            machine = _track(work, stack, log_budget_bytes)
+            work.machine = self.machine = machine
+            forget_lost_cuts(work)
+            work.sweep_logs()
+            runner = CycleRunner(
+                work, Bookkeeper(files, work.folder.folder, clock=clock), link=link, keep_session=continuous
+            )
+            loop = None if link is None else CycleLoop(runner, interval_s=interval_s)
+            self._resident = Resident(runner, loop, running="capture", metrics=metrics)
+            stack.callback(self._resident.close)
+            self._listeners = [
+                self._listener(place, context, stack, files=files, clock=clock) for place in places
+            ]
+            self._closing = stack.pop_all()
+
+    @property
+    def addresses(self) -> list[Path | Address]:
+        """Where NBD clients connect; a port of 0 is resolved."""
+        return [listener.address for listener in self._listeners]
+
+    @property
+    def metrics_address(self) -> str | None:
+        """Where measurements are served; a port of 0 is resolved."""
+        return self._resident.metrics_address
+
+    def serve_forever(self) -> None:
+        """Serve clients, and run cycles, until stop()."""
+        for listener in self._listeners:
+            listener.start()
+        self._resident.start()
+        self._resident.wait()
+
+    def stop(self) -> None:
+        """End serve_forever(), and a cycle that runs; what it had sent is gone on with later."""
+        self._resident.stop()
+
+    def close(self) -> None:
+        """Let clients go, then stop cycles and tracking in good order. May be called twice."""
+        self._resident.stop()
+        self._closing.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _listener(
+        self,
+        place: Path | Address,
+        context: ssl.SSLContext | None,
+        stack: contextlib.ExitStack,
+        *,
+        files: FileSystem,
+        clock: Clock,
+    ) -> NbdListener:
+        listener = NbdListener(
+            place,
+            self._exports,
+            self._serve,
+            tls_context=None if isinstance(place, Path) else context,
+            files=files,
+            clock=clock,
+        )
+        stack.callback(listener.close)
+        return listener
+
+    def _exports(self) -> list[ExportInfo]:
+        return [
+            ExportInfo(
+                name=str(index),
+                size_bytes=disk.virtual_bytes,
+                minimum_block_bytes=disk.logical_sector_bytes,
+                preferred_block_bytes=max(_PREFERRED_BLOCK_BYTES, disk.logical_sector_bytes),
+                description=disk.path.name,
+            )
+            for index, disk in enumerate(self.machine.disks)
+        ]
+
+    def _serve(self, client: Negotiated) -> None:
+        service = self.machine.services[client.export_index]
+        try:
+            service.serve(client.socket.fileno(), structured=client.structured)
+        except ConnectionError as error:
+            _LOG.info("%s", error)
+
+
+def forget_lost_cuts(work: Work) -> None:
+    """Drop cuts that wait from the first on whose log is not there, and count the whole disks as changed.
+
+    So it is where recording a cut failed after its state had reached the disk: the cut was given back then.
+    """
+    for number, transfer in enumerate(work.state.pending):
+        lost = [
+            path
+            for path in (work.folder.log_path(log.log_id) for log in transfer.logs)
+            if not work.files.exists(path)
+        ]
+        if lost:
+            _LOG.warning("%s is lost: the next cut looks at the whole disks", lost[0])
+            assert work.machine is not None
+            for index, disk in enumerate(work.disks):
+                work.machine.mark(index, np.array([[0, disk.virtual_bytes]], np.int64))
+            with work.lock:
+                del work.state.pending[number:]
+                work.save()
+            return
+
+
+def _places(socket: PathLike | None, tcp: str | None) -> list[Path | Address]:
+    places: list[Path | Address] = []
+    if socket is not None:
+        places.append(Path(socket).absolute())
+    if tcp is not None:
+        places.append(parse_address(tcp))
+    if not places:
+        message = "name a Unix socket or a TCP port for NBD clients"
+        raise ValueError(message)
+    return places
+
+
+def _standing(
+    to: str | None,
+    tls: PathLike | None,
+    settings: tuple[str, int],
+    interval_s: float | None,
+    *,
+    continuous: bool,
+) -> tuple[Link | None, float | None]:
+    """Return the link and the interval of the cycles that run by themselves."""
+    if to is None and tls is None and interval_s is None and not continuous:
+        return None, None
+    if to is None or tls is None:
+        message = "`to` and `tls` belong together, and cycles need both"
+        raise ValueError(message)
+    return make_link(to, tls, *settings), interval_of(interval_s, continuous=continuous)
+
+
+def _open(
+    vm: str,
+    disks: Sequence[PathLike],
+    folder_path: Path,
+    stack: contextlib.ExitStack,
+    *,
+    files: FileSystem,
+    clock: Clock,
+) -> Work:
+    """Open folder, state and disks; the disks are the machine's to close once it has them."""
+    folder = StateFolder(files, folder_path, clock=clock)
+    stack.callback(folder.release)
+    opened: list[Disk] = []
+    stack.push(_abandoned(opened))
+    opened.extend(open_disk(files, path, writable=True, clock=clock) for path in disk_paths(folder, disks))
+    work = Work(
+        folder=folder,
+        state=state_for(folder, vm, opened, clock=clock),
+        disks=opened,
+        link=None,
+        files=files,
+        clock=clock,
+        on_progress=quiet,
+        tally=Tally("none", [0] * len(opened)),
+    )
+    drop_unfinished(work)
+    return work
+
+
+def _abandoned(disks: list[Disk]) -> Callable[..., None]:
+    def leave(kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            for disk in disks:
+                disk.abandon()
+
+    return leave
+
+
+def _track(work: Work, stack: contextlib.ExitStack, log_budget_bytes: int | None) -> Machine:
+    known = work.folder.load()
+    # Where the folder knows the VM, something may be built upon what the disks were when it was left.
+    has_base = known is not None and known.relationship_id == work.state.relationship_id
+    work.save()
+    machine = Machine(
+        work.files,
+        work.folder.folder,
+        [Slot(index, disk, has_base) for index, disk in enumerate(work.disks)],
+        clock=work.clock,
+        log_budget_bytes=log_budget_bytes,
+    )
+    stack.callback(machine.close)
+    return machine
