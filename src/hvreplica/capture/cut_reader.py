@@ -32,6 +32,7 @@ _WINDOW_GRAINS = 16  # a guest's write waits for at most one window
 _STEP_REGIONS = 4096
 _GRAINS_PER_REGION = REGION_BYTES // GRAIN_BYTES
 _RUN_BYTES = 4096
+_ROWS_STEP = 1 << 16  # rows of a table that are looked at together: 1 MiB
 
 
 class CutReader:
@@ -135,9 +136,17 @@ class CutReader:
         self._clear(first, end)
 
     def _not_known_as_zero(self, start: int, end: int) -> list[tuple[int, int]]:
-        if self._known is None:
+        known = self._known
+        if known is None:
             return [(start, end - start)]
-        return [(offset, length) for offset, length in self._known.extents(start, end).tolist() if length]
+        found: list[tuple[int, int]] = []
+        for offset, length in known.extents(start, end).tolist():
+            for low in range(offset, offset + length, _ROWS_STEP * known.block_bytes):
+                high = min(low + _ROWS_STEP * known.block_bytes, offset + length)
+                rows = known.read(low // known.block_bytes, -(-(high - low) // known.block_bytes))
+                runs = clipped(runs_of(rows.any(axis=1)) * known.block_bytes, high - low)
+                found += [(low + first, count) for first, count in runs.tolist()]
+        return found
 
     def _guarded(self, first: int, end: int) -> list[tuple[int, int]]:
         """Return (first, end) of runs of grains between `first` and `end` whose bits are still set."""
