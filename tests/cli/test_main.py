@@ -75,12 +75,6 @@ def test_no_verb_shows_the_help(arguments: list[str], invoke: Callable[..., Run]
     assert "error" not in run.err
 
 
-def test_replicate_needs_once(invoke: Callable[..., Run]) -> None:
-    run = invoke("replicate", "--vm", "a", "--disk", "d", "--to", "h:1", "--tls", "t", "--state", "s")
-    assert run.code == 2
-    assert "--once" in run.err
-
-
 def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error

@@ -1,0 +1,260 @@
+"""The process that captures: what it finds when it starts, what it ships, and that it ends in good order."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import hvreplica
+from hvreplica.capture.machine import Machine
+from hvreplica.clock import SYSTEM
+from hvreplica.disk import open_disk
+from hvreplica.errors import Locked, StateError, Unreachable
+from hvreplica.files import OS_FILES
+from hvreplica.replication import capture_verb
+from hvreplica.replication.capture_verb import Capture
+from hvreplica.replication.state import StateFolder
+from tests.support.live_client import SocketGuest
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.replication.sites import Served
+
+MIB = 1 << 20
+VM = "web01"
+SIZES = (16 * MIB, 6 * MIB + 512)
+
+
+class Captured:
+    """Two disks, what they must hold, and the capture of them that runs now."""
+
+    def __init__(self, folder: Path, served: Served, rng: random.Random) -> None:
+        self.folder, self.served, self.rng = folder, served, rng
+        self.disks = [folder / "a.vhdx", folder / "b.raw"]
+        self.models = [bytearray(size) for size in SIZES]
+        self.state = folder / "state"
+        self.link = {"to": served.address, "tls": served.tls}
+        hvreplica.disk_create(self.disks[0], SIZES[0], block_bytes=MIB)
+        hvreplica.disk_create(self.disks[1], SIZES[1], format="raw")
+
+    @contextlib.contextmanager
+    def running(self, **options: Any) -> Iterator[Capture]:
+        with Capture(VM, self.disks, state=self.state, socket=self.folder / "nbd.sock", **options) as capture:
+            thread = threading.Thread(target=capture.serve_forever)
+            thread.start()
+            try:
+                yield capture
+            finally:
+                capture.stop()
+                thread.join()
+
+    @contextlib.contextmanager
+    def guest(self, index: int = 0) -> Iterator[SocketGuest]:
+        with SocketGuest(self.folder / "nbd.sock", str(index)) as guest:
+            yield guest
+
+    def write(
+        self, guest: SocketGuest, count: int, *, index: int = 0, piece_bytes: int = 4096, align: int = 4096
+    ) -> None:
+        for _ in range(count):
+            at = self.rng.randrange((SIZES[index] - piece_bytes) // align + 1) * align
+            data = self.rng.randbytes(piece_bytes)
+            guest.write(at, data)
+            self.models[index][at : at + piece_bytes] = data
+        guest.flush()
+
+    def write_offline(self, count: int) -> None:
+        """Write while nothing tracks the disk."""
+        with contextlib.closing(open_disk(OS_FILES, self.disks[0], writable=True, clock=SYSTEM)) as disk:
+            for _ in range(count):
+                at, data = self.rng.randrange(SIZES[0] // 4096) * 4096, self.rng.randbytes(4096)
+                disk.write(data, at)
+                self.models[0][at : at + 4096] = data
+            disk.flush()
+
+    def replicate(self) -> hvreplica.ReplicateResult:
+        return hvreplica.replicate(VM, state=self.state, **self.link)
+
+    def equal(self) -> bool:
+        return all(self.served.content(VM, index) == model for index, model in enumerate(self.models))
+
+
+@pytest.fixture
+def site(tmp_path: Path, served: Served, rng: random.Random) -> Captured:
+    return Captured(tmp_path, served, rng)
+
+
+@pytest.mark.parametrize("budget", [None, 0], ids=["log", "no-log"])
+def test_cycles_of_a_captured_vm_bring_the_replica_to_its_disks(site: Captured, budget: int | None) -> None:
+    with site.running(log_budget_bytes=budget), site.guest() as first, site.guest(1) as second:
+        site.write(first, 60)
+        assert site.replicate().kind == "initial"
+        for _ in range(3):
+            site.write(first, 20)
+            site.write(first, 2, piece_bytes=3 * 512, align=512)
+            site.write(second, 10, index=1)
+            result = site.replicate()
+            assert (result.kind, len(result.logs)) == ("delta", 2)
+            assert site.equal()
+        assert site.replicate().kind == "none"
+
+
+def test_captured_vm_is_replicated_while_its_guest_writes(site: Captured) -> None:
+    """The first copy reads the disks while they change; each cycle of the loop is one instant all the same."""
+    stop = threading.Event()
+
+    def write() -> None:
+        with site.guest() as guest:
+            while not stop.is_set():
+                site.write(guest, 10)
+
+    with site.running(**site.link, continuous=True):
+        thread = threading.Thread(target=write)
+        thread.start()
+        for _ in range(4):
+            site.replicate()
+            assert hvreplica.point_list(site.served.store, VM)
+        stop.set()
+        thread.join()
+        site.replicate()
+        assert site.equal()
+        status = hvreplica.status(site.state)
+        assert status.statistics.replication_failure_count == 0
+
+
+def test_capture_of_a_vm_that_was_compared_ships_what_differs(site: Captured) -> None:
+    site.write_offline(50)
+    hvreplica.replicate(VM, site.disks, state=site.state, **site.link)
+    site.write_offline(5)
+    with site.running():
+        result = site.replicate()
+        assert (result.kind, result.disks[0].changed_bytes <= 5 * 4096) == ("delta", True)
+        assert site.equal()
+
+
+def test_capture_after_a_clean_stop_finds_what_was_not_shipped_and_what_others_wrote(site: Captured) -> None:
+    with site.running(), site.guest() as guest:
+        site.write(guest, 40)
+        site.replicate()
+        site.write(guest, 3)
+    with site.running():
+        result = site.replicate()
+        assert 0 < result.disks[0].changed_bytes <= 6 * 4096
+        assert site.equal()
+        assert site.replicate().kind == "none"
+    site.write_offline(4)
+    with site.running():
+        assert 0 < site.replicate().disks[0].changed_bytes <= 4 * 4096
+        assert site.equal()
+
+
+def test_capture_that_was_killed_before_anything_was_shipped_forgets_nothing(
+    site: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its cuts are what a program takes away by itself: they must hold every write since the first start."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Machine, "close", Machine.abandon)
+        with site.running(), site.guest() as guest:
+            site.write(guest, 10)
+    with site.running():
+        cut = hvreplica.cut(site.state)
+        copy = site.folder / "copy.raw"
+        copy.write_bytes(bytes(SIZES[0]))
+        hvreplica.log_apply(cut.logs[0].path, copy)
+        assert copy.read_bytes() == site.models[0]
+
+
+def test_cut_whose_log_is_lost_is_dropped_and_everything_looked_at(
+    site: Captured, caplog: pytest.LogCaptureFixture
+) -> None:
+    with site.running(), site.guest() as guest:
+        site.write(guest, 30)
+        site.replicate()
+        for _ in range(3):
+            site.write(guest, 2)
+            hvreplica.cut(site.state)
+    folder = StateFolder(OS_FILES, site.state, clock=SYSTEM)
+    state = folder.load()
+    assert state is not None
+    folder.log_path(state.pending[1].logs[0].log_id).unlink()
+    folder.release()
+    with site.running():
+        assert "is lost" in caplog.text
+        assert len(hvreplica.status(site.state).pending) == 1
+        result = site.replicate()
+        assert len(result.logs) == 2
+        assert result.disks[0].changed_bytes <= 12 * 4096
+        assert site.equal()
+
+
+def test_cut_without_capture_is_refused_before_the_first_copy(site: Captured) -> None:
+    with site.running(), site.guest() as guest:
+        site.write(guest, 5)
+        assert hvreplica.cut(site.state).logs
+    with pytest.raises(StateError):
+        hvreplica.cut(site.state)
+
+
+def test_state_disks_and_socket_belong_to_one_process(site: Captured) -> None:
+    with site.running():
+        with pytest.raises(Locked):
+            Capture(VM, site.disks, state=site.state, socket=site.folder / "other.sock")
+        with pytest.raises(Locked):
+            Capture(VM, site.disks, state=site.folder / "other", socket=site.folder / "other.sock")
+        with pytest.raises(Locked):
+            Capture(
+                VM, [site.folder / "c.raw"], state=site.folder / "third", socket=site.folder / "nbd.sock"
+            ) if hvreplica.disk_create(site.folder / "c.raw", MIB, format="raw") else None
+        assert site.replicate().kind == "initial"
+    assert not (site.folder / "nbd.sock").exists()
+    assert not (site.state / "control.sock").exists()
+    with site.running():
+        assert site.replicate().kind in {"none", "delta"}
+
+
+def test_capture_that_cannot_start_leaves_nothing_locked(site: Captured, served: Served) -> None:
+    with pytest.raises(Unreachable):
+        Capture(VM, site.disks, state=site.state, socket=site.folder / "nbd.sock", metrics=served.address)
+    with pytest.raises(ValueError, match="Unix socket"):
+        Capture(VM, site.disks, state=site.state)
+    with site.running():
+        assert site.replicate().kind == "initial"
+
+
+def test_stop_with_clients_and_a_cycle_on_its_way_is_clean(site: Captured) -> None:
+    with site.running(**site.link, continuous=True), site.guest() as guest:
+        site.write(guest, 200)
+    assert threading.active_count() < 20
+    with site.running():
+        site.replicate()
+        assert site.equal()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"to": "h:1"},
+        {"interval_s": 5},
+        {"continuous": True},
+        {"to": "h:1", "tls": "absent", "compression": "x"},
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(site: Captured, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"to|compression"):
+        Capture(VM, site.disks, state=site.state, socket=site.folder / "s", **options)
+    assert not site.state.exists()
+
+
+def test_interval_is_a_number_above_0() -> None:
+    assert capture_verb.interval_of(None, continuous=False) == 300
+    assert capture_verb.interval_of(0.5, continuous=False) == 0.5
+    assert capture_verb.interval_of(None, continuous=True) is None
+    for interval_s, continuous in ((0, False), (-1, False), (float("inf"), False), (30, True)):
+        with pytest.raises(ValueError, match="interval"):
+            capture_verb.interval_of(interval_s, continuous=continuous)
