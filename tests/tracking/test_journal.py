@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import random
 import threading
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ from hvreplica.formats.journal import (
     file_bytes_of,
     unpack_sectors,
 )
-from hvreplica.tracking.journal import IntentJournal, read_regions
+from hvreplica.tracking.journal import AHEAD_REGIONS_MAX, IntentJournal, read_regions
 from hvreplica.units import GIB, MIB, TIB
 from tests.support.fakeclock import FakeClock
 from tests.support.faultfile import FaultFiles, crash_states
@@ -59,7 +60,9 @@ def of_regions(regions: Iterable[int]) -> NDArray[np.int64]:
 
 
 def bits(bitmap: NDArray[np.uint8]) -> set[int]:
-    return set(np.flatnonzero(np.unpackbits(bitmap, bitorder="little")).tolist())
+    used = np.flatnonzero(bitmap)
+    places, bits = np.nonzero(np.unpackbits(bitmap[used], bitorder="little").reshape(-1, 8))
+    return set((used[places] * 8 + bits).tolist())
 
 
 def bitmap(regions: Iterable[int]) -> NDArray[np.uint8]:
@@ -160,6 +163,60 @@ def test_arm_of_a_whole_disk_of_the_largest_size_is_one_write() -> None:
     assert journal.armed.all()
 
 
+def test_arm_in_sequence_runs_ahead_as_far_as_it_came() -> None:
+    files = new_files()
+    journal = new_journal(files)
+    files.settle()
+    ends = []
+    for region in range(400, 1000):
+        journal.arm(of_regions([region]))
+        ends.append(max(bits(journal.armed)) + 1)
+    assert ends[:8] == [401, 403, 403, 407, 407, 407, 407, 415]
+    assert bits(journal.armed) == marked(journal) == set(range(400, ends[-1]))
+    assert ends[-1] <= 1000 + AHEAD_REGIONS_MAX
+    assert syncs(files) <= 600 / AHEAD_REGIONS_MAX + 6
+
+
+def test_arm_ahead_stops_at_the_end_of_the_disk() -> None:
+    files = new_files()
+    journal = new_journal(files, 100 * REGION - 512)
+    for region in (96, 97, 98, 99):
+        journal.arm(of_regions([region]))
+    assert bits(journal.armed) == in_file(files) == {96, 97, 98, 99}
+
+
+@pytest.mark.parametrize("armed", [0, 8, 31, 32, 33, 40, 64])
+@pytest.mark.parametrize("behind", range(9))
+def test_arm_ahead_counts_what_lies_right_before(armed: int, behind: int) -> None:
+    journal = new_journal(new_files())
+    journal.arm(rows(((100 + behind) * REGION, armed * REGION)))
+    first = 100 + behind + armed
+    journal.arm(of_regions([first]))
+    assert bits(journal.armed) == set(range(100 + behind, first + 1 + min(armed, AHEAD_REGIONS_MAX)))
+
+
+def test_arm_ahead_leaves_alone_what_lapsed() -> None:
+    """Arming it too would need to be told to settle(), which would forget it else."""
+    journal = new_journal(new_files())
+    journal.arm(of_regions([5]))
+    remove(journal, {5})
+    journal.arm(of_regions([2, 3]))
+    journal.arm(of_regions([4]))
+    assert bits(journal.armed) == {2, 3, 4, 6}
+    journal.settle()
+    journal.settle()
+    assert marked(journal) == {2, 3, 4, 6}
+
+
+def test_arm_at_random_places_hardly_runs_ahead(seed: int) -> None:
+    journal = new_journal(new_files(), TIB)
+    touched = random.Random(seed).sample(range(TIB // REGION), 20_000)
+    for start in range(0, len(touched), 100):
+        journal.arm(of_regions(touched[start : start + 100]))
+    assert set(touched) <= bits(journal.armed)
+    assert journal.region_count() < 1.1 * len(touched)
+
+
 def test_arm_beyond_the_end_is_refused() -> None:
     journal = new_journal(new_files())
     for extent in ((64 * GIB - 1, 2), (-1, 1), (64 * GIB + 1, 0)):
@@ -257,11 +314,11 @@ def test_cleared_leaves_what_was_armed_since_the_cut() -> None:
 def test_cleared_of_what_was_never_armed_takes_nothing_from_others() -> None:
     journal = new_journal(new_files())
     journal.arm(of_regions([1]))
-    journal.cleared(bitmap([1, 2, 3]))
+    journal.cleared(bitmap([1, 20, 30]))
     journal.settle()
     journal.settle()
-    journal.arm(of_regions([2]))
-    assert bits(journal.armed) == marked(journal) == {1, 2}
+    journal.arm(of_regions([20]))
+    assert bits(journal.armed) == marked(journal) == {1, 20}
 
 
 def test_record_is_durable_and_forgets_what_lapsed() -> None:
@@ -426,7 +483,7 @@ def test_batch_that_a_resize_overtakes_arms_nothing_behind_the_end() -> None:
     window = journal._window(of_regions([1, 16_383]))
     assert window is not None
     with journal._turn:
-        batch = journal._admit(*window)
+        batch = journal._admit(window)
     assert batch is not None
     journal.resize(9 * MIB)
     with journal._turn:

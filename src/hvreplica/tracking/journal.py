@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hvreplica import native
-from hvreplica.disk.extents import checked_rows, merge
+from hvreplica.disk.extents import checked_rows
 from hvreplica.errors import FieldOutOfRange, FormatError, kept
 from hvreplica.files import write_durably
 from hvreplica.formats.journal import (
@@ -36,11 +36,11 @@ from hvreplica.formats.journal import (
     file_bytes_of,
     header_offset_of,
     pack_sectors,
-    regions_of,
     sector_offset_of,
     sectors_of,
     unpack_sectors,
 )
+from hvreplica.tracking.regions import Window, empty_bitmap, extents_of, grown_bitmap, set_before, window_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -52,13 +52,16 @@ if TYPE_CHECKING:
     from hvreplica.files import BlockFile, FileSystem
 
 
+AHEAD_REGIONS_MAX = 32
+
+
 class _Batch:
     """Regions of several arm() that share one sync. outcome: None until it is decided, True, or the error."""
 
     __slots__ = ("bits", "outcome", "places", "sectors")
 
     def __init__(self, bitmap_bytes: int) -> None:
-        self.bits = _empty(bitmap_bytes)
+        self.bits = empty_bitmap(bitmap_bytes)
         self.places: list[slice] = []  # what of `bits` was touched
         self.sectors: set[int] = set()
         self.outcome: BaseException | bool | None = None
@@ -84,9 +87,9 @@ class IntentJournal:
         self._file = file
         self._header = header
         self._sequence = sequence  # of the last write of sectors
-        self._image, self._certain = _empty(self._used), _empty(self._used)
-        self._lapsed = _empty(self._used)  # since the last settle()
-        self._aged = _empty(self._used)  # before it
+        self._image, self._certain = empty_bitmap(self._used), empty_bitmap(self._used)
+        self._lapsed = empty_bitmap(self._used)  # since the last settle()
+        self._aged = empty_bitmap(self._used)  # before it
         self._stale: set[int] = set()  # sectors that the file still has with bits that are forgotten
         self._turn = threading.Condition(threading.Lock())
         self._busy = False  # one thread at a time writes to the file, without the lock
@@ -106,7 +109,7 @@ class IntentJournal:
         for copy in (header, header.followed()):
             packed, at = copy.pack(), header_offset_of(copy.sequence)
             top[at : at + len(packed)] = packed
-        sectors = pack_sectors(range(count), _empty(0), sequence=1)
+        sectors = pack_sectors(range(count), empty_bitmap(0), sequence=1)
         write_durably(files, path, bytes(top) + b"".join(sectors), clock=clock)
         return cls.open(files, path, virtual_bytes=virtual_bytes)
 
@@ -161,7 +164,7 @@ class IntentJournal:
         it until they are forgotten.
         """
         with self._turn:
-            return _extents(self._image, self._header.virtual_bytes)
+            return extents_of(self._image, self._header.virtual_bytes)
 
     def region_count(self) -> int:
         """Return how many regions that are."""
@@ -172,20 +175,22 @@ class IntentJournal:
         """Mark every region that `extents` touches: durable, and visible in `armed`, on return.
 
         extents: (n, 2) of (disk_offset, length) in bytes. Concurrent calls share one sync; what stands in the
-        file already needs none. After an error no region is armed that is not durable. Native code may have
-        cleared the bits again on return, at a cut: look again before the write.
+        file already needs none. Where armed regions lie right before, as many behind are armed too, at most
+        AHEAD_REGIONS_MAX: who writes in sequence waits for one sync in 128 MiB. After an error no region is
+        armed that is not durable. Native code may have cleared the bits again on return, at a cut: look again
+        before the write.
         Raises: FieldOutOfRange beyond the disk's end; OSError, for every later call too if a sync failed.
         """
         size = self._header.virtual_bytes
         window = self._window(extents)
         if self._failure is not None:
             raise kept(self._failure)
-        if window is None or not np.count_nonzero(window[1] & ~self.armed[window[0]]):
+        if window is None or not np.count_nonzero(window.bits & ~self.armed[window.place]):
             return
         with self._turn:
             if size != self._header.virtual_bytes:
                 window = self._window(extents) or window
-            batch = self._admit(*window)
+            batch = self._admit(window)
             while batch is not None and batch.outcome is None:
                 if self._busy:
                     self._turn.wait()
@@ -261,24 +266,20 @@ class IntentJournal:
         """The bytes of each bitmap that the disk needs."""
         return -(-self._header.region_count // 8)
 
-    def _window(self, extents: NDArray[np.int64]) -> tuple[slice, NDArray[np.uint8]] | None:
-        """Return the regions that `extents` touch, as a part of a bitmap and its place; None where none."""
+    def _window(self, extents: NDArray[np.int64]) -> Window | None:
+        """Return the regions that `extents` touch; None where none."""
         rows = checked_rows(extents, virtual_bytes=self._header.virtual_bytes, path=self._file.path)
         rows = rows[rows[:, 1] > 0]
         if not len(rows):
             return None
         first = rows[:, 0] // REGION_BYTES
-        runs = merge(np.column_stack((first, (rows.sum(axis=1) - 1) // REGION_BYTES + 1 - first)))
-        start, end = int(runs[0, 0]) // 8, int(runs[-1].sum() - 1) // 8 + 1
-        bits = np.zeros(end - start, np.uint8)
-        for region, count in runs.tolist():
-            native.bitmap_set(bits, region - start * 8, count)
-        return slice(start, end), bits
+        return window_of(np.column_stack((first, (rows.sum(axis=1) - 1) // REGION_BYTES + 1 - first)))
 
-    def _admit(self, place: slice, bits: NDArray[np.uint8]) -> _Batch | None:
+    def _admit(self, window: Window) -> _Batch | None:
         """Arm what is certain; return the batch that brings the rest, None where there is none."""
         if self._failure is not None:
             raise kept(self._failure)
+        place, bits = window.place, window.bits
         sure = bits & self._certain[place]
         self._image[place] |= bits
         self._lapsed[place] &= ~bits
@@ -291,7 +292,18 @@ class IntentJournal:
         if flight is not None and not np.count_nonzero(missing & ~flight.bits[place]):
             return flight
         self._next.add(place, missing)
+        self._add_ahead(window)
         return self._next
+
+    def _add_ahead(self, window: Window) -> None:
+        """Add as many regions behind the window as are armed right before it."""
+        count = set_before(self.armed, window.first, count_max=AHEAD_REGIONS_MAX)
+        count = min(count, self._header.region_count - window.end)
+        if count > 0:
+            place, bits, _, _ = window_of(np.array([[window.end, count]], np.int64))
+            bits &= ~self._certain[place]  # what is certain costs nothing when its turn comes
+            self._image[place] |= bits
+            self._next.add(place, bits)
 
     def _lead(self, batch: _Batch) -> None:
         """Write the waiting batch and sync; the lock is held, but not during the work."""
@@ -389,9 +401,9 @@ class IntentJournal:
     def _grow(self) -> None:
         """Give each bitmap room for the disk; one that has more keeps it. The lock is held."""
         used = self._used
-        self._image, self._certain = _grown(self._image, used), _grown(self._certain, used)
-        self._lapsed, self._aged = _grown(self._lapsed, used), _grown(self._aged, used)
-        self._next.bits = _grown(self._next.bits, used)
+        self._image, self._certain = grown_bitmap(self._image, used), grown_bitmap(self._certain, used)
+        self._lapsed, self._aged = grown_bitmap(self._lapsed, used), grown_bitmap(self._aged, used)
+        self._next.bits = grown_bitmap(self._next.bits, used)
 
 
 def read_regions(files: FileSystem, path: Path) -> tuple[JournalHeader, NDArray[np.int64]]:
@@ -401,7 +413,7 @@ def read_regions(files: FileSystem, path: Path) -> tuple[JournalHeader, NDArray[
     """
     with contextlib.closing(files.open(path)) as file:
         header, found = _read(file, path)
-    return header, _extents(found.bitmap, header.virtual_bytes)
+    return header, extents_of(found.bitmap, header.virtual_bytes)
 
 
 def _read(file: BlockFile, path: Path) -> tuple[JournalHeader, JournalBitmap]:
@@ -415,24 +427,9 @@ def _read(file: BlockFile, path: Path) -> tuple[JournalHeader, JournalBitmap]:
     return header, unpack_sectors(sectors, header.region_count)
 
 
-def _empty(bitmap_bytes: int) -> NDArray[np.uint8]:
-    return np.zeros(bitmap_bytes, np.uint8)
-
-
-def _grown(bitmap: NDArray[np.uint8], bitmap_bytes: int) -> NDArray[np.uint8]:
-    return np.concatenate((bitmap, _empty(max(bitmap_bytes - len(bitmap), 0))))
-
-
 def _sectors(first_byte: int, bits: NDArray[np.uint8]) -> set[int]:
     """Return the sectors that have any of `bits`, a part of a bitmap from `first_byte` on."""
     return set(np.unique((np.flatnonzero(bits) + first_byte) // SECTOR_BITMAP_BYTES).tolist())
-
-
-def _extents(bitmap: NDArray[np.uint8], virtual_bytes: int) -> NDArray[np.int64]:
-    rows = native.bitmap_runs(bitmap, regions_of(virtual_bytes)) * REGION_BYTES
-    if len(rows):
-        rows[-1, 1] = min(int(rows[-1].sum()), virtual_bytes) - rows[-1, 0]
-    return rows
 
 
 def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
