@@ -186,13 +186,13 @@ class Machine:
         previous_log_ids: Sequence[UUID],
         *,
         known: Sequence[FingerprintTable | None] | None = None,
-        at_instant: Callable[[], None] | None = None,
+        on_instant: Callable[[], None] | None = None,
     ) -> Cut:
         """Cut all disks at one instant; on return the logs of those that changed are closed and durable.
 
         previous_log_ids: for each disk, what its log follows. known: for each disk a table of what the
         replica will hold before this cut: blocks that are read from the disk and equal to it are left out.
-        at_instant: called as soon as the instant has passed, before anything is read: a guest that was frozen
+        on_instant: called as soon as the instant has passed, before anything is read: a guest that was frozen
         for it may go on. settle() or give_back() comes before the next cut. Raises: StateError if it did not;
         OSError, after which all is as if there had been no cut.
         """
@@ -215,8 +215,8 @@ class Machine:
             ]
             logs: list[ClosedLog | None] = []
             try:
-                if at_instant is not None:
-                    at_instant()
+                if on_instant is not None:
+                    on_instant()
                 for place, tracked in enumerate(self._tracked):
                     tracked.journal.cleared(disarmed[place])
                     table = None if known is None else known[place]
