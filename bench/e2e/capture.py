@@ -51,6 +51,7 @@ class Bench:
     size_bytes: int
     seconds: float
     held_us: list[float] = field(default_factory=list)
+    cut_every_s: float = 30.0  # as seldom as Hyper-V's shortest interval, so one, at the end of a run
 
     def command(self, name: str, image: Path, socket: Path, *extra: Path) -> list[str]:
         """Return what starts a server."""
@@ -60,7 +61,7 @@ class Bench:
             return ["nbdkit", "-f", "-U", str(socket), "file", str(image)]
         mode = {OFF: "off", MAP: "map", LOG: "log"}[name]
         state = self.folder / f"state-{mode}"
-        words = [str(each) for each in (image, socket, state, *extra)]
+        words = [str(each) for each in (image, socket, state, self.cut_every_s, *extra)]
         return [sys.executable, "-m", "bench.e2e.capture_server", mode, *words]
 
     def serving(self, name: str, image: Path, work: Callable[[str], float], *extra: Path) -> float:
@@ -131,6 +132,9 @@ def run(*, smoke: bool) -> Report:
                 report.add_ratio(
                     f"{name}: {ours} against {peer}", f"{name}: {ours}", f"{name}: {peer}", at_least=at_least
                 )
+        bench.cut_every_s = 0.1
+        for mode in (LOG, MAP):
+            bench.serving(mode, images[mode], partial(bench.rate, "randwrite", "4k", 16))
         report.add_limit("writes held by a cut, at most", max(bench.held_us) / 1000, at_most=1.0, unit=" ms")
         _verify(bench, images[LOG])
         for image in set(images.values()):

@@ -1,7 +1,8 @@
-"""The server of the capture benchmark: one VHDX on a Unix socket, cut every second, its logs written over.
+"""The server of the capture benchmark: one VHDX on a Unix socket, cut now and then, its logs written over.
 
-`python -m bench.e2e.capture_server MODE DISK SOCKET STATE [COPY]`. MODE: off tracks nothing, map logs
-nothing, log logs all but long writes. COPY: a raw file that follows every cut. Prints one JSON line at its
+`python -m bench.e2e.capture_server MODE DISK SOCKET STATE SECONDS [COPY]`. MODE: off tracks nothing, map logs
+nothing, log logs all but long writes. SECONDS: between two
+cuts; one more comes at the end. COPY: a raw file that follows every cut. Prints one JSON line at its
 end: the longest time that writes were held by a cut, in microseconds, and the number of cuts.
 """
 
@@ -25,7 +26,6 @@ from hvreplica.files import OS_FILES
 from hvreplica.hrl import apply_log
 from hvreplica.native.live import Gate
 
-CUT_EVERY_S = 1.0
 LOG_BUDGET_BYTES = 4 << 30  # no mode may fall back to another one
 
 
@@ -51,7 +51,7 @@ class Cutter:
         self._machine.recycle(log.path for log in cut.logs)
 
 
-def main(mode: str, disk_path: str, address: str, state: str, copy: str | None = None) -> None:
+def main(mode: str, disk_path: str, address: str, state: str, seconds: str, copy: str | None = None) -> None:
     """Serve until SIGTERM."""
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
@@ -74,7 +74,7 @@ def main(mode: str, disk_path: str, address: str, state: str, copy: str | None =
             lambda: [ExportInfo("0", disk.virtual_bytes)],
             lambda client: service.serve(client.socket.fileno(), structured=client.structured),
         ):
-            while not stop.wait(CUT_EVERY_S):
+            while not stop.wait(float(seconds)):
                 if cutter is not None:
                     cutter.cut()
         if cutter is not None:
