@@ -164,7 +164,13 @@ static int receive(struct hvr_nbd *c, uint64_t want)
         c->input_start = 0;
     }
     while (available(c) < want) {
-        ssize_t moved = receive_some(c, c->input + c->input_end, (size_t)(c->input_bytes - c->input_end));
+        uint64_t room = c->input_bytes - c->input_end;
+        if (c->phase == IN_PAYLOAD) {
+            /* What comes behind would have to be moved to the buffer's start: only the next head is taken. */
+            uint64_t wanted = want - available(c) + REQUEST_BYTES;
+            room = wanted < room ? wanted : room;
+        }
+        ssize_t moved = receive_some(c, c->input + c->input_end, (size_t)room);
         if (moved < 0 && errno == EINTR) {
             continue;
         }

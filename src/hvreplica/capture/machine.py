@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from hvreplica.tracking.fingerprints import FingerprintTable
 
 LOG_BUDGET_SHARE = 4  # a log may have a quarter of its disk
-WRITE_BYTES_MAX = 256 * KIB  # longer writes cost less to read at the cut than to write twice
+WRITE_BYTES_MAX = 128 * KIB  # longer writes cost less to read at the cut than to write twice
 _SETTLE_AFTER_S = 5.0
 
 
