@@ -138,15 +138,24 @@ GOLDEN: list[tuple[messages.Message, str]] = [
     ),
     (
         messages.Claimed(
-            1, "hvreplica", b"s" * 16, "ready", ONE, None, [messages.DiskState(0, TWO, 1 << 20)], [], 16, 2
+            1,
+            "hvreplica",
+            b"s" * 16,
+            "ready",
+            ONE,
+            None,
+            [messages.DiskState(0, TWO, 1 << 20, in_point=False)],
+            [],
+            16,
+            2,
         ),
         (
             "8ba26973a7636c61696d6564a870726f746f636f6c01a8736f667477617265a968767265706c696361a773657373696f"
             "6ec41073737373737373737373737373737373a57068617365a57265616479aa6c6173745f706f696e74d92430303030"
             "303030302d303030302d303030302d303030302d303030303030303030303031a87472616e73666572c0a56469736b73"
-            "9183a5696e64657800ab6c6173745f6c6f675f6964d92430303030303030302d303030302d303030302d303030302d30"
-            "3030303030303030303032ad7669727475616c5f6279746573ce00100000a664616d61676590af636f6e6e656374696f"
-            "6e735f6d617810a87265766973696f6e02"
+            "9184a5696e64657800ab6c6173745f6c6f675f6964d92430303030303030302d303030302d303030302d303030302d30"
+            "3030303030303030303032ad7669727475616c5f6279746573ce00100000a8696e5f706f696e74c2a664616d61676590"
+            "af636f6e6e656374696f6e735f6d617810a87265766973696f6e02"
         ),
     ),
 ]
@@ -163,7 +172,7 @@ def test_answer_of_an_older_replica_says_that_it_is_one() -> None:
     claimed = msgspec.msgpack.decode(msgspec.msgpack.encode(OLD_CLAIMED), type=messages.Answer)
     assert isinstance(claimed, messages.Claimed)
     assert claimed.revision == 1
-    assert claimed.disks[0].virtual_bytes is None
+    assert (claimed.disks[0].virtual_bytes, claimed.disks[0].in_point) == (None, True)
 
 
 @pytest.mark.parametrize(("message", "octets"), GOLDEN, ids=lambda value: type(value).__name__)

@@ -16,7 +16,7 @@ from hvreplica.errors import BadSignature, ChecksumMismatch, FormatError, Trunca
 from hvreplica.formats.fingerprint import HEADER, HEADER_BYTES, FingerprintHeader, pack_header, unpack_header
 from hvreplica.tracking.fingerprints import BLOCK_BYTES, FingerprintTable
 from tests.support.build import mixed_bytes
-from tests.support.faultfile import FaultFiles
+from tests.support.faultfile import FaultFiles, crash_states
 
 PATH = Path("/state/0.fp")
 POINT = uuid.UUID(int=77)
@@ -112,3 +112,47 @@ def test_header_round_trip() -> None:
     header = FingerprintHeader(4096, 3, 10 << 40, POINT)
     assert unpack_header(pack_header(header)) == header
     assert header.block_count == (10 << 40) // 4096
+
+
+SIZES = (BLOCK_BYTES, BLOCK_BYTES + 512, 5 * BLOCK_BYTES, 300 * BLOCK_BYTES + 512)
+
+
+@pytest.mark.parametrize("before", SIZES)
+@pytest.mark.parametrize("after", SIZES)
+def test_table_resized_keeps_what_both_sizes_have_and_is_zero_behind(before: int, after: int) -> None:
+    files = FaultFiles("/state")
+    table = new_table(files, before)
+    blocks, kept = -(-before // BLOCK_BYTES), -(-min(before, after) // BLOCK_BYTES)
+    rows = np.arange(blocks * 16).astype(np.uint8).reshape(-1, 16) | 1
+    table.write(0, rows)
+    table.mark(POINT)
+    table.resize(after)
+    table.close()
+    opened = FingerprintTable.open(files, PATH)
+    assert (opened.header.virtual_bytes, opened.header.point_id) == (after, POINT)
+    assert (opened.read(0, kept) == rows[:kept]).all()
+    assert not opened.read(0, opened.header.block_count)[kept:].any()
+
+
+@pytest.mark.parametrize(("before", "after"), [(SIZES[1], SIZES[3]), (SIZES[3], SIZES[1])])
+def test_table_whose_resize_is_cut_has_one_size_or_the_other(before: int, after: int, seed: int) -> None:
+    files = FaultFiles("/state")
+    table = new_table(files, before)
+    files.sync_directory(PATH.parent)
+    table.write(0, np.full((table.header.block_count, 16), 7, np.uint8))
+    table.mark(POINT)
+    files.settle()
+    table.resize(after)
+    table.resize(before)
+    table.resize(after)
+    seen = set()
+    for _, world in crash_states(files.trace(), seed=seed, subsets_per_prefix=8, limit=200):
+        opened = FingerprintTable.open(world, PATH)
+        seen.add(opened.header.virtual_bytes)
+        opened.resize(after)
+        kept = -(-min(before, after) // BLOCK_BYTES)
+        assert (opened.read(0, kept) == 7).all(), world.story
+        assert not opened.read(0, opened.header.block_count)[kept:].any(), world.story
+        opened.close()
+        assert FingerprintTable.open(world, PATH).header.virtual_bytes == after
+    assert seen == {before, after}

@@ -14,6 +14,7 @@ from hvreplica.cli.options import (
     PATH,
     SIZE,
     cycle_options,
+    disk_options,
     link_options,
     option,
     verb,
@@ -32,14 +33,7 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Serve a VM's disks over NBD and track every write.")
 @vm_option
-@option(
-    "--disk",
-    "disks",
-    type=PATH,
-    multiple=True,
-    metavar="FILE",
-    help="A disk of the VM; repeat it for each one, always in the same order. Needed the first time.",
-)
+@disk_options
 @option("--socket", type=PATH, metavar="PATH", help="The Unix socket where NBD clients connect.")
 @option("--tcp", type=ADDRESS, metavar="HOST:PORT", help="A TCP port for NBD clients.")
 @option(

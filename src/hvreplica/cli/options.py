@@ -279,3 +279,26 @@ def _switch(name: str) -> Callable[[click.Context, click.Parameter, bool], None]
             setattr(ctx.obj, name, True)
 
     return switch
+
+
+def disk_options(function: Callable[P, R]) -> Callable[P, R]:
+    """Add which disks a VM has: --disk and --remove-disk."""
+    for decorate in (
+        option(
+            "--remove-disk",
+            "remove_disks",
+            multiple=True,
+            metavar="FILE|INDEX",
+            help="A disk that the VM does not have any more; its last content stays at the replica.",
+        ),
+        option(
+            "--disk",
+            "disks",
+            type=PATH,
+            multiple=True,
+            metavar="FILE",
+            help="A disk of the VM; repeat it for each one. Needed the first time, and when one is added.",
+        ),
+    ):
+        function = decorate(function)
+    return function

@@ -9,7 +9,16 @@ import click
 
 import hvreplica
 from hvreplica.cli.exit import INTERRUPTED, Signalled
-from hvreplica.cli.options import ADDRESS, PATH, cycle_options, link_options, option, verb, vm_option
+from hvreplica.cli.options import (
+    ADDRESS,
+    PATH,
+    cycle_options,
+    disk_options,
+    link_options,
+    option,
+    verb,
+    vm_option,
+)
 from hvreplica.cli.progress import progress_shown
 from hvreplica.cli.render import plain, ratio
 from hvreplica.cli.serve import run_until_signal
@@ -26,14 +35,7 @@ _HEADLINES = {"initial": "initial replication", "delta": "changes replicated"}
 
 @click.command(short_help="Bring the replica of a VM up to date.")
 @vm_option
-@option(
-    "--disk",
-    "disks",
-    type=PATH,
-    multiple=True,
-    metavar="FILE",
-    help="A disk of the VM; repeat it for each one, always in the same order. Needed the first time.",
-)
+@disk_options
 @option(
     "--to",
     type=ADDRESS,

@@ -83,7 +83,8 @@ class LogShape(msgspec.Struct, frozen=True):
 class Claim(Message, frozen=True, tag="claim"):
     """Ask to be the writer of a VM; first message of a control connection.
 
-    disks: as they are now. removed: those that the replica may hold and that no later point has.
+    disks: as they are now. removed: those that the VM does not have any more; one that is among `disks` too
+    may be in points that are still to come.
     """
 
     protocol: Annotated[int, Meta(ge=1, lt=1 << 16)]
@@ -98,13 +99,15 @@ class Claim(Message, frozen=True, tag="claim"):
 class DiskState(msgspec.Struct, frozen=True):
     """What the replica holds of one disk.
 
-    last_log_id: the log that was applied last; nil before the first. virtual_bytes: of its copy; 0 where no
-    whole copy is there, None where the replica does not tell.
+    last_log_id: the log that was applied last; nil before the first. virtual_bytes: in its last point, or of
+    its copy where no point has it yet; 0 where no whole copy is there, None where the replica does not tell.
+    in_point: whether its last point has it.
     """
 
     index: DiskIndex
     last_log_id: uuid.UUID
     virtual_bytes: Annotated[int, Meta(ge=0, le=DISK_BYTES_MAX)] | None = None
+    in_point: bool = True
 
 
 class Claimed(Message, frozen=True, tag="claimed"):

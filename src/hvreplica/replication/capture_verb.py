@@ -24,6 +24,7 @@ from hvreplica.files import OS_FILES
 from hvreplica.progress import quiet
 from hvreplica.replication.bookkeeping import Bookkeeper
 from hvreplica.replication.cycle import drop_unfinished
+from hvreplica.replication.joining import is_begun
 from hvreplica.replication.loop import CycleLoop, CycleRunner
 from hvreplica.replication.opening import check_vm, disk_paths, state_for
 from hvreplica.replication.resident import Resident, interval_of
@@ -69,6 +70,7 @@ class Capture:
         tls: PathLike | None = None,
         interval_s: float | None = None,
         continuous: bool = False,
+        remove_disks: Sequence[str | int] = (),
         compression: str = "auto",
         connections: int = CONNECTIONS_DEFAULT,
         log_budget_bytes: int | None = None,
@@ -91,7 +93,10 @@ class Capture:
         link, interval_s = _standing(to, tls, (compression, connections), interval_s, continuous=continuous)
         context = None if nbd_tls is None else server_context(Path(nbd_tls))
         with contextlib.ExitStack() as stack:
-            work = _open(vm, disks, Path(state).absolute(), stack, files=files, clock=clock)
+            folder = StateFolder(files, Path(state).absolute(), clock=clock)
+            stack.callback(folder.release)
+            work = _open(vm, disks, remove_disks, folder, stack, files=files, clock=clock)
+            self._indexes = work.indexes
             machine = _track(work, stack, log_budget_bytes)
             work.machine = self.machine = machine
             forget_lost_cuts(work)
@@ -170,7 +175,7 @@ class Capture:
                 preferred_block_bytes=max(_PREFERRED_BLOCK_BYTES, disk.logical_sector_bytes),
                 description=disk.path.name,
             )
-            for index, disk in enumerate(self.machine.disks)
+            for index, disk in zip(self._indexes, self.machine.disks, strict=True)
         ]
 
     def _serve(self, client: Negotiated) -> None:
@@ -195,7 +200,7 @@ def forget_lost_cuts(work: Work) -> None:
         if lost:
             _LOG.warning("%s is lost: the next cut looks at the whole disks", lost[0])
             assert work.machine is not None
-            for index, disk in enumerate(work.disks):
+            for index, disk in zip(work.indexes, work.disks, strict=True):
                 work.machine.mark(index, np.array([[0, disk.virtual_bytes]], np.int64))
             with work.lock:
                 del work.state.pending[number:]
@@ -235,27 +240,28 @@ def _standing(
 def _open(
     vm: str,
     disks: Sequence[PathLike],
-    folder_path: Path,
+    remove: Sequence[str | int],
+    folder: StateFolder,
     stack: contextlib.ExitStack,
     *,
     files: FileSystem,
     clock: Clock,
 ) -> Work:
-    """Open folder, state and disks; the disks are the machine's to close once it has them."""
-    folder = StateFolder(files, folder_path, clock=clock)
-    stack.callback(folder.release)
+    """Open state and disks; the disks are the machine's to close once it has them."""
     opened: list[Disk] = []
     stack.push(_abandoned(opened))
-    opened.extend(open_disk(files, path, writable=True, clock=clock) for path in disk_paths(folder, disks))
+    paths = disk_paths(folder, disks, remove=remove)
+    opened.extend(open_disk(files, path, writable=True, clock=clock) for path in paths)
+    known, ordered = state_for(folder, vm, opened, remove=remove, clock=clock)
     work = Work(
         folder=folder,
-        state=state_for(folder, vm, opened, clock=clock),
-        disks=opened,
+        state=known,
+        disks=ordered,
         link=None,
         files=files,
         clock=clock,
         on_progress=quiet,
-        tally=Tally("none", [0] * len(opened)),
+        tally=Tally("none", [0] * len(ordered)),
     )
     drop_unfinished(work)
     return work
@@ -278,7 +284,10 @@ def _track(work: Work, stack: contextlib.ExitStack, log_budget_bytes: int | None
     machine = Machine(
         work.files,
         work.folder.folder,
-        [Slot(index, disk, has_base) for index, disk in enumerate(work.disks)],
+        [
+            Slot(index, disk, has_base and is_begun(work.state, index))
+            for index, disk in zip(work.indexes, work.disks, strict=True)
+        ],
         clock=work.clock,
         log_budget_bytes=log_budget_bytes,
     )

@@ -166,13 +166,14 @@ class Control:
             raise StateError(
                 "the state folder belongs to another VM", path=folder, expected=state.vm, actual=request.vm
             )
-        known = [disk.path for disk in state.disks]
-        if request.disks and request.disks != known:
+        known = [disk.path for disk in state.disks if disk.is_here]
+        if request.disks and sorted(request.disks) != sorted(known):
             raise StateError(
-                "the running process has other disks, or another order",
+                "the running process has other disks",
                 path=folder,
                 expected=", ".join(known),
                 actual=", ".join(request.disks),
+                hint="stop it, then start it again with these; say with --remove-disk which one is gone",
             )
 
 

@@ -17,6 +17,7 @@ from hvreplica.hrl import LogWriter
 from hvreplica.progress import Progress
 from hvreplica.replication.follow import follow_log
 from hvreplica.replication.results import ShippedLog
+from hvreplica.replication.shape import differs, point_disks, settled
 from hvreplica.replication.sources import LogSource
 from hvreplica.replication.state import NIL, CutLog, Transfer
 from hvreplica.tracking.compare import ComparedDisk
@@ -42,9 +43,10 @@ def cut(work: Work) -> bool:
     state.transfer = transfer
     work.save()
     progress = _CompareProgress(work)
-    logs = [_cut_disk(work, index, progress) for index in range(len(work.disks))]
-    # A replica whose copy is of several instants needs logs to become one, be they empty.
-    transfer.logs = [log for log in logs if log.changed_bytes] or logs[: int(state.mixed)]
+    logs = [_cut_disk(work, place, progress) for place in work.members]
+    # A replica whose copy is of several instants needs logs to become one, as it does to have other disks.
+    transfer.logs = [log for log in logs if log.changed_bytes] or logs[: int(state.mixed or differs(state))]
+    transfer.disks = point_disks(state)
     if not transfer.logs:
         state.transfer = None
         work.save()
@@ -81,6 +83,7 @@ def ship(work: Work, session: ReplicaSession, transfer: Transfer) -> None:
             for log in transfer.logs
         ],
         positions=transfer.positions,
+        disks=transfer.disks or point_disks(work.state),
     )
     answer = session.ask_either(question, messages.Ready, messages.AlreadyHave)
     if isinstance(answer, messages.Ready):
@@ -99,23 +102,28 @@ def ship(work: Work, session: ReplicaSession, transfer: Transfer) -> None:
 def settle(work: Work, transfer: Transfer) -> None:
     """Let the fingerprints follow the acknowledged logs, then forget the logs. Repeatable."""
     state = work.state
+    places = {index: place for place, index in enumerate(work.indexes)}
     for log in transfer.logs:
-        follow_log(work.files, work.folder.log_path(log.log_id), work.tables[log.disk_index])
         state.disks[log.disk_index].last_log_id = log.log_id
-        work.tally.changed_bytes[log.disk_index] += log.changed_bytes
         work.tally.shipped.append(ShippedLog(str(log.log_id), str(work.folder.log_path(log.log_id))))
-    for table in work.tables:
-        table.mark(transfer.point_id)
+        place = places.get(log.disk_index)
+        if place is not None:  # else the disk has left since
+            follow_log(work.files, work.folder.log_path(log.log_id), work.tables[place])
+            work.tally.changed_bytes[place] += log.changed_bytes
+    work.fit_tables(transfer.disks)
+    for place in work.members:
+        work.tables[place].mark(transfer.point_id)
     if work.tally.kind == "none":
         work.tally.kind = "delta"
     with work.lock:
+        settled(state, transfer)
         state.last_point, state.transfer, state.mixed = transfer.point_id, None, False
         work.save()
     work.forget_logs(transfer)
 
 
-def _cut_disk(work: Work, index: int, progress: _CompareProgress) -> CutLog:
-    disk = work.disks[index]
+def _cut_disk(work: Work, place: int, progress: _CompareProgress) -> CutLog:
+    disk, index = work.disks[place], work.indexes[place]
     previous_log_id = work.state.disks[index].last_log_id
     log_id = work.clock.guid()
     writer = LogWriter.create(
@@ -127,7 +135,7 @@ def _cut_disk(work: Work, index: int, progress: _CompareProgress) -> CutLog:
         clock=work.clock,
     )
     with writer:
-        source = ComparedDisk(disk, work.tables[index], workers=_COMPARE_WORKERS)
+        source = ComparedDisk(disk, work.tables[place], workers=_COMPARE_WORKERS)
         changed_bytes = source.changes_into(writer, on_read=progress.add)
         summary = writer.close()
     return CutLog(index, log_id, previous_log_id, summary.log_bytes, changed_bytes)
@@ -138,7 +146,7 @@ class _CompareProgress:
 
     def __init__(self, work: Work) -> None:
         self._on_progress = work.on_progress
-        self._total_bytes = sum(disk.virtual_bytes for disk in work.disks)
+        self._total_bytes = sum(work.disks[place].virtual_bytes for place in work.members)
         self._done_bytes = 0
         self._lock = threading.Lock()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hvreplica.formats import messages
+from hvreplica.replication.shape import restart
 from hvreplica.replication.sources import DiskSource, unchanged_until
 from hvreplica.replication.state import NIL, Transfer
 
@@ -44,6 +45,8 @@ def replicate_initially(work: Work, session: ReplicaSession) -> None:
     """Send a whole copy, or the rest of one, and record that the replica has it."""
     transfer = work.state.transfer or _begin(work)
     work.open_tables()
+    if transfer.tracked:
+        session.require_revision(2, "a first copy of disks that are written meanwhile")
     question = messages.BeginInitial(
         transfer_id=transfer.transfer_id,
         point_id=transfer.point_id,
@@ -53,6 +56,8 @@ def replicate_initially(work: Work, session: ReplicaSession) -> None:
     )
     answer = session.ask_either(question, messages.Ready, messages.AlreadyHave)
     if isinstance(answer, messages.Ready):
+        with work.lock:
+            restart(work.state)  # the replica takes the disks as they are announced now
         _send(work, session, transfer, answer.positions)
     work.tally.kind = "initial"
     settle_initial(work, transfer)
@@ -70,6 +75,7 @@ def settle_initial(work: Work, transfer: Transfer) -> None:
     """Take note that the replica has committed the whole copy. Repeatable."""
     if not work.tables:
         work.open_tables()
+    work.fit_tables([])
     for table in work.tables:
         table.mark(transfer.point_id)
     state = work.state
@@ -82,6 +88,8 @@ def settle_initial(work: Work, transfer: Transfer) -> None:
 
 
 def _begin(work: Work) -> Transfer:
+    with work.lock:
+        restart(work.state)
     work.create_tables()
     transfer = Transfer(
         kind="initial",

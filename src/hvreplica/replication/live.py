@@ -10,16 +10,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from hvreplica.errors import InvalidTransition, StateError
 from hvreplica.hrl import LogReader, LogWriter
 from hvreplica.replication import cycle
+from hvreplica.replication.shape import differs, point_disks
 from hvreplica.replication.state import PENDING_MAX, CutLog, Transfer, cuts, previous_log_ids
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from hvreplica.capture.machine import Cut
+    from hvreplica.capture.machine import ClosedLog, Cut
     from hvreplica.replication.work import Work
+    from hvreplica.tracking.fingerprints import FingerprintTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +50,16 @@ def cut_live(work: Work, *, on_instant: Callable[[], None] | None = None) -> Rec
     assert machine is not None
     with work.cutting:
         _check_cut(work)
-        cut = machine.cut(previous_log_ids(work.state), known=work.known_tables(), on_instant=on_instant)
-        entries = tuple(log.entries for log in cut.logs)
+        last = previous_log_ids(work.state)
+        cut = machine.cut([last[index] for index in work.indexes], known=_known(work), on_instant=on_instant)
+        in_point = {disk.index for disk in point_disks(work.state)}
+        logs = [log for log in cut.logs if log.disk_index in in_point]
+        entries = tuple(log.entries for log in logs)
         try:
-            transfer = _record(work, cut)
+            for log in cut.logs:
+                if log.disk_index not in in_point:
+                    _mark_again(work, log)
+            transfer = _record(work, cut, logs)
         except BaseException:
             machine.give_back(cut)
             raise
@@ -87,6 +97,24 @@ def cut_compared(work: Work) -> RecordedCut:
     return RecordedCut(instant_s, 0.0, transfer, tuple(entries))
 
 
+def _known(work: Work) -> list[FingerprintTable | None] | None:
+    """Return what the cut may rely on: of a disk that joins nothing, for its copy is still on its way."""
+    tables = work.known_tables()
+    if tables is None:
+        return None
+    return [table if place in work.members else None for place, table in enumerate(tables)]
+
+
+def _mark_again(work: Work, log: ClosedLog) -> None:
+    """Keep what was written to a disk that joins for the first cut that has it."""
+    assert work.machine is not None
+    with LogReader(work.files, log.path) as reader:
+        for entries in reader.blocks():
+            columns = [entries[name].astype(np.int64) for name in ("byte_offset", "data_length")]
+            if len(entries):
+                work.machine.mark(log.disk_index, np.stack(columns, axis=1))
+
+
 def _check_cut(work: Work) -> None:
     state = work.state
     if state.phase == "initial":
@@ -107,13 +135,13 @@ def _check_cut(work: Work) -> None:
         )
 
 
-def _record(work: Work, cut: Cut) -> Transfer | None:
+def _record(work: Work, cut: Cut, closed: Sequence[ClosedLog]) -> Transfer | None:
     logs = [
         CutLog(log.disk_index, log.log_id, log.previous_log_id, log.log_bytes, log.changed_bytes)
-        for log in cut.logs
+        for log in closed
     ]
-    if not logs and work.state.mixed:
-        logs = [_empty_log(work)]  # a copy of several instants needs logs to become one
+    if not logs and (work.state.mixed or differs(work.state)):
+        logs = [_empty_log(work)]  # a copy of several instants needs logs to become one, as other disks do
     if not logs:
         return None
     work.files.sync_directory(work.folder.logs)
@@ -125,21 +153,24 @@ def _record(work: Work, cut: Cut) -> Transfer | None:
         instant_s=cut.instant_s,
         positions=[0] * len(logs),
         logs=logs,
+        disks=point_disks(work.state),
     )
     work.append(transfer)
     return transfer
 
 
 def _empty_log(work: Work) -> CutLog:
-    log_id, previous_log_id = work.clock.guid(), previous_log_ids(work.state)[0]
+    place = work.members[0]
+    index = work.indexes[place]
+    log_id, previous_log_id = work.clock.guid(), previous_log_ids(work.state)[index]
     writer = LogWriter.create(
         work.files,
         work.folder.log_path(log_id),
         log_id=log_id,
         previous_log_id=previous_log_id,
-        data_write_guid=work.disks[0].data_write_guid,
+        data_write_guid=work.disks[place].data_write_guid,
         clock=work.clock,
     )
     with writer:
         summary = writer.close()
-    return CutLog(0, log_id, previous_log_id, summary.log_bytes, 0)
+    return CutLog(index, log_id, previous_log_id, summary.log_bytes, 0)

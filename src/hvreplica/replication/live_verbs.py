@@ -21,7 +21,8 @@ from hvreplica.replication.control import SOCKET_NAME, CutRequest, cut_result
 from hvreplica.replication.live import cut_compared
 from hvreplica.replication.opening import disk_paths, opened_disks
 from hvreplica.replication.results import CutResult
-from hvreplica.replication.state import StateFolder, check_same, load_state
+from hvreplica.replication.shape import follow
+from hvreplica.replication.state import StateFolder, load_state
 from hvreplica.replication.statistics import Statistics
 from hvreplica.replication.status import ReplicationStatus, make_status
 from hvreplica.replication.work import Tally, Work
@@ -78,11 +79,11 @@ def cut(
         stack.callback(folder.release)
         known = _known(folder.load(), folder_path)
         opened = stack.enter_context(opened_disks(files, disk_paths(folder, ()), clock=clock))
-        check_same(known, known.vm, opened, folder_path)
+        ordered = follow(known, known.vm, opened, folder_path)
         work = Work(
             folder=folder,
             state=known,
-            disks=opened,
+            disks=ordered,
             link=None,
             files=files,
             clock=clock,

@@ -25,6 +25,7 @@ from hvreplica.formats.hrl import HEADER
 from hvreplica.hrl import LogReader, verify_log
 from hvreplica.hrl.compare import log_differences
 from hvreplica.hrl.copy import copy_log
+from hvreplica.replication.shape import point_disks
 from hvreplica.replication.state import (
     NIL,
     PENDING_MAX,
@@ -225,6 +226,7 @@ class _Import:
             instant_s=instant_s,
             positions=[0] * len(logs),
             logs=logs,
+            disks=point_disks(self._state),
         )
         self._state.pending.append(transfer)
         self._folder.save(self._state)
@@ -264,13 +266,13 @@ def _disk_indexes(
     state: PrimaryState, logs: Sequence[PathLike], disks: Sequence[int | PathLike] | None, folder: Path
 ) -> list[int]:
     """Return whose each log is. Raises: StateError unless every log has one disk, and no disk two logs."""
-    protected = ", ".join(f"{index}: {disk.path}" for index, disk in enumerate(state.disks))
-    named = [0] if disks is None and len(state.disks) == 1 else disks or []
-    paths = [disk.path for disk in state.disks]
+    paths = {disk.index: state.disks[disk.index].path for disk in point_disks(state)}
+    protected = ", ".join(f"{index}: {path}" for index, path in paths.items())
+    named = [*paths] if disks is None and len(paths) == 1 else disks or []
     indexes = []
     for disk in named:
-        index = disk if isinstance(disk, int) else _place(paths, str(Path(disk).absolute()))
-        if not 0 <= index < len(paths):
+        index = disk if isinstance(disk, int) else _index(paths, str(Path(disk).absolute()))
+        if index not in paths:
             raise StateError(
                 "no such disk is protected with this state folder",
                 path=folder,
@@ -290,8 +292,8 @@ def _disk_indexes(
     return indexes
 
 
-def _place(paths: Sequence[str], path: str) -> int:
-    return paths.index(path) if path in paths else -1
+def _index(paths: dict[int, str], path: str) -> int:
+    return next((index for index, known in paths.items() if known == path), -1)
 
 
 def _judge(

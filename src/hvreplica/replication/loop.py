@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from hvreplica.replication.results import ReplicateResult
     from hvreplica.replication.work import Link, Work
 
+_JOINING_S = 1.0  # for which the copy of an added disk may hold up cycles back to back
 _LOG = logging.getLogger("hvreplica.replicate")
 
 
@@ -65,12 +66,14 @@ class CycleRunner:
         link: Link | None = None,
         with_resync: bool = False,
         takeover: bool = False,
+        is_due: Callable[[], bool] = lambda: False,
         on_progress: ProgressCallback = quiet,
     ) -> ReplicateResult:
         """Bring the replica up to date and count it.
 
-        link: instead of the usual one. Raises: InvalidTransition while paused; StateError without a link and
-        when stopped; else as replicate().
+        link: instead of the usual one. is_due: whether the copy of an added disk has to make room for the
+        next cycle, which goes on with it. Raises: InvalidTransition while paused; StateError without a link
+        and when stopped; else as replicate().
         """
         with self._turn:
             self._check(link)
@@ -78,7 +81,7 @@ class CycleRunner:
             self._running = primary
             if self._stopping.is_set():
                 primary.abort()
-            self.work.on_progress = on_progress
+            self.work.on_progress, self.work.is_due = on_progress, is_due
             start_s = self.work.clock.monotonic_s()
             try:
                 with self._ready():
@@ -217,7 +220,8 @@ class CycleLoop:
             count = self._schedule.begin(self._clock.monotonic_s())
         self._runner.book.missed(count)
         try:
-            self._runner.run()
+            until_s = self._clock.monotonic_s() + (self.interval_s or _JOINING_S)
+            self._runner.run(is_due=lambda: self._clock.monotonic_s() >= until_s)
         except InvalidTransition:  # paused meanwhile
             return self.wait_s()
         except Exception as error:

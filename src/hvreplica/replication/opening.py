@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvreplica.disk import open_disk
-from hvreplica.errors import FieldOutOfRange, StateError, TrackingLost
+from hvreplica.errors import FieldOutOfRange
 from hvreplica.formats import messages
 from hvreplica.formats.hrl import SECTOR_BYTES
-from hvreplica.replication.state import check_same, track
+from hvreplica.replication.shape import removed_indexes, state_of_call
 
 if TYPE_CHECKING:
     import os
@@ -36,8 +36,19 @@ def opened_disks(files: FileSystem, paths: Sequence[Path], *, clock: Clock) -> I
         yield opened
 
 
-def state_for(folder: StateFolder, vm: str, disks: Sequence[Disk], *, clock: Clock) -> PrimaryState:
-    """Return the folder's state, checked against the call; a new one where nothing was replicated yet."""
+def state_for(
+    folder: StateFolder,
+    vm: str,
+    disks: Sequence[Disk],
+    *,
+    remove: Sequence[str | int] = (),
+    clock: Clock,
+) -> tuple[PrimaryState, list[Disk]]:
+    """Return the folder's state, brought in line with the call, and the disks by their indexes.
+
+    remove: paths or indexes of disks that the VM does not have any more. Raises: StateError, TrackingLost,
+    FieldOutOfRange.
+    """
     for disk in disks:
         if disk.virtual_bytes == 0 or disk.virtual_bytes % SECTOR_BYTES:
             raise FieldOutOfRange(
@@ -48,22 +59,12 @@ def state_for(folder: StateFolder, vm: str, disks: Sequence[Disk], *, clock: Clo
                 actual=disk.virtual_bytes,
                 hint="extend a raw file with `truncate -s %512 FILE`",
             )
-    known = folder.load()
-    if known is None:
-        return track(vm, disks, clock=clock)
-    try:
-        check_same(known, vm, disks, folder.folder)
-    except (StateError, TrackingLost):
-        if known.phase != "new":
-            raise
-        # Nothing was sent: the call may name another VM or other disks. The replica may know the identity.
-        fresh = track(vm, disks, clock=clock)
-        fresh.relationship_id, fresh.generation = known.relationship_id, known.generation
-        return fresh
-    return known
+    return state_of_call(folder.load(), vm, disks, remove=remove, folder=folder.folder, clock=clock)
 
 
-def disk_paths(folder: StateFolder, disks: Sequence[PathLike]) -> list[Path]:
+def disk_paths(
+    folder: StateFolder, disks: Sequence[PathLike], *, remove: Sequence[str | int] = ()
+) -> list[Path]:
     """Return the disks of a call: those it names, else those that the folder knows. Raises: ValueError."""
     if disks:
         return [Path(path).absolute() for path in disks]
@@ -71,7 +72,8 @@ def disk_paths(folder: StateFolder, disks: Sequence[PathLike]) -> list[Path]:
     if known is None:
         message = f"name the VM's disks: {folder.folder} does not know them yet"
         raise ValueError(message)
-    return [Path(disk.path) for disk in known.disks]
+    gone = removed_indexes(known, remove, folder.folder)
+    return [Path(disk.path) for index, disk in enumerate(known.disks) if disk.is_here and index not in gone]
 
 
 def check_vm(vm: str, disks: Sequence[PathLike]) -> None:

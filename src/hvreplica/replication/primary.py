@@ -20,8 +20,10 @@ from hvreplica.formats import messages
 from hvreplica.progress import Progress
 from hvreplica.replication import cycle
 from hvreplica.replication.initial import prepare_initial, replicate_initially, settle_initial
+from hvreplica.replication.joining import send_joining
 from hvreplica.replication.live import cut_live
 from hvreplica.replication.resync import resync
+from hvreplica.replication.shape import agree
 from hvreplica.replication.state import NIL, shapes
 from hvreplica.replication.version import SOFTWARE
 
@@ -179,7 +181,8 @@ class Primary:
             state = self._work.state
             state.generation += 1
             self._work.save()
-            claimed = session.claim(state, shapes(state), software=SOFTWARE)
+            removed = [index for index, disk in enumerate(state.disks) if not disk.is_here]
+            claimed = session.claim(state, shapes(state), removed, software=SOFTWARE)
             self._met = True
             if self._with_resync:
                 self._resync(session, claimed)
@@ -211,6 +214,8 @@ class Primary:
                 self._work.save()
         elif claimed.last_point != state.last_point:
             raise self._diverged(claimed)
+        if agree(state, claimed):
+            self._work.save()
 
     def _diverged(self, claimed: messages.Claimed) -> ReplicaDiverged:
         address, last_point = self._work.required_link.address, self._work.state.last_point
@@ -251,6 +256,11 @@ class Primary:
             if transfer.stage == "cut":
                 cycle.ship(work, session, transfer)
             cycle.settle(work, transfer)
+        self._apply(session)
+        send_joining(work, session)
+
+    def _apply(self, session: ReplicaSession) -> None:
+        work = self._work
         last_point = work.state.last_point or NIL
         if self._applied == last_point:
             return

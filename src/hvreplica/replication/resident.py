@@ -19,7 +19,8 @@ from hvreplica.replication.control import SOCKET_NAME, Control
 from hvreplica.replication.loop import CycleLoop, CycleRunner
 from hvreplica.replication.metrics import exposition
 from hvreplica.replication.opening import check_vm, disk_paths, opened_disks, state_for
-from hvreplica.replication.state import StateFolder, check_same
+from hvreplica.replication.shape import follow
+from hvreplica.replication.state import StateFolder
 from hvreplica.replication.work import CONNECTIONS_DEFAULT, Tally, Work, make_link
 from hvreplica.transport.exposition import PageServer
 from hvreplica.transport.local import LocalServer
@@ -123,6 +124,7 @@ class Replicator:
         state: PathLike,
         interval_s: float | None = None,
         continuous: bool = False,
+        remove_disks: Sequence[str | int] = (),
         compression: str = "auto",
         connections: int = CONNECTIONS_DEFAULT,
         metrics: str | None = None,
@@ -141,9 +143,9 @@ class Replicator:
         with contextlib.ExitStack() as stack:
             folder = StateFolder(files, Path(state).absolute(), clock=clock)
             stack.callback(folder.release)
-            paths = disk_paths(folder, disks)
+            paths = disk_paths(folder, disks, remove=remove_disks)
             with opened_disks(files, paths, clock=clock) as opened:
-                known = state_for(folder, vm, opened, clock=clock)
+                known, _ = state_for(folder, vm, opened, remove=remove_disks, clock=clock)
             work = Work(
                 folder=folder,
                 state=known,
@@ -159,8 +161,9 @@ class Replicator:
             @contextlib.contextmanager
             def ready() -> Iterator[None]:
                 with opened_disks(files, paths, clock=clock) as now:
-                    check_same(work.state, vm, now, folder.folder)
-                    work.disks = now
+                    with work.lock:
+                        work.disks = follow(work.state, vm, now, folder.folder)
+                        work.save()
                     try:
                         yield
                     finally:

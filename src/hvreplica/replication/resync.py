@@ -15,6 +15,7 @@ from hvreplica.errors import ProtocolViolation, ReplicaDiverged
 from hvreplica.formats import messages
 from hvreplica.formats.fingerprint import FINGERPRINT_BYTES
 from hvreplica.progress import Progress
+from hvreplica.replication.shape import adopt
 from hvreplica.tracking.fingerprints import BLOCK_BYTES
 
 if TYPE_CHECKING:
@@ -27,30 +28,31 @@ def resync(work: Work, session: ReplicaSession, claimed: messages.Claimed) -> No
     if claimed.last_point is None:
         raise ReplicaDiverged("the replica has no point to compare with", path=work.required_link.address)
     # The first answer comes before anything is forgotten: a refusal must leave things as they were.
-    session.ask(messages.FingerprintsRequest(0, 0, 1, BLOCK_BYTES), messages.Fingerprints)
+    first = next((held.index for held in claimed.disks if held.virtual_bytes != 0), 0)
+    session.ask(messages.FingerprintsRequest(first, 0, 1, BLOCK_BYTES), messages.Fingerprints)
     state = work.state
     if work.machine is not None:
         # What waits is dropped, and what the replica holds is no longer believed: the next cut looks at all.
-        for index, disk in enumerate(work.disks):
+        for index, disk in zip(work.indexes, work.disks, strict=True):
             work.machine.mark(index, np.array([[0, disk.virtual_bytes]], np.int64))
     with work.cutting:
         with work.lock:
             state.phase, state.transfer, state.last_point = "ready", None, claimed.last_point
             state.pending = []
-            for tracked, held in zip(state.disks, claimed.disks, strict=True):
-                tracked.last_log_id = held.last_log_id
+            adopt(state, claimed)
             work.save()
         # Only now: as long as the state names a transfer, its tables are still needed as they are.
         work.create_tables()
         work.sweep_logs()
-    for index in range(len(work.disks)):
-        _fetch(work, session, index)
-        work.tables[index].mark(claimed.last_point)
+    for place in work.members:
+        _fetch(work, session, place)
+        work.tables[place].mark(claimed.last_point)
 
 
-def _fetch(work: Work, session: ReplicaSession, index: int) -> None:
-    table = work.tables[index]
-    block_count = table.header.block_count
+def _fetch(work: Work, session: ReplicaSession, place: int) -> None:
+    index, table = work.indexes[place], work.tables[place]
+    held_bytes = work.state.disks[index].replica_bytes or table.header.virtual_bytes
+    block_count = min(table.header.block_count, -(-held_bytes // table.block_bytes))
     for first in range(0, block_count, messages.FINGERPRINT_BLOCKS_MAX):
         count = min(messages.FINGERPRINT_BLOCKS_MAX, block_count - first)
         question = messages.FingerprintsRequest(index, first, count, table.block_bytes)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from hvreplica.clock import Clock
     from hvreplica.files import FileSystem
-    from hvreplica.store import VmReplica
+    from hvreplica.store import DiskRow, VmReplica
     from hvreplica.transport import Channel
 
 _LOG = logging.getLogger("hvreplica.serve")
@@ -224,16 +224,16 @@ def _claimed(replica: VmReplica, token: bytes) -> messages.Claimed:
         phase=replica.phase,
         last_point=replica.last_point,
         transfer=replica.transfer,
-        disks=[
-            messages.DiskState(
-                disk.spec.index, disk.last_log_id, disk.spec.virtual_bytes if disk.is_held else 0
-            )
-            for disk in replica.disks
-        ],
+        disks=[_disk_state(disk, replica.last_sizes) for disk in replica.disks],
         damage=[sentence[: messages.TEXT_CHARS_MAX] for sentence in replica.damage],
         connections_max=_DATA_CONNECTIONS_MAX,
         revision=messages.REVISION,
     )
+
+
+def _disk_state(disk: DiskRow, sizes: dict[int, int]) -> messages.DiskState:
+    index, held_bytes = disk.spec.index, disk.spec.virtual_bytes if disk.is_held else 0
+    return messages.DiskState(index, disk.last_log_id, sizes.get(index, held_bytes), index in sizes)
 
 
 def _refuse(channel: Channel[messages.Question], error: HvReplicaError | OSError) -> None:

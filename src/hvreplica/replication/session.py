@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 import msgspec
 
 from hvreplica import errors
-from hvreplica.errors import Fenced, HvReplicaError, ProtocolViolation, TransportError
+from hvreplica.errors import Fenced, HvReplicaError, ProtocolViolation, TransportError, UnsupportedVersion
 from hvreplica.formats import messages
 from hvreplica.transport import connect
 
@@ -34,6 +34,7 @@ class ReplicaSession:
         self._address = address
         self._context = context
         self._token = b""
+        self._claimed: messages.Claimed | None = None
         self.connections_max = 1
         self._control = self._connect()
         self._channels = [self._control]
@@ -41,7 +42,7 @@ class ReplicaSession:
         self._is_aborted = False
 
     def claim(
-        self, state: PrimaryState, shapes: list[messages.DiskShape], *, software: str
+        self, state: PrimaryState, shapes: list[messages.DiskShape], removed: list[int], *, software: str
     ) -> messages.Claimed:
         """Become the VM's writer.
 
@@ -54,17 +55,30 @@ class ReplicaSession:
             relationship_id=state.relationship_id,
             generation=state.generation,
             disks=shapes,
+            removed=removed,
         )
         claimed = self.ask(question, messages.Claimed)
-        if len(claimed.disks) != len(shapes) or [disk.index for disk in claimed.disks] != list(
-            range(len(shapes))
-        ):
+        if [disk.index for disk in claimed.disks] != [shape.index for shape in shapes]:
             raise ProtocolViolation(
                 "the replica answered for other disks than it was asked for", path=self._address
             )
         self._token = claimed.session
+        self._claimed = claimed
         self.connections_max = claimed.connections_max
         return claimed
+
+    def require_revision(self, revision: int, what: str) -> None:
+        """Refuse to send what an older replica takes for something else. Raises: UnsupportedVersion."""
+        claimed = self._claimed
+        if claimed is not None and claimed.revision < revision:
+            raise UnsupportedVersion(
+                f"the replica's hvreplica is too old for {what}",
+                path=self._address,
+                field="revision",
+                expected=f"at least {revision}",
+                actual=claimed.revision,
+                hint=f"update the replica, which runs {claimed.software}",
+            )
 
     def attach(self, transfer_id: uuid.UUID) -> Channel[messages.Answer]:
         """Open one data connection of the session; the caller gives it back with detach()."""

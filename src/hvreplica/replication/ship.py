@@ -10,7 +10,7 @@ import contextlib
 import threading
 from typing import TYPE_CHECKING
 
-from hvreplica.errors import TransportError, kept
+from hvreplica.errors import PeerClosed, TransportError, kept
 from hvreplica.formats import messages
 from hvreplica.progress import Progress
 from hvreplica.replication.sources import new_buffer
@@ -18,7 +18,7 @@ from hvreplica.transport import CodecPolicy, FrameEncoder
 
 if TYPE_CHECKING:
     import uuid
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from hvreplica.clock import Clock
     from hvreplica.progress import ProgressCallback
@@ -58,8 +58,10 @@ class Shipment:
         self._covered_bytes = sum(source.positions)
         self._data_bytes = 0
 
-    def run(self, transfer_id: uuid.UUID, *, phase: str, record: Callable[[], None]) -> None:
-        """Send everything, then wait until the replica has committed it.
+    def run(self, transfer_id: uuid.UUID, *, phase: str, record: Callable[[], None]) -> bool:
+        """Send everything, then wait until the replica has committed it; return whether it has.
+
+        It has not where the source says that something else is due: then what was sent is durable there.
 
         record: called after each checkpoint, when the source's positions have moved; must make them durable.
         Raises: whatever the replica refused with, or TransportError.
@@ -81,7 +83,11 @@ class Shipment:
                 self._watch(phase, record)
                 # After the commit our record is all that says what the replica holds: it must not be younger.
                 self._source.sync()
-                self._session.ask(messages.EndTransfer(frame_count=self._source.count), messages.Committed)
+                if self._source.is_whole:
+                    end = messages.EndTransfer(frame_count=self._source.count)
+                    self._session.ask(end, messages.Committed)
+                else:
+                    self._pause(channels, record)
             except BaseException:
                 with self._lock:
                     self._failure = self._failure or TransportError("the transfer was given up")
@@ -89,6 +95,14 @@ class Shipment:
                     channel.abort()
                 raise
         self._report(phase)
+        return self._source.is_whole
+
+    def _pause(self, channels: Sequence[Channel[messages.Answer]], record: Callable[[], None]) -> None:
+        """Have all that was sent made durable, and recorded: the replica has it when it ends its side."""
+        for channel in channels:
+            with contextlib.suppress(PeerClosed):
+                channel.receive_message()
+        self._checkpoint(record)
 
     def _connection_count(self) -> int:
         """Return how many connections what is left is worth: each one costs a handshake."""

@@ -19,7 +19,7 @@ from hvreplica.tracking.compare import clipped, gather, shifted
 from hvreplica.tracking.window import WINDOW_BYTES, windows_with_data
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import numpy.typing as npt
 
@@ -60,7 +60,10 @@ NOTHING = Loaded(np.empty((0, 2), np.int64), np.empty(0, np.uint8))
 
 
 class FrameSource:
-    """Numbers the windows of a plan and follows what the replica confirms. Safe from many threads."""
+    """Numbers the windows of a plan and follows what the replica confirms. Safe from many threads.
+
+    is_due: whether something else comes first from now on. is_whole: whether every window was handed out.
+    """
 
     def __init__(self, targets: Sequence[tuple[ExtentSource, int]], positions: Sequence[int]) -> None:
         self.positions = list(positions)
@@ -70,6 +73,8 @@ class FrameSource:
         self._lock = threading.Lock()
         self._pending: deque[Window] = deque()
         self._count = 0
+        self.is_due: Callable[[], bool] = lambda: False
+        self.is_whole = False
 
     @property
     def count(self) -> int:
@@ -77,10 +82,13 @@ class FrameSource:
         return self._count
 
     def next_window(self) -> Window | None:
-        """Return the next window, or None after the last one."""
+        """Return the next window; None after the last one, and once is_due() says that this must wait."""
         with self._lock:
+            if self.is_due():
+                return None
             row = next(self._plan, None)
             if row is None:
+                self.is_whole = True
                 return None
             window = Window(self._count, *row)
             self._count += 1

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 from msgspec import Meta
 
-from hvreplica.errors import FormatError, StateError, TrackingLost, UnsupportedVersion
+from hvreplica.errors import FormatError, UnsupportedVersion
 from hvreplica.files import write_durably
 from hvreplica.formats import messages
 
@@ -36,7 +36,14 @@ _VERSIONS_READ = (1, VERSION)  # version 1 had no cuts that wait
 
 
 class TrackedDisk(msgspec.Struct, forbid_unknown_fields=True):
-    """One protected disk. last_log_id: the newest acknowledged log, which the next one must follow."""
+    """One protected disk; its place in the state is its index, for good.
+
+    last_log_id: the newest acknowledged log, which the next one must follow. virtual_disk_id: of a VHDX, to
+    know it by when it was moved. stage: "protected"; "joining" while the replica has no whole copy of a disk
+    that was added; "joined" once it has one that no point has yet; "leaving" for one that was removed and
+    that the replica's last point has; "removed". replica_bytes: its size in the last acknowledged point, None
+    where that is virtual_bytes.
+    """
 
     path: str
     virtual_bytes: Annotated[int, Meta(ge=512, le=messages.DISK_BYTES_MAX)]
@@ -44,6 +51,14 @@ class TrackedDisk(msgspec.Struct, forbid_unknown_fields=True):
     physical_sector_bytes: messages.SectorBytes
     block_bytes: Annotated[int, Meta(ge=0, le=256 << 20)]
     last_log_id: uuid.UUID = NIL
+    virtual_disk_id: uuid.UUID | None = None
+    stage: Annotated[str, Meta(pattern="^(protected|joining|joined|leaving|removed)$")] = "protected"
+    replica_bytes: messages.DiskBytes | None = None
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the VM has the disk now."""
+        return self.stage not in {"leaving", "removed"}
 
 
 class CutLog(msgspec.Struct, forbid_unknown_fields=True):
@@ -61,10 +76,11 @@ class Transfer(msgspec.Struct, forbid_unknown_fields=True):
 
     kind: "initial" or "logs". stage of logs: "cutting" until they are closed and durable, then "cut", then
     "acknowledged" once the replica has them durably; the fingerprints follow from there. tracked: whether
-    every write since an initial transfer began is known to live tracking.
+    every write since an initial transfer began is known to live tracking. disks: those that the point of the
+    logs has, with their sizes at the cut; the one that joins.
     """
 
-    kind: Annotated[str, Meta(pattern="^(initial|logs)$")]
+    kind: Annotated[str, Meta(pattern="^(initial|join|logs)$")]
     stage: Annotated[str, Meta(pattern="^(cutting|cut|acknowledged)$")]
     transfer_id: uuid.UUID
     point_id: uuid.UUID
@@ -72,6 +88,7 @@ class Transfer(msgspec.Struct, forbid_unknown_fields=True):
     positions: list[messages.ByteCount]
     logs: list[CutLog] = []
     tracked: bool = False
+    disks: list[messages.DiskSize] = []
 
 
 class PrimaryState(msgspec.Struct, forbid_unknown_fields=True):
@@ -79,7 +96,8 @@ class PrimaryState(msgspec.Struct, forbid_unknown_fields=True):
 
     phase: "new" before the first byte, "initial" until the replica has a whole copy, then "ready". transfer:
     the one on its way. pending: the cuts behind it, oldest first. mixed: the replica's copy is of several
-    instants until the next logs are applied. paused: no cycle runs until it is resumed.
+    instants until the next logs are applied. paused: no cycle runs until it is resumed. joining: the copy of
+    an added disk that is on its way beside them.
     """
 
     version: int
@@ -93,6 +111,7 @@ class PrimaryState(msgspec.Struct, forbid_unknown_fields=True):
     pending: Annotated[list[Transfer], Meta(max_length=PENDING_MAX)] = []
     mixed: bool = False
     paused: bool = False
+    joining: Transfer | None = None
 
 
 class StateFolder:
@@ -195,7 +214,7 @@ class _Version(msgspec.Struct):
 
 def track(vm: str, disks: Sequence[Disk], *, clock: Clock) -> PrimaryState:
     """Return the state of a relationship that begins now, with a new identity."""
-    return PrimaryState(VERSION, vm, clock.guid(), 0, "new", [_tracked(disk) for disk in disks])
+    return PrimaryState(VERSION, vm, clock.guid(), 0, "new", [tracked_disk(disk) for disk in disks])
 
 
 def cuts(state: PrimaryState) -> list[Transfer]:
@@ -217,52 +236,8 @@ def previous_log_ids(state: PrimaryState) -> list[uuid.UUID]:
     return last
 
 
-def check_same(state: PrimaryState, vm: str, disks: Sequence[Disk], folder: Path) -> None:
-    """Refuse a call whose VM or disks are not those of the state folder. Raises: StateError, TrackingLost."""
-    if state.vm != vm:
-        raise StateError(
-            "the state folder belongs to another VM",
-            path=folder,
-            expected=state.vm,
-            actual=vm,
-            hint="give each VM a state folder of its own",
-        )
-    if len(disks) != len(state.disks):
-        raise StateError(
-            "the VM was protected with another number of disks",
-            path=folder,
-            expected=len(state.disks),
-            actual=len(disks),
-            hint="name the same disks in the same order; another set needs another VM name",
-        )
-    paths = [str(disk.path) for disk in disks]
-    known = [disk.path for disk in state.disks]
-    if paths != known and sorted(paths) == sorted(known):
-        raise StateError(
-            "the disks are named in another order than before",
-            path=folder,
-            expected=", ".join(known),
-            actual=", ".join(paths),
-            hint="name them in the order of the first call: the order is the disks' identity",
-        )
-    for disk, tracked in zip(disks, state.disks, strict=True):
-        now = _tracked(disk)
-        if (now.virtual_bytes, now.logical_sector_bytes) != (
-            tracked.virtual_bytes,
-            tracked.logical_sector_bytes,
-        ):
-            raise TrackingLost(
-                "the disk has another size or sector size than when it was protected",
-                path=disk.path,
-                field="virtual_bytes, logical_sector_bytes",
-                expected=f"{tracked.virtual_bytes}, {tracked.logical_sector_bytes}",
-                actual=f"{now.virtual_bytes}, {now.logical_sector_bytes}",
-                hint="replicating a resized disk is not supported yet: protect it anew under another VM name",
-            )
-
-
 def shapes(state: PrimaryState) -> list[messages.DiskShape]:
-    """Return what the replica must know of the disks."""
+    """Return what the replica must know of the disks, also of those that its points still have."""
     return [
         messages.DiskShape(
             index=index,
@@ -271,12 +246,15 @@ def shapes(state: PrimaryState) -> list[messages.DiskShape]:
             physical_sector_bytes=disk.physical_sector_bytes,
             block_bytes=disk.block_bytes,
             label=disk.path.rsplit("/", 1)[-1][:255],
+            virtual_disk_id=disk.virtual_disk_id,
         )
         for index, disk in enumerate(state.disks)
+        if disk.stage != "removed"
     ]
 
 
-def _tracked(disk: Disk) -> TrackedDisk:
+def tracked_disk(disk: Disk) -> TrackedDisk:
+    """Return what is remembered of a disk."""
     return TrackedDisk(
         str(disk.path),
         disk.virtual_bytes,
@@ -284,4 +262,5 @@ def _tracked(disk: Disk) -> TrackedDisk:
         disk.physical_sector_bytes,
         # The replica is a VHDX, which cannot have all the blocks of a VHD.
         disk.block_bytes if disk.format == "vhdx" else 0,
+        virtual_disk_id=disk.virtual_disk_id,
     )

@@ -46,12 +46,18 @@ class TrackedStatus(msgspec.Struct, frozen=True):
 
 
 class DiskStatus(msgspec.Struct, frozen=True):
-    """One disk. tracking: None where no process captures it."""
+    """One disk. tracking: None where no process captures it.
+
+    stage: "protected"; "joining" while the replica has no whole copy of a disk that was added; "joined" once
+    it has one that no recovery point has yet; "leaving" for one that was removed and that the newest point
+    has.
+    """
 
     index: int
     path: str
     virtual_bytes: int
     tracking: TrackedStatus | None
+    stage: str = "protected"
 
 
 class Cycles(msgspec.Struct, frozen=True):
@@ -113,9 +119,14 @@ def make_status(
         cycles=cycles,
         disks=[
             DiskStatus(
-                index, disk.path, disk.virtual_bytes, _tracked(known[index]) if index in known else None
+                index,
+                disk.path,
+                disk.virtual_bytes,
+                _tracked(known[index]) if index in known else None,
+                disk.stage,
             )
             for index, disk in enumerate(state.disks)
+            if disk.stage != "removed"
         ],
         statistics=statistics.show(record, situation),
     )

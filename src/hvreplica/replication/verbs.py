@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from hvreplica.clock import SYSTEM
+from hvreplica.errors import StateError
 from hvreplica.files import OS_FILES
 from hvreplica.progress import Progress, quiet
 from hvreplica.replication.bookkeeping import Bookkeeper
@@ -46,19 +47,22 @@ def replicate(  # noqa: PLR0913 - a verb with its options, all but two by keywor
     connections: int = CONNECTIONS_DEFAULT,
     resync: bool = False,
     takeover: bool = False,
+    remove_disks: Sequence[str | int] = (),
     progress: ProgressCallback | None = None,
     files: FileSystem = OS_FILES,
     clock: Clock = SYSTEM,
 ) -> ReplicateResult:
     """Bring the replica of `vm` at `to` to what its disks hold now: a whole copy first, then what changed.
 
-    vm: 1 to 100 characters. disks: the files, always in the same order; may be left out where the state
-    folder knows them. They must not change during the call, unless `hvreplica capture` serves them: then its
-    process runs the cycle, from what it tracked. to: HOST:PORT. tls: the folder with ca.pem, primary.pem and
-    primary-key.pem. Both may be left out where capture knows its replica. state: a folder of this VM's own,
-    made where absent. compression: auto, zstd, lz4 or none. connections: 1 to 16 for data. resync: trust no
-    record, compare with the replica by fingerprints. takeover: become the primary of a VM that another one
-    owned (implies resync).
+    vm: 1 to 100 characters. disks: all files of the VM; may be left out where the state folder knows them. A
+    disk is known again by its path, a VHDX that was moved by its VirtualDiskId; one that was resized is
+    resized at the replica, one that is new is added with the next index. They must not change during the
+    call, unless `hvreplica capture` serves them: then its process runs the cycle, from what it tracked.
+    remove_disks: paths or indexes of disks that the VM does not have any more. to: HOST:PORT. tls: the folder
+    with ca.pem, primary.pem and primary-key.pem. Both may be left out where capture knows its replica. state:
+    a folder of this VM's own, made where absent. compression: auto, zstd, lz4 or none. connections: 1 to 16
+    for data. resync: trust no record, compare with the replica by fingerprints. takeover: become the primary
+    of a VM that another one owned (implies resync).
 
     On return the replica has applied the point durably. After any failure the next call goes on from there.
     Raises: HvReplicaError, OSError, ValueError for an argument out of its range.
@@ -71,6 +75,12 @@ def replicate(  # noqa: PLR0913 - a verb with its options, all but two by keywor
     folder_path = Path(state).absolute()
     owner = Owner.find(folder_path / SOCKET_NAME)
     if owner is not None:
+        if remove_disks:
+            raise StateError(
+                "a running process has the VM's disks",
+                path=folder_path,
+                hint="stop it, then start it again without the disk and with --remove-disk",
+            )
         request = ReplicateRequest(
             vm=vm,
             disks=[str(Path(path).absolute()) for path in disks],
@@ -88,16 +98,18 @@ def replicate(  # noqa: PLR0913 - a verb with its options, all but two by keywor
     with contextlib.ExitStack() as stack:
         folder = StateFolder(files, folder_path, clock=clock)
         stack.callback(folder.release)
-        opened = stack.enter_context(opened_disks(files, disk_paths(folder, disks), clock=clock))
+        paths = disk_paths(folder, disks, remove=remove_disks)
+        opened = stack.enter_context(opened_disks(files, paths, clock=clock))
+        known, ordered = state_for(folder, vm, opened, remove=remove_disks, clock=clock)
         work = Work(
             folder=folder,
-            state=state_for(folder, vm, opened, clock=clock),
-            disks=opened,
+            state=known,
+            disks=ordered,
             link=link,
             files=files,
             clock=clock,
             on_progress=quiet,
-            tally=Tally("none", [0] * len(opened)),
+            tally=Tally("none", [0] * len(ordered)),
         )
         work.save()
         runner = CycleRunner(work, Bookkeeper(files, folder_path, clock=clock), link=link)

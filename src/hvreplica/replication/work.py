@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from hvreplica.errors import FormatError, ProtocolViolation, TrackingLost
 from hvreplica.replication.session import ReplicaSession
+from hvreplica.replication.shape import indexes
 from hvreplica.replication.ship import Shipment
 from hvreplica.replication.state import NIL, cuts, logs_kept
 from hvreplica.tracking.fingerprints import FingerprintTable
@@ -20,12 +21,13 @@ from hvreplica.transport import COMPRESSIONS, client_context, parse_address
 if TYPE_CHECKING:
     import os
     import ssl
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from hvreplica.capture.machine import Machine
     from hvreplica.clock import Clock
     from hvreplica.disk import Disk
     from hvreplica.files import FileSystem
+    from hvreplica.formats import messages
     from hvreplica.progress import ProgressCallback
     from hvreplica.replication.results import ShippedLog
     from hvreplica.replication.sources import FrameSource
@@ -86,7 +88,8 @@ class Work:
     machine: the live tracking of the disks, None where they are at rest and compared. lock: held to change
     the state in several steps that belong together; save() after each change. cutting: held while a cut is
     made, and to change what a cut uses: the set of open tables, files in logs/ that no state names. Whoever
-    needs both takes `cutting` first.
+    needs both takes `cutting` first. disks, tables: of those that the VM has now, in the order of `indexes`.
+    is_due: whether a cycle should begin now; an added disk's first copy makes room for it.
     """
 
     folder: StateFolder
@@ -98,9 +101,21 @@ class Work:
     on_progress: ProgressCallback
     tally: Tally
     machine: Machine | None = None
+    is_due: Callable[[], bool] = lambda: False
     tables: list[FingerprintTable] = field(default_factory=list)
     lock: threading.RLock = field(default_factory=threading.RLock)
     cutting: threading.RLock = field(default_factory=threading.RLock)
+
+    @property
+    def indexes(self) -> list[int]:
+        """The index of each disk."""
+        return indexes(self.state)
+
+    @property
+    def members(self) -> list[int]:
+        """The places, in `disks` and `tables`, of the disks that points of now have."""
+        stages = [self.state.disks[index].stage for index in self.indexes]
+        return [place for place, stage in enumerate(stages) if stage != "joining"]
 
     def save(self) -> None:
         """Make the state durable; from any thread."""
@@ -162,8 +177,11 @@ class Work:
         assert self.link is not None
         return self.link
 
-    def ship(self, session: ReplicaSession, source: FrameSource, transfer: Transfer, *, phase: str) -> None:
-        """Send a source to its end and have it committed; its positions are recorded on the way."""
+    def ship(self, session: ReplicaSession, source: FrameSource, transfer: Transfer, *, phase: str) -> bool:
+        """Send a source to its end and have it committed; its positions are recorded on the way.
+
+        Returns False where it had to give way to something that is due.
+        """
 
         def record() -> None:
             transfer.positions = list(source.positions)
@@ -177,7 +195,7 @@ class Work:
             on_progress=self.on_progress,
             clock=self.clock,
         )
-        shipment.run(transfer.transfer_id, phase=phase, record=record)
+        return shipment.run(transfer.transfer_id, phase=phase, record=record)
 
     def resume(self, transfer: Transfer, positions: list[int]) -> None:
         """Go on from the positions that the replica answered;
@@ -202,14 +220,23 @@ class Work:
         """Start with tables that say "all zero" and describe no point; durable on return."""
         with self.cutting:
             self.close_tables()
-            for index, disk in enumerate(self.disks):
-                path = self.folder.table_path(index)
-                table = FingerprintTable.create(
-                    self.files, path, disk_index=index, virtual_bytes=disk.virtual_bytes
-                )
-                self.tables.append(table)
-                table.sync()
+            for index, disk in zip(self.indexes, self.disks, strict=True):
+                self.tables.append(self._create_table(index, disk))
             self.files.sync_directory(self.folder.fingerprints)
+
+    def renew_table(self, disk_index: int) -> None:
+        """Put a table that says "all zero" in the place of an open one; durable on return."""
+        with self.cutting:
+            place = self.indexes.index(disk_index)
+            self.tables[place].close()
+            self.tables[place] = self._create_table(disk_index, self.disks[place])
+            self.files.sync_directory(self.folder.fingerprints)
+
+    def _create_table(self, index: int, disk: Disk) -> FingerprintTable:
+        path = self.folder.table_path(index)
+        table = FingerprintTable.create(self.files, path, disk_index=index, virtual_bytes=disk.virtual_bytes)
+        table.sync()
+        return table
 
     def open_tables(self) -> None:
         """Open the tables that stand in the folder, where they are not open.
@@ -226,24 +253,35 @@ class Work:
                 raise
 
     def _open_tables(self) -> None:
-        for index, disk in enumerate(self.disks):
-            path = self.folder.table_path(index)
-            try:
-                table = FingerprintTable.open(self.files, path)
-            except (FormatError, FileNotFoundError) as error:
-                raise TrackingLost(
-                    f"the fingerprint table cannot be used: {error}", path=path, hint=_RESYNC_HINT
-                ) from None
+        for index, disk in zip(self.indexes, self.disks, strict=True):
+            table = self._open_table(index, disk)
             self.tables.append(table)
-            if table.header.virtual_bytes != disk.virtual_bytes:
-                raise TrackingLost(
-                    "the fingerprint table belongs to a disk of another size",
-                    path=path,
-                    field="virtual_bytes",
-                    expected=disk.virtual_bytes,
-                    actual=table.header.virtual_bytes,
-                    hint=_RESYNC_HINT,
-                )
+            # Only longer: a log that waits may be of the time before the disk became shorter.
+            if table.header.virtual_bytes < disk.virtual_bytes:
+                table.resize(disk.virtual_bytes)
+
+    def _open_table(self, index: int, disk: Disk) -> FingerprintTable:
+        path = self.folder.table_path(index)
+        try:
+            return FingerprintTable.open(self.files, path)
+        except (FormatError, FileNotFoundError) as error:
+            if self.state.disks[index].stage == "joining":
+                with self.lock:
+                    self.state.joining = None  # nothing tells what was sent: it begins anew
+                    self.save()
+                return self._create_table(index, disk)
+            raise TrackingLost(
+                f"the fingerprint table cannot be used: {error}", path=path, hint=_RESYNC_HINT
+            ) from None
+
+    def fit_tables(self, sizes: Sequence[messages.DiskSize]) -> None:
+        """Let tables forget what the replica's disks, with these sizes, do not have any more."""
+        held = {disk.index: disk.virtual_bytes for disk in sizes}
+        for index, disk, table in zip(self.indexes, self.disks, self.tables, strict=True):
+            if held.get(index, table.header.virtual_bytes) < table.header.virtual_bytes:
+                table.resize(held[index])
+            if table.header.virtual_bytes < disk.virtual_bytes:
+                table.resize(disk.virtual_bytes)
 
     def check_tables(self) -> None:
         """Refuse tables that do not describe the point that the replica was on before a pending transfer.
@@ -253,7 +291,8 @@ class Work:
         expected = {self.state.last_point or NIL}
         if self.state.transfer is not None and self.state.transfer.stage == "acknowledged":
             expected.add(self.state.transfer.point_id)
-        for table, index in zip(self.tables, range(len(self.disks)), strict=True):
+        for place in self.members:
+            table, index = self.tables[place], self.indexes[place]
             if table.header.point_id not in expected:
                 raise TrackingLost(
                     "the fingerprint table describes another point than the replica's",

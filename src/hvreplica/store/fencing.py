@@ -84,15 +84,14 @@ def validate_disks_follow(
         row, spec = held.get(index), offered.get(index)
         if spec is None:
             wrong = row is not None and row.is_held and index not in removed
+        elif row is not None and row.removed_s is not None:
+            wrong = index not in removed
         else:
-            owner = index if spec.virtual_disk_id is None else owners.get(spec.virtual_disk_id, index)
-            wrong = owner != index or (
-                row is not None
-                and (
-                    row.removed_s is not None
-                    or (row.is_held and row.spec.logical_sector_bytes != spec.logical_sector_bytes)
-                )
-            )
+            other = offered.get(owners.get(spec.virtual_disk_id, index))
+            # A file that was copied has the identity of its original, which is then announced too.
+            is_elsewhere = other is None or other.virtual_disk_id != spec.virtual_disk_id
+            has_sectors = row is None or not row.is_held or row.spec.key == spec.key
+            wrong = (spec.virtual_disk_id is not None and is_elsewhere) or not has_sectors
         if wrong:
             raise ReplicaDiverged(
                 f"the disks of VM {name!r} are not those that the replica holds",

@@ -32,10 +32,13 @@ class VmReplica:
     One transfer at a time: beginning one ends the sink of the one before. close() when the session ends.
     """
 
-    def __init__(self, home: VmHome, owner: Owner, announced: Sequence[DiskSpec]) -> None:
+    def __init__(
+        self, home: VmHome, owner: Owner, announced: Sequence[DiskSpec], removed: Sequence[int]
+    ) -> None:
         self._home = home
         self._owner = owner
         self._announced = {spec.index: spec.virtual_bytes for spec in announced}
+        self._present = {index: size for index, size in self._announced.items() if index not in removed}
         self._gate = Gate()
         self._lock = threading.RLock()
         self._sink: InitialSink | LogSink | None = None
@@ -84,6 +87,13 @@ class VmReplica:
         )
 
     @property
+    def last_sizes(self) -> dict[int, int]:
+        """The disks of last_point, with their sizes in bytes."""
+        with self._home.catalog.snapshot():
+            point_id = self.last_point
+            return {} if point_id is None else self._home.catalog.members(self._home.vm_id, point_id)
+
+    @property
     def damage(self) -> list[str]:
         """A sentence for each file that is missing or has the wrong length; begin_initial() mends it."""
         return find_damage(self._home)
@@ -118,7 +128,7 @@ class VmReplica:
                 instant_s=instant_s,
                 started_s=self._home.clock.now_s(),
                 positions={},
-                disks=self._sizes(joining or self._announced),
+                disks=self._sizes(joining or self._present),
                 consistent=consistent,
             )
             sink = begin_initial(self._home, self._owner, wanted, expected_bytes=expected_bytes)
@@ -155,7 +165,7 @@ class VmReplica:
                 instant_s=instant_s,
                 started_s=self._home.clock.now_s(),
                 positions={},
-                disks=self._announced if disks is None else self._validated(disks),
+                disks=self._present if disks is None else self._validated(disks),
                 logs=tuple(logs),
             )
             sink = begin_logs(self._home, self._owner, wanted, expected_bytes=expected_bytes)
@@ -202,15 +212,15 @@ class VmReplica:
         self._end(lambda: fenced(self.vm))
 
     def _sizes(self, indexes: Iterable[int]) -> dict[int, int]:
-        unknown = sorted(set(indexes) - self._announced.keys())
+        unknown = sorted(set(indexes) - self._present.keys())
         if unknown:
             raise FieldOutOfRange(
                 "the claim did not announce this disk",
                 field="disks",
-                expected=f"of {sorted(self._announced)}",
+                expected=f"of {sorted(self._present)}",
                 actual=unknown[0],
             )
-        return {index: self._announced[index] for index in sorted(indexes)}
+        return {index: self._present[index] for index in sorted(indexes)}
 
     def _validated(self, disks: dict[int, int]) -> dict[int, int]:
         """Hold sizes to what their disks can have: they may be older or newer than what was announced."""

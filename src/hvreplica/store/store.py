@@ -133,8 +133,9 @@ class Store:
 
         Durable on return. certificate: the identity that the trust list accepted; recorded. disks: as they
         are now. Once the replica holds a point they must include those that it holds, but for the indexes
-        `removed`; their sizes may differ and further ones may be among them: logs will say so. Raises:
-        Fenced, ReplicaDiverged, FieldOutOfRange, StoreFull.
+        `removed`; their sizes may differ and further ones may be among them: logs will say so. One that is
+        in both may be in points that are still to come, and in no first copy. Raises: Fenced,
+        ReplicaDiverged, FieldOutOfRange, StoreFull.
         """
         self._require_serving()
         validate_vm_name(vm)
@@ -148,7 +149,7 @@ class Store:
                 older = self._replicas.get(row.id)
             if older is not None:
                 older.fence()
-            replica = VmReplica(home, owner, disks)
+            replica = VmReplica(home, owner, disks, removed)
             with self._guard:
                 self._replicas[row.id] = replica
         return replica
@@ -260,10 +261,11 @@ class Store:
             stored = []
         held = {disk.spec.index for disk in stored if disk.is_held}
         for disk in disks:
-            if disk.index not in held:
+            if disk.index not in held | removed:
                 catalog.insert_disk(row.id, disk)
         in_points = {index for point in points for index in catalog.members(row.id, point.id)}
-        for index in removed - in_points:  # the others leave with the first point that does not have them
+        # Those of points leave with the first one that does not have them, those announced may join one yet.
+        for index in removed - in_points - {disk.index for disk in disks}:
             catalog.remove_disk(row.id, index, self._parts.clock.now_s())
 
     def _free_folder(self, vm: str) -> str:

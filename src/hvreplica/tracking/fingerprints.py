@@ -7,6 +7,7 @@ point that the replica is on. While the table is filled or updated the header ma
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -56,16 +57,19 @@ class FingerprintTable:
 
     @classmethod
     def open(cls, files: FileSystem, path: Path) -> FingerprintTable:
-        """Open an existing table for reading and writing. Raises: FormatError, FileNotFoundError."""
+        """Open an existing table for reading and writing; what a cut resize() left behind its end is ignored.
+
+        Raises: FormatError, FileNotFoundError.
+        """
         file = files.open(path, writable=True)
         try:
             header = unpack_header(file.read(0, min(HEADER_BYTES, file.size())))
             expected = HEADER_BYTES + header.block_count * FINGERPRINT_BYTES
-            if file.size() != expected:
+            if file.size() < expected:
                 raise Truncated(
-                    "the fingerprint table has the wrong length",
+                    "the fingerprint table is too short",
                     path=path,
-                    expected=expected,
+                    expected=f"at least {expected}",
                     actual=file.size(),
                     hint="run replicate with --resync: it rebuilds the table from the replica",
                 )
@@ -112,11 +116,29 @@ class FingerprintTable:
         everything written before becomes durable first, then the mark.
         """
         self._file.sync()
-        self.header = FingerprintHeader(
-            self.header.block_bytes, self.header.disk_index, self.header.virtual_bytes, point_id
-        )
+        self.header = dataclasses.replace(self.header, point_id=point_id)
         self._file.write(pack_header(self.header), 0)
         self._file.sync()
+
+    def resize(self, virtual_bytes: int) -> None:
+        """Follow the disk to another size, durably; what it grows by counts as all zero.
+
+        A last block that was or becomes short keeps its fingerprint and counts as changed, unless it is zero.
+        Cut anywhere, the table has its old size or the new one; call it again.
+        """
+        before, after = self.header, dataclasses.replace(self.header, virtual_bytes=virtual_bytes)
+        if after == before:
+            return
+        # Exactly as long as the header says: a resize that was cut left fingerprints behind the end.
+        self._file.resize(HEADER_BYTES + before.block_count * FINGERPRINT_BYTES)
+        if after.block_count > before.block_count:
+            self._file.resize(HEADER_BYTES + after.block_count * FINGERPRINT_BYTES)
+        self._file.sync()
+        self._file.write(pack_header(after), 0)
+        self._file.sync()
+        self.header = after
+        if after.block_count < before.block_count:
+            self._file.resize(HEADER_BYTES + after.block_count * FINGERPRINT_BYTES)
 
     def sync(self) -> None:
         """Make all that was written durable."""
