@@ -109,6 +109,10 @@ class SparseBytes:
         if run_end > run_start:
             yield run_start, run_end - run_start
 
+    def equals(self, other: SparseBytes) -> bool:
+        """Return whether both hold the same chunks; quick where they share most of them."""
+        return self.size_bytes == other.size_bytes and self._chunks == other._chunks
+
     def runs(self) -> Iterator[tuple[int, bytes]]:
         """Yield (offset, bytes) of the runs of held chunks, in order, within the size."""
         indexes = sorted(self._chunks)
