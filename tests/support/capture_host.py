@@ -148,15 +148,15 @@ def make_mistake(name: str) -> None:
     elif name == "closed log is not synced":
         _skip_syncs_of(".hrl")
     elif name == "name of a closed log is not synced":
-        LogFolder.sync = lambda _: None  # type: ignore[method-assign]
+        LogFolder.sync = lambda _: None  # type: ignore[assignment,method-assign]
     elif name == "flush is not done":
-        DiskService._flush = lambda _: None  # type: ignore[method-assign]
+        DiskService._flush = lambda _: None  # type: ignore[assignment,method-assign]
     elif name == "zeroes are not tracked":
         DiskService._zero_window = (  # type: ignore[method-assign]
             lambda service, offset, length, **_: service.disk.write_zeroes(offset, length)
         )
     elif name == "cut given back is forgotten":
-        TrackedDisk.give_back = lambda tracked, _: tracked._unguard()  # type: ignore[method-assign]
+        TrackedDisk.give_back = lambda tracked, _: tracked._unguard()  # type: ignore[assignment,method-assign]
     elif name:
         raise ValueError(name)
 
@@ -168,7 +168,7 @@ def _skip_syncs_of(suffix: str) -> None:
         if file.path.suffix != suffix:
             sync(file)
 
-    OsBlockFile.sync = sync_others  # type: ignore[method-assign]
+    OsBlockFile.sync = sync_others  # type: ignore[assignment,method-assign]
 
 
 class Host:
