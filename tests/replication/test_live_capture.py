@@ -105,6 +105,27 @@ def test_cycles_of_a_captured_vm_bring_the_replica_to_its_disks(site: Captured, 
         assert site.replicate().kind == "none"
 
 
+def test_cuts_that_wait_beyond_the_budget_become_one(site: Captured) -> None:
+    with site.running(log_budget_bytes=256 << 10) as capture, site.guest() as guest:
+        site.write(guest, 10)
+        site.replicate()
+        for _ in range(5):
+            site.write(guest, 70)
+            hvreplica.cut(site.state)
+        waiting = hvreplica.status(site.state).pending
+        assert 1 <= len(waiting) < 5, "five logs of 280 KiB are more than the budget of 512 KiB"
+        held = {path.stem for path in (site.state / "logs").iterdir()}
+        assert len(held) == len(waiting)
+        assert capture.machine.budget_bytes == 512 << 10
+        site.replicate()
+        assert site.equal()
+        points = hvreplica.point_list(site.served.store, VM)
+        site.write(guest, 1)
+        site.replicate()
+        assert site.equal()
+        assert hvreplica.point_list(site.served.store, VM) != points
+
+
 def test_captured_vm_is_replicated_while_its_guest_writes(site: Captured) -> None:
     """The first copy reads the disks while they change; each cycle of the loop is one instant all the same."""
     stop = threading.Event()

@@ -100,7 +100,10 @@ class DiskTracking(msgspec.Struct, frozen=True):
 
 
 class Machine:
-    """Owns the disks it is given, until close(). Any thread may call; cuts come one after the other."""
+    """Owns the disks it is given, until close(). Any thread may call; cuts come one after the other.
+
+    budget_bytes: what the logs of all disks may have together.
+    """
 
     def __init__(
         self,
@@ -126,6 +129,7 @@ class Machine:
         self._indices = [slot.index for slot in slots]
         self.disks = [slot.disk for slot in slots]
         total = sum(disk.virtual_bytes for disk in self.disks)
+        self.budget_bytes = (log_budget_bytes or 0) * len(slots) or total // LOG_BUDGET_SHARE
         self._folder = LogFolder(files, state, clock, spare_bytes_max=total // LOG_BUDGET_SHARE)
         self._journals = state / "journal"
         files.make_directory(self._journals)

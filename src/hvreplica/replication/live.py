@@ -7,6 +7,7 @@ log, or in both.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,10 +21,13 @@ from hvreplica.replication.state import PENDING_MAX, CutLog, Transfer, cuts, pre
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from hvreplica.capture.machine import ClosedLog, Cut
     from hvreplica.replication.work import Work
     from hvreplica.tracking.fingerprints import FingerprintTable
+
+_LOG = logging.getLogger("hvreplica.replicate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,7 @@ def cut_live(work: Work, *, on_instant: Callable[[], None] | None = None) -> Rec
     machine = work.machine
     assert machine is not None
     with work.cutting:
+        _collapse(work)
         _check_cut(work)
         last = previous_log_ids(work.state)
         cut = machine.cut([last[index] for index in work.indexes], known=_known(work), on_instant=on_instant)
@@ -58,7 +63,7 @@ def cut_live(work: Work, *, on_instant: Callable[[], None] | None = None) -> Rec
         try:
             for log in cut.logs:
                 if log.disk_index not in in_point:
-                    _mark_again(work, log)
+                    _mark_again(work, log.disk_index, log.path)  # for the first cut that has the disk
             transfer = _record(work, cut, logs)
         except BaseException:
             machine.give_back(cut)
@@ -105,14 +110,43 @@ def _known(work: Work) -> list[FingerprintTable | None] | None:
     return [table if place in work.members else None for place, table in enumerate(tables)]
 
 
-def _mark_again(work: Work, log: ClosedLog) -> None:
-    """Keep what was written to a disk that joins for the first cut that has it."""
+def _collapse(work: Work) -> None:
+    """Drop cuts that wait where their logs are more than the budget: the next cut has all that they hold.
+
+    What they hold is marked before the state forgets them: killed between, it is read twice.
+    """
+    machine = work.machine
+    assert machine is not None
+    with work.lock:
+        waiting = list(work.state.pending)
+    held_bytes = sum(log.log_bytes for transfer in waiting for log in transfer.logs)
+    if held_bytes <= machine.budget_bytes:
+        return
+    _LOG.warning(
+        "%d cuts that wait have %d bytes of logs, more than %d: they become one with the next cut",
+        len(waiting),
+        held_bytes,
+        machine.budget_bytes,
+    )
+    for transfer in waiting:
+        for log in transfer.logs:
+            _mark_again(work, log.disk_index, work.folder.log_path(log.log_id))
+    with work.lock:
+        # One may be on its way by now; that it is marked as well does no harm.
+        dropped = [transfer for transfer in waiting if transfer in work.state.pending]
+        work.state.pending = [transfer for transfer in work.state.pending if transfer not in dropped]
+        work.save()
+    machine.recycle(work.folder.log_path(log.log_id) for transfer in dropped for log in transfer.logs)
+
+
+def _mark_again(work: Work, disk_index: int, path: Path) -> None:
+    """Count all that a log holds as changed again."""
     assert work.machine is not None
-    with LogReader(work.files, log.path) as reader:
+    with LogReader(work.files, path) as reader:
         for entries in reader.blocks():
             columns = [entries[name].astype(np.int64) for name in ("byte_offset", "data_length")]
             if len(entries):
-                work.machine.mark(log.disk_index, np.stack(columns, axis=1))
+                work.machine.mark(disk_index, np.stack(columns, axis=1))
 
 
 def _check_cut(work: Work) -> None:
