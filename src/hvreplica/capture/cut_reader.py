@@ -144,7 +144,8 @@ class CutReader:
             for low in range(offset, offset + length, _ROWS_STEP * known.block_bytes):
                 high = min(low + _ROWS_STEP * known.block_bytes, offset + length)
                 rows = known.read(low // known.block_bytes, -(-(high - low) // known.block_bytes))
-                runs = clipped(runs_of(np.count_nonzero(rows, axis=1) > 0) * known.block_bytes, high - low)
+                held = np.asarray(rows.any(axis=1))
+                runs = clipped(runs_of(held) * known.block_bytes, high - low)
                 found += [(low + first, count) for first, count in runs.tolist()]
         return found
 
