@@ -116,7 +116,7 @@ def test_process_that_ends_in_the_copy_goes_on_with_it(site: GrowingSite, served
     site.replicate(served)
     assert site.work.state.joining is not None
     before = site.work.state.joining.positions
-    assert joining.has_base(site.work, 1)
+    assert joining.is_begun(site.work.state, 1)
     site.write(20 * 4096, index=1)
     site.restart()
     assert site.work.state.joining is not None

@@ -17,6 +17,7 @@ from hvreplica.clock import iso_time
 from hvreplica.errors import FreezeFailed, ProtocolViolation, StateError, Unreachable
 from hvreplica.replication.live import RecordedCut, cut_live
 from hvreplica.replication.results import CutLog, CutResult
+from hvreplica.replication.shape import removed_indexes
 from hvreplica.replication.status import Cycles, make_status
 from hvreplica.replication.work import CONNECTIONS_DEFAULT, CONNECTIONS_MAX, make_link
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     Tell = Callable[[object], None]
 
 SOCKET_NAME = "control.sock"
+_RESTART_HINT = "stop it, then start it again with the disks of now; --remove-disk says which one is gone"
 Text = Annotated[str, Meta(min_length=1, max_length=4096)]
 
 
@@ -42,7 +44,10 @@ class CutRequest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True)
 
 
 class ReplicateRequest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    """vm, disks: checked against the state where they are given. to, tls: None for the usual replica."""
+    """vm, disks, remove_disks: checked against the state where they are given.
+
+    to, tls: None for the usual replica.
+    """
 
     vm: Text | None = None
     disks: list[Text] = []
@@ -52,6 +57,7 @@ class ReplicateRequest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults
     connections: Annotated[int, Meta(ge=1, le=CONNECTIONS_MAX)] = CONNECTIONS_DEFAULT
     resync: bool = False
     takeover: bool = False
+    remove_disks: list[Text] = []
 
 
 class NoArguments(msgspec.Struct, forbid_unknown_fields=True):
@@ -173,8 +179,16 @@ class Control:
                 path=folder,
                 expected=", ".join(known),
                 actual=", ".join(request.disks),
-                hint="stop it, then start it again with these; say with --remove-disk which one is gone",
+                hint=_RESTART_HINT,
             )
+        for index in removed_indexes(state, request.remove_disks, folder):
+            if state.disks[index].is_here:
+                raise StateError(
+                    "the running process has this disk",
+                    path=folder,
+                    actual=state.disks[index].path,
+                    hint=_RESTART_HINT,
+                )
 
 
 def cut_result(work: Work, recorded: RecordedCut, *, frozen: int | None = None) -> CutResult:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from hvreplica.clock import SYSTEM
-from hvreplica.errors import StateError
 from hvreplica.files import OS_FILES
 from hvreplica.progress import Progress, quiet
 from hvreplica.replication.bookkeeping import Bookkeeper
@@ -75,12 +74,6 @@ def replicate(  # noqa: PLR0913 - a verb with its options, all but two by keywor
     folder_path = Path(state).absolute()
     owner = Owner.find(folder_path / SOCKET_NAME)
     if owner is not None:
-        if remove_disks:
-            raise StateError(
-                "a running process has the VM's disks",
-                path=folder_path,
-                hint="stop it, then start it again without the disk and with --remove-disk",
-            )
         request = ReplicateRequest(
             vm=vm,
             disks=[str(Path(path).absolute()) for path in disks],
@@ -90,6 +83,7 @@ def replicate(  # noqa: PLR0913 - a verb with its options, all but two by keywor
             connections=connections,
             resync=resync,
             takeover=takeover,
+            remove_disks=[str(name) for name in remove_disks],
         )
         return _asked(owner, request, progress or quiet)
     if link is None:
