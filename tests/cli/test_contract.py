@@ -17,7 +17,7 @@ import pytest
 from hvreplica.clock import SYSTEM
 from hvreplica.disk import open_disk
 from hvreplica.files import OS_FILES
-from tests.cli.conftest import SOURCE, TIMEOUT_S, Run, environment
+from tests.support.command_line import SOURCE, TIMEOUT_S, Run, environment
 from tests.support.tools import require_tool
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hvreplica.cli import demo_guest, demo_process
-from tests.cli.conftest import TIMEOUT_S, Run, environment
+from tests.support.command_line import TIMEOUT_S, Run, environment
 from tests.support.tools import require_tool, run_tool
 
 if TYPE_CHECKING:

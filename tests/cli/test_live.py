@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +16,7 @@ import hvreplica
 from hvreplica.clock import SYSTEM
 from hvreplica.disk import open_disk
 from hvreplica.files import OS_FILES
-from tests.cli.conftest import environment
+from tests.support.command_line import Running
 from tests.support.live_client import SocketGuest
 
 if TYPE_CHECKING:
@@ -26,50 +24,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from tests.cli.conftest import Run
+    from tests.support.command_line import Run
 
 MIB = 1 << 20
-TIMEOUT_S = 60
-
-
-class Process:
-    """A verb that runs until it is told to stop, and what it said when it was ready."""
-
-    def __init__(self, *arguments: object) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "hvreplica", *(str(argument) for argument in arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment(),
-        )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        self.ready: dict[str, Any] = json.loads(line) if line else {}
-
-    def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-        _, err = self.process.communicate(timeout=TIMEOUT_S)
-        return self.process.returncode, err
 
 
 @pytest.fixture
-def started() -> Iterator[Callable[..., Process]]:
+def started() -> Iterator[Callable[..., Running]]:
     """Return a function that starts a verb; whatever still runs at the end is killed."""
-    running: list[Process] = []
-
-    def start(*arguments: object) -> Process:
-        running.append(Process(*arguments))
-        return running[-1]
-
-    yield start
-    for process in running:
-        process.end(signal.SIGKILL)
+    with contextlib.ExitStack() as running:
+        yield lambda *arguments: running.enter_context(Running(*arguments))
 
 
 @pytest.fixture
-def site(tmp_path: Path, started: Callable[..., Process]) -> dict[str, Any]:
+def site(tmp_path: Path, started: Callable[..., Running]) -> dict[str, Any]:
     """Return options of a VM with two disks and of a server for it."""
     tls = tmp_path / "tls"
     hvreplica.tls_init(tls)
@@ -97,7 +65,7 @@ def content(site: dict[str, Any], index: int) -> bytes:
 
 
 def test_running_vm_is_captured_cut_killed_and_replicated(
-    site: dict[str, Any], started: Callable[..., Process], hvreplica: Callable[..., Run], rng: random.Random
+    site: dict[str, Any], started: Callable[..., Running], hvreplica: Callable[..., Run], rng: random.Random
 ) -> None:
     models = [bytearray(16 * MIB), bytearray(8 * MIB)]
 
@@ -141,7 +109,7 @@ def test_running_vm_is_captured_cut_killed_and_replicated(
 
 
 def test_capture_replicates_by_itself_and_status_shows_it(
-    site: dict[str, Any], started: Callable[..., Process], hvreplica: Callable[..., Run]
+    site: dict[str, Any], started: Callable[..., Running], hvreplica: Callable[..., Run]
 ) -> None:
     arguments = ("capture", *site["vm"], "--socket", site["socket"], *site["to"], "--metrics", "127.0.0.1:0")
     capture = started(*arguments, *site["named"], "--continuous", "--json")
@@ -170,7 +138,7 @@ def test_capture_replicates_by_itself_and_status_shows_it(
 
 
 def test_replicate_without_once_runs_until_it_is_told(
-    site: dict[str, Any], started: Callable[..., Process], hvreplica: Callable[..., Run]
+    site: dict[str, Any], started: Callable[..., Running], hvreplica: Callable[..., Run]
 ) -> None:
     loop = started("replicate", *site["vm"], *site["named"], *site["to"], "--interval", "3600", "--json")
     assert loop.ready == {"event": "replicating", "metrics": None}

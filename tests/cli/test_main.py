@@ -16,13 +16,13 @@ import hvreplica as package
 from hvreplica.cli import exit as exits
 from hvreplica.cli.main import cli
 from hvreplica.errors import ChecksumMismatch
-from tests.cli.conftest import environment
+from tests.support.command_line import environment
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from tests.cli.conftest import Run
+    from tests.support.command_line import Run
 
 
 def verbs(group: click.Group = cli, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
-import subprocess
-import sys
+import signal
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
-from uuid import UUID
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import hvreplica
 from hvreplica.capture.guest_agent import GuestAgent
+from tests.support.command_line import Running, ask_verb, run_verb
 from tests.support.ext4 import content_sums, replay_journal, require_clean
 from tests.support.linux_guest import GuestImage, LinuxGuest
 
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.guest
 
 MIB = 1 << 20
-ROOT = Path(__file__).parents[2]
 DISK_BYTES = 192 * MIB
 
 
@@ -42,47 +39,65 @@ def short() -> Iterator[Path]:
         yield Path(folder)
 
 
-class Capture:
-    """Our export of a disk in a process of its own, and the logs of its cuts."""
+class Site:
+    """A VM under capture and the replica of it, each of them the command line in a process of its own."""
 
-    def __init__(self, disk: Path, socket: Path, state: Path) -> None:
-        self._arguments = [str(disk), str(socket), str(state)]
-        self._last_id = UUID(int=0)
-        self.logs: list[Path] = []
-        self.start()
+    def __init__(self, folder: Path, tls: Path, socket: Path) -> None:
+        self.folder, self.tls, self.socket = folder, tls, socket
+        self.disk, self.state = folder / "web01.vhdx", folder / "state"
+        self._running: dict[str, Running] = {}
+        hvreplica.disk_create(self.disk, DISK_BYTES, block_bytes=MIB)
+        self._address = "127.0.0.1:0"
+        self.serve()
 
-    def start(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.replication.capturing", *self._arguments],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self._read() == "ready"
+    def serve(self) -> None:
+        store, address = self.folder / "store", self._address
+        ready = self._start("serve", "--store", store, "--tls", self.tls, "--listen", address)
+        self._address = ready["address"]
 
-    def _read(self) -> str:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline().strip()
+    def capture(self) -> None:
+        self._start(
+            "capture", "--vm", "web01", "--disk", self.disk, "--socket", self.socket, "--state", self.state,
+            "--to", self._address, "--tls", self.tls, "--interval", 2,
+        )  # fmt: skip
 
-    def cut(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"cut {self._last_id}\n")
-        self._process.stdin.flush()
-        told = self._read()
-        if told != "none":
-            path, log_id, _ = told.split()
-            self.logs.append(Path(path))
-            self._last_id = UUID(log_id)
+    def end(self, verb: str, number: int) -> None:
+        """Send a signal, and require what the verb promises for it."""
+        process = self._running.pop(verb)
+        code, errors = process.end(number)
+        process.close()
+        assert code == (0 if number == signal.SIGTERM else -number), errors
+        assert "Traceback" not in errors, errors
 
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.communicate()
+    def ask(self, verb: str, *arguments: object) -> Any:
+        return ask_verb(verb, "--state", self.state, *arguments)
+
+    def replicate(self) -> Any:
+        return self.ask("replicate", "--vm", "web01", "--once")
+
+    def export(self, path: Path) -> None:
+        arguments = ("--vm", "web01", "--output", path, "--format", "raw")
+        ask_verb("point", "export", "--store", self.folder / "store", *arguments)
+
+    def close(self) -> None:
+        for process in self._running.values():
+            process.close()
+
+    def _start(self, verb: str, *arguments: object) -> dict[str, Any]:
+        self._running[verb] = process = Running(verb, *arguments, "--json")
+        assert process.ready.get("event") == "listening", process.errors()
+        return process.ready
 
 
-def nbd(socket: Path) -> str:
-    return f"driver=nbd,server.type=unix,server.path={socket},export=0,reconnect-delay=60,open-timeout=30"
+@pytest.fixture
+def site(tmp_path: Path, tls: Path, short: Path) -> Iterator[Site]:
+    """Return a VM's two sites, of which the replica's serves."""
+    with contextlib.closing(Site(tmp_path, tls, short / "web01.sock")) as made:
+        yield made
+
+
+def nbd(socket: Path, more: str = "") -> str:
+    return f"driver=nbd,server.type=unix,server.path={socket},export=0{more}"
 
 
 def format_and_mount(guest: LinuxGuest) -> None:
@@ -127,43 +142,58 @@ def test_frozen_real_guest_holds_still_and_its_disk_is_clean(
     require_held(content_sums(cut, tmp_path / "content"), before)
 
 
-def test_export_killed_under_load_guest_goes_on_and_loses_nothing(
-    image: GuestImage, tmp_path: Path, short: Path
+def test_capture_killed_under_load_guest_goes_on_and_replica_loses_nothing(
+    image: GuestImage, site: Site, tmp_path: Path, short: Path
 ) -> None:
-    disk = tmp_path / "web01.vhdx"
-    hvreplica.disk_create(disk, DISK_BYTES, block_bytes=MIB)
-    replica, frozen = tmp_path / "replica.raw", tmp_path / "frozen.raw"
-    for path in (replica, frozen):
-        hvreplica.disk_create(path, DISK_BYTES, format="raw")
-    capture = Capture(disk, short / "nbd.sock", tmp_path / "state")
-    with contextlib.ExitStack() as stack:
-        stack.callback(capture.kill)
-        guest = stack.enter_context(LinuxGuest(image, short, drive=nbd(short / "nbd.sock")))
+    """The guest is there before the first copy, writes through it, two kills and a frozen cut, and loses power."""
+    site.end("serve", signal.SIGTERM)
+    site.capture()
+    with LinuxGuest(image, short, drive=nbd(site.socket, ",reconnect-delay=60,open-timeout=30")) as guest:
         format_and_mount(guest)
         guest.start("agent")
         guest.start("writing load/file")
         wait_for_files(guest, 5)
-        capture.cut()
+        assert site.ask("status")["replication_state"] == "ReadyForInitialReplication"
+        site.serve()
+        site.replicate()
         for _ in range(2):
             count = len(wait_for_files(guest, 5))
-            capture.kill()
-            capture.start()
+            site.end("capture", signal.SIGKILL)
+            site.capture()
             wait_for_files(guest, count + 10)
-            capture.cut()
-        with GuestAgent(guest.agent_path, timeout_s=30).frozen(limit_s=30):
-            before = guest.fsynced()
-            capture.cut()
-        frozen_count = len(capture.logs)
+        before = cut_frozen(site, guest, tmp_path / "frozen.raw")
+        assert site.ask("resume")["replication_state"] == "Replicating"
         fsynced = wait_for_files(guest, len(before) + 10)
         guest.kill()
-        capture.cut()
-    for log in capture.logs[:frozen_count]:
-        hvreplica.log_apply(log, frozen)
-    for log in capture.logs:
-        hvreplica.log_apply(log, replica)
-    assert hvreplica.disk_compare(disk, replica).equal
-    require_clean(frozen)
-    require_held(content_sums(frozen, tmp_path / "frozen"), before)
+    assert site.replicate()["point"] == site.ask("status")["last_point"]
+    status = site.ask("status")
+    assert (status["replication_state"], status["running"], status["pending"]) == (
+        "Replicating",
+        "capture",
+        [],
+    )
+    site.end("capture", signal.SIGTERM)
+    replica = tmp_path / "replica.raw"
+    site.export(replica)
+    assert ask_verb("disk", "compare", site.disk, replica)["equal"]
+    require_clean(tmp_path / "frozen.raw")
+    require_held(content_sums(tmp_path / "frozen.raw", tmp_path / "frozen"), before)
     replay_journal(replica)
     require_clean(replica)
     require_held(content_sums(replica, tmp_path / "content"), fsynced)
+
+
+def cut_frozen(site: Site, guest: LinuxGuest, path: Path) -> dict[str, str]:
+    """Pause, cut with the guest frozen, make of point and cut a disk at `path`; return what was fsynced before."""
+    site.ask("pause")
+    refused = run_verb("replicate", "--vm", "web01", "--state", site.state, "--once", "--json")
+    assert refused.error["class"] == "InvalidTransition"  # and the cycle that ran, if one did, is over
+    before = guest.fsynced()
+    cut = site.ask("cut", "--freeze", guest.agent_path, "--freeze-limit", 30)
+    assert cut["frozen"] == 1
+    status = site.ask("status")
+    assert [waiting["point"] for waiting in status["pending"]] == [cut["point"]]
+    site.export(path)
+    (log,) = cut["logs"]
+    hvreplica.log_apply(log["path"], path)
+    return before
