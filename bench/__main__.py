@@ -1,7 +1,7 @@
 """`python -m bench [--smoke] [NAME ...]`: run the benchmarks, print the figures, keep them as JSON.
 
-Names: initial, delta, fill, memory, disk_io, convert, check, capture, kernels, transport. All but the last
-two measure whole commands, or the Python API against whole programs.
+Names: initial, delta, fill, memory, disk_io, convert, check, capture, continuous, recovery,
+kernels, transport. All but the last two measure whole commands, or the Python API against whole programs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,18 @@ from pathlib import Path
 
 from bench.harness import RESULTS, machine, save
 
-END_TO_END = ("initial", "delta", "fill", "memory", "disk_io", "convert", "check", "capture")
+END_TO_END = (
+    "initial",
+    "delta",
+    "fill",
+    "memory",
+    "disk_io",
+    "convert",
+    "check",
+    "capture",
+    "continuous",
+    "recovery",
+)
 MICRO = {"kernels": ("--smoke",), "transport": ("--mib", "4", "--rounds", "1")}  # with their smoke options
 
 

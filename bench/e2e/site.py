@@ -18,7 +18,8 @@ PROGRAM = [sys.executable, "-m", "hvreplica"]
 class Site:
     """A served store in `folder` and the certificates of both sides. Use as a context manager."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *options: str) -> None:
+        """options: more of `serve`, whose log goes to serve.log."""
         self.folder = folder
         self._count = 0
         self.store = folder / "store"
@@ -35,6 +36,7 @@ class Site:
                 "--tls",
                 str(self.tls),
                 "--json",
+                *options,
             ],
             stdout=subprocess.PIPE,
             stderr=(folder / "serve.log").open("w"),
@@ -78,6 +80,11 @@ class Site:
     def replica(self, vm: str, index: int = 0) -> Path:
         """Return the replica's disk."""
         return self.store / vm / "disks" / f"{index}.vhdx"
+
+    @property
+    def server_id(self) -> int:
+        """The number of the server's process."""
+        return self._server.pid
 
     def server_peak_bytes(self) -> int:
         """Return the most memory that the server has had so far."""
