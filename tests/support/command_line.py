@@ -71,7 +71,7 @@ class Running:
     """
 
     def __init__(self, *arguments: object) -> None:
-        self._errors = tempfile.TemporaryFile("w+")  # a pipe would hold up a verb that says much
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - ends with us; a pipe would fill
         self.process = subprocess.Popen(
             _command(arguments), stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment()
         )
