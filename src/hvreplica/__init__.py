@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from hvreplica.replication.live_verbs import cut, pause, reset_statistics, resume, status
     from hvreplica.replication.log_import import log_import
+    from hvreplica.replication.log_qemu import log_from_qemu
     from hvreplica.replication.log_sources import log_from_child
     from hvreplica.replication.log_verbs import log_apply, log_dump, log_info, log_recover, log_verify
     from hvreplica.replication.resident import Replicator
@@ -65,6 +66,7 @@ __all__ = [
     "log_apply",
     "log_dump",
     "log_from_child",
+    "log_from_qemu",
     "log_import",
     "log_info",
     "log_recover",
@@ -107,6 +109,7 @@ _HOMES = {
     "disk_repair_undo": "replication.disk_check",
     "disk_resize": "replication.disk_change",
     "log_from_child": "replication.log_sources",
+    "log_from_qemu": "replication.log_qemu",
     "log_import": "replication.log_import",
     "replicate": "replication.verbs",
 }

@@ -6,7 +6,7 @@
       LogError                    an .hrl that cannot be used as asked
         NotClosed  ChainBroken  ReplayRequired
       TrackingError               the record of what changed
-        TrackingLost
+        TrackingLost  QemuRefused
       TransportError              the way between the two sites
         Unreachable  PeerClosed  ProtocolViolation  ResumeRefused  AuthenticationFailed  AuthorizationRefused
       StoreError                  the replica's folder
@@ -189,6 +189,12 @@ class TrackingLost(TrackingError):
     """What changed is no longer known; only a comparison of the disk finds it."""
 
     exit_code = 31
+
+
+class QemuRefused(TrackingError):
+    """A QEMU does not do what tracking by its bitmaps needs."""
+
+    exit_code = 32
 
 
 class TransportError(HvReplicaError):

@@ -22,6 +22,7 @@ PACKAGES = {
     "nbdcopy": "libnbd-bin",
     "nbdkit": "nbdkit",
     "qemu-system-x86_64": "qemu-system-x86",
+    "qemu-storage-daemon": "qemu-system-common",
     "fio": "fio",
     "socat": "socat",
     "mkfs.ext4": "e2fsprogs",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 import hvreplica
-from hvreplica.cli.log_sources import from_child, import_logs
+from hvreplica.cli.log_sources import from_child, from_qemu, import_logs
 from hvreplica.cli.options import PATH, verb
 from hvreplica.cli.progress import progress_shown
 
@@ -82,4 +82,5 @@ def recover(output: Output, file: Path) -> None:
 
 
 log.add_command(from_child)
+log.add_command(from_qemu)
 log.add_command(import_logs)

@@ -1,20 +1,30 @@
-"""`log from-child`, `log import`: logs of what other sources of change know."""
+"""`log from-child`, `log from-qemu`, `log import`: logs of what other sources of change know."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import hvreplica
-from hvreplica.cli.options import PATH, option, overwrite_option, parent_option, verb
+from hvreplica.cli.options import LOG, PATH, option, overwrite_option, parent_option, verb
 from hvreplica.cli.progress import progress_shown
+from hvreplica.cli.render import plain
 from hvreplica.units import format_size
 
 if TYPE_CHECKING:
+    import uuid
     from pathlib import Path
 
     from hvreplica.cli.render import Output
+
+
+_follows = option(
+    "--follows",
+    type=LOG,
+    metavar="LOG",
+    help="The log before this one, as a file or by its id, for the chain.",
+)
 
 
 @click.command("from-child", short_help="Make a log of what a differencing disk holds.")
@@ -23,6 +33,7 @@ if TYPE_CHECKING:
 @option("--base", type=PATH, metavar="FILE", help="Take all layers above this parent of CHILD, not one.")
 @parent_option
 @option("--skip-equal", is_flag=True, help="Read the parent too, and leave out what it has already.")
+@_follows
 @overwrite_option
 @verb
 def from_child(
@@ -33,6 +44,7 @@ def from_child(
     base: Path | None,
     parent: Path | None,
     skip_equal: bool,
+    follows: uuid.UUID | Path | None,
     overwrite: bool,
 ) -> None:
     """Write what the differencing disk CHILD (.avhdx, .avhd) holds into a log.
@@ -48,6 +60,7 @@ def from_child(
             base=base,
             parent=parent,
             skip_equal=skip_equal,
+            follows=follows,
             overwrite=overwrite,
             progress=progress,
         )
@@ -59,6 +72,50 @@ def from_child(
         )
         if report.child_virtual_bytes > report.base_virtual_bytes:
             output.line(f"grow the parent to {report.child_virtual_bytes} bytes before the log is applied")
+
+    output.answer(report, show)
+
+
+@click.command("from-qemu", short_help="Make a log of what a VM that QEMU serves has written.")
+@click.argument("log", type=PATH, metavar="OUTPUT.hrl")
+@option("--qmp", type=PATH, required=True, metavar="SOCKET", help="A QMP monitor of the VM, for us alone.")
+@option("--node", required=True, metavar="NAME", help="The block node of the disk.")
+@option("--bitmap", required=True, metavar="NAME", help="The dirty bitmap that is kept on it for us.")
+@option("--full", is_flag=True, help="Log all that the disk holds, and begin to track it.")
+@_follows
+@option(
+    "--scratch",
+    type=PATH,
+    metavar="DIR",
+    help="Where QEMU may open our socket and a file for what is overwritten meanwhile."
+    "  [default: the folder of OUTPUT.hrl]",
+)
+@overwrite_option
+@verb
+def from_qemu(
+    output: Output,
+    *,
+    log: Path,
+    qmp: Path,
+    node: str,
+    bitmap: str,
+    **settings: Any,
+) -> None:
+    """Write into a log what a VM wrote to a disk since the last log, as it was at one instant.
+
+    QEMU serves the disk and goes on; it keeps track in a dirty bitmap and pushes what changed. Begin with
+    --full: that log holds the whole disk. Cut off, nothing is lost: the next log holds it too. A QEMU that
+    ends forgets its bitmaps: this verb says so, and tracking begins anew with --full.
+    """
+    with progress_shown(output) as progress:
+        report = hvreplica.log_from_qemu(qmp, node, bitmap, log, progress=progress, **settings)
+
+    def show() -> None:
+        what = "in all" if report.full else "changed"
+        output.line(
+            f"{format_size(report.data_bytes)} {what} on {plain(report.node)}: {report.entries} entries in"
+            f" {report.path}, {format_size(report.log_bytes)}"
+        )
 
     output.answer(report, show)
 

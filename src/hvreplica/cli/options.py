@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -63,6 +64,18 @@ class AddressType(TextParameter):
         return text
 
 
+class LogType(click.Path):
+    """An .hrl, by its file or by its id."""
+
+    name = "log"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return uuid.UUID(value)
+        except (ValueError, AttributeError, TypeError):
+            return Path(os.fsdecode(super().convert(value, param, ctx)))
+
+
 class VerbOption(click.Option):
     """An option whose environment variable is named as the option is, not as the function's parameter."""
 
@@ -84,6 +97,7 @@ option = functools.partial(click.option, cls=VerbOption)
 
 SIZE = SizeType()
 ADDRESS = AddressType()
+LOG = LogType()
 PATH = click.Path(path_type=Path)
 DISK_FORMAT = click.Choice(["vhdx", "vhd", "raw"])
 DISK_TYPE = click.Choice(["dynamic", "fixed"])

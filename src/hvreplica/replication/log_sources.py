@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,12 +17,12 @@ from hvreplica.disk.open import real_path
 from hvreplica.errors import ParentMismatch, ParentMissing
 from hvreplica.files import OS_FILES, require_unused
 from hvreplica.hrl import LogWriter
+from hvreplica.hrl.reader import read_header
 from hvreplica.progress import Progress
 from hvreplica.tracking.differencing import DifferencingDisk
 
 if TYPE_CHECKING:
     import os
-    import uuid
     from collections.abc import Callable
 
     from hvreplica.clock import Clock
@@ -61,6 +62,7 @@ def log_from_child(  # noqa: PLR0913 - each is a choice that a user may make
     base: PathLike | None = None,
     parent: PathLike | None = None,
     skip_equal: bool = False,
+    follows: uuid.UUID | PathLike | None = None,
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
     files: FileSystem = OS_FILES,
@@ -70,9 +72,10 @@ def log_from_child(  # noqa: PLR0913 - each is a choice that a user may make
 
     base: a disk further down the chain, to take all layers above it; None takes the parent. parent: the file
     of the parent, where the names in the child do not lead to it. skip_equal: read the base too and leave out
-    what it has already. Nobody may write to the chain meanwhile: it is locked. The output has its name only
-    when it is closed and durable. Raises: ParentMissing if it is no differencing disk or a parent is not
-    found, ParentMismatch for a base that is none of its parents, FileExistsError unless overwrite, Locked.
+    what it has already. follows: the log before it, or its id, for PreviousUniqueId. Nobody may write to the
+    chain meanwhile: it is locked. The output has its name only when it is closed and durable. Raises:
+    ParentMissing if it is no differencing disk or a parent is not found, ParentMismatch for a base that is
+    none of its parents, FileExistsError unless overwrite, Locked.
     """
     with open_disk(files, Path(child), shared=True, parent=parent, clock=clock) as disk:
         below = _base_of(disk, base)
@@ -88,6 +91,7 @@ def log_from_child(  # noqa: PLR0913 - each is a choice that a user may make
             files,
             Path(output),
             DifferencingDisk(disk, below, skip_equal=skip_equal),
+            previous_log_id=log_id_of(files, follows),
             data_write_guid=disk.data_write_guid,
             on_read=on_read,
             overwrite=overwrite,
@@ -112,6 +116,7 @@ def write_log(
     path: Path,
     source: ChangeSource,
     *,
+    previous_log_id: uuid.UUID | None,
     data_write_guid: uuid.UUID | None,
     on_read: Callable[[int], None],
     overwrite: bool,
@@ -131,7 +136,7 @@ def write_log(
         files,
         temporary,
         log_id=clock.guid(),
-        previous_log_id=None,
+        previous_log_id=previous_log_id,
         data_write_guid=data_write_guid,
         clock=clock,
     )
@@ -146,6 +151,14 @@ def write_log(
         raise
     files.sync_directory(path.parent)
     return msgspec.structs.replace(summary, path=str(path))
+
+
+def log_id_of(files: FileSystem, log: uuid.UUID | PathLike | None) -> uuid.UUID | None:
+    """Return the UniqueId of the log in a file, or the id itself. Raises: FormatError."""
+    if log is None or isinstance(log, uuid.UUID):
+        return log
+    with contextlib.closing(files.open(Path(log))) as file:
+        return read_header(file).unique_id
 
 
 def _base_of(disk: Disk, base: PathLike | None) -> Disk:
