@@ -94,6 +94,7 @@ class FakeMachine:
         self.files = files
         self.logs = logs
         self.recycled_bytes = 0
+        self.budget_bytes = 1 << 50
         self.on_cut: Callable[[], None] = lambda: None
         self.cuts: list[FakeCut] = []
         self.settled: list[FakeCut] = []
