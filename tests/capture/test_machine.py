@@ -8,6 +8,7 @@ import struct
 import threading
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
 from hvreplica.clock import SYSTEM
@@ -252,3 +253,26 @@ def test_pipelined_requests_are_answered_each(tmp_path: Path) -> None:
                 del waiting[cookie]
         site.cycle(machine)
         assert site.copy_of(0) == bytes(model)
+
+
+def test_mark_that_meets_a_cut_stays_in_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cut between the arming and the marking clears the region, for nothing was written to it yet."""
+    site = Site(tmp_path, sizes=[32 * MIB], form="raw")
+    machine = site.start()
+    site.cycle(machine)
+    tracked = machine._tracked[0]
+    arm = tracked.journal.arm
+    pending = [1]
+
+    def arm_and_cut(extents: np.ndarray) -> None:
+        arm(extents)
+        if pending:
+            pending.clear()
+            site.cycle(machine)
+
+    monkeypatch.setattr(tracked.journal, "arm", arm_and_cut)
+    machine.mark(0, np.array([[20 * MIB, 64 * KIB]], np.int64))
+    for _ in range(3):  # what lapsed is forgotten by now
+        tracked.journal.settle()
+    assert tracked.journal.regions().tolist() == [[20 * MIB, 4 * MIB]]
+    machine.abandon()

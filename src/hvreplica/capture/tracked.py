@@ -16,7 +16,7 @@ from hvreplica import native
 from hvreplica.capture.cut_reader import CutReader
 from hvreplica.formats.hrl import HEADER_BYTES, METADATA_BYTES_DEFAULT
 from hvreplica.hrl import GrownLog
-from hvreplica.native.live import GRAIN_BYTES, Epoch, LogState, Track, merge_grains
+from hvreplica.native.live import GRAIN_BYTES, Epoch, LogState, Track, TrackStatus, merge_grains
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -115,10 +115,18 @@ class TrackedDisk:
         """Count ranges as changed, durably; the next cut reads them from the disk."""
         if not len(extents):
             return
-        self.journal.arm(extents)
+        self.journal.arm(extents)  # all at once, for one sync
         for disk_offset, length in extents.tolist():
-            with self._gate.writing(disk_offset, length):
-                self.track.mark(disk_offset, length)
+            while not self._mark(disk_offset, length):
+                self.arm(disk_offset, length)
+
+    def _mark(self, disk_offset: int, length: int) -> bool:
+        """Mark a range, or return False where a cut has cleared its regions since they were armed."""
+        with self._gate.writing(disk_offset, length):
+            if self.track.check(disk_offset, length) is TrackStatus.ARM:
+                return False
+            self.track.mark(disk_offset, length)
+            return True
 
     # ---- the cut, after native.live.cut() has ended the epoch
 
