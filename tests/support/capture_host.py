@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from hvreplica.capture.service import DiskService
 from hvreplica.capture.tracked import TrackedDisk
 from hvreplica.clock import SYSTEM, SystemClock
 from hvreplica.disk import open_disk
-from hvreplica.errors import HvReplicaError
+from hvreplica.errors import HvReplicaError, kept
 from hvreplica.files import OS_FILES, OsBlockFile, write_durably
 from tests.support.nbd_client import Connection
 
@@ -150,7 +151,7 @@ def make_mistake(name: str) -> None:
     elif name == "name of a closed log is not synced":
         LogFolder.sync = lambda _: None  # type: ignore[assignment,method-assign]
     elif name == "flush is not done":
-        DiskService._flush = lambda _: None  # type: ignore[assignment,method-assign]
+        DiskService.flush = lambda _: None  # type: ignore[assignment,method-assign]
     elif name == "zeroes are not tracked":
         DiskService._zero_window = (  # type: ignore[method-assign]
             lambda service, offset, length, **_: service.disk.write_zeroes(offset, length)
@@ -177,15 +178,22 @@ class Host:
     def __init__(self, settings: Settings, environment: Mapping[str, str] | None = None) -> None:
         """Start it and wait until it serves. environment: what is added to ours."""
         self.settings = settings
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.capture_host", msgspec.json.encode(settings).decode()],
-            cwd=_ROOT,
-            env={**os.environ, **(environment or {}), "PYTHONPATH": f"{_ROOT}:{_ROOT / 'src'}"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tests.support.capture_host", msgspec.json.encode(settings).decode()],
+                cwd=_ROOT,
+                env={**os.environ, **(environment or {}), "PYTHONPATH": f"{_ROOT}:{_ROOT / 'src'}"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
         self._answer()
+
+    @property
+    def log(self) -> Path:
+        """What it says to people."""
+        return Path(self.settings.socket + ".log")
 
     def connect(self, disk: int = 0) -> Connection:
         """Return a new client."""
@@ -220,7 +228,7 @@ class Host:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            message = f"the host ended with {self.process.wait(60)}"
+            message = f"the host ended with {self.process.wait(60)}: {self.log.read_text()[-2000:]}"
             raise ConnectionError(message)
         answer: dict[str, Any] = json.loads(line)
         return answer
@@ -243,6 +251,7 @@ def main(arguments: Sequence[str]) -> None:
     """Serve until told to stop."""
     settings = msgspec.json.decode(arguments[0], type=Settings)
     make_mistake(settings.mistake)
+    logging.basicConfig(format="%(message)s")
     machine = open_machine(settings)
 
     def exports() -> list[ExportInfo]:
@@ -261,6 +270,7 @@ def main(arguments: Sequence[str]) -> None:
             _say(_obey(order, machine, settings, listener))
         except (OSError, HvReplicaError) as error:
             _say({"error": f"{type(error).__name__}: {error}"})
+            kept(error)
         if order == "stop":
             return
 

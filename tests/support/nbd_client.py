@@ -65,7 +65,15 @@ class Connection:
         family = socket.AF_INET if isinstance(address, tuple) else socket.AF_UNIX
         self.socket = socket.socket(family, socket.SOCK_STREAM)
         self.socket.settimeout(timeout_s)
-        self.socket.connect(address if isinstance(address, tuple) else str(address))
+        self.size_bytes = 0
+        try:
+            self.socket.connect(address if isinstance(address, tuple) else str(address))
+            self._negotiate(export)
+        except BaseException:
+            self.socket.close()
+            raise
+
+    def _negotiate(self, export: str) -> None:
         magic, option_magic, _ = struct.unpack(">8s8sH", self.receive(_GREETING_BYTES))
         if (magic, option_magic) != (b"NBDMAGIC", b"IHAVEOPT"):
             message = "this is no NBD server"
@@ -73,7 +81,6 @@ class Connection:
         name = export.encode()
         data = struct.pack(">I", len(name)) + name + struct.pack(">H", 0)
         self.socket.sendall(struct.pack(">I", 3) + b"IHAVEOPT" + struct.pack(">II", _GO, len(data)) + data)
-        self.size_bytes = 0
         while True:
             _, _, kind, length = _OPTION_HEADER.unpack(self.receive(_OPTION_HEADER.size))
             reply = self.receive(length)
@@ -282,8 +289,9 @@ class Workload:
         request.answered, request.error = self.step, error
         held = slice(request.sector, request.sector + request.count)
         if error:
-            return
-        if request.command == WRITE:
+            if request.changes:  # all of it may have happened, or any part
+                self.model[request.disk][held] = -number
+        elif request.command == WRITE:
             self.model[request.disk][held] = number
         elif request.command in {TRIM, ZEROES}:
             self.model[request.disk][held] = -number if request.command == TRIM else 0
@@ -293,8 +301,8 @@ class Workload:
     def _check_read(self, request: Request, data: bytes) -> None:
         seen = numbers_of(data, request.sector)
         wanted = self.model[request.disk][request.sector : request.sector + request.count]
-        trimmed = (wanted < 0) & (seen >= 0)  # what a trim leaves is the server's choice, once and for all
-        wrong = np.flatnonzero((seen != wanted) & ~trimmed)
+        free = (wanted < 0) & (seen >= 0)  # what a trim or a failed request leaves is the server's choice
+        wrong = np.flatnonzero((seen != wanted) & ~free)
         assert not len(wrong), (
             f"sector {request.sector + wrong[0]} reads as of request {seen[wrong[0]]}, "
             f"{wanted[wrong[0]]} wrote it (seed {self.seed})"

@@ -20,7 +20,7 @@ import numpy as np
 from hvreplica.capture.log_folder import LogFolder
 from hvreplica.capture.service import DiskService
 from hvreplica.capture.tracked import Ended, LogSettings, TrackedDisk
-from hvreplica.errors import FormatError, StateError
+from hvreplica.errors import FormatError, HvReplicaError, StateError, kept
 from hvreplica.native import live
 from hvreplica.tracking.identity import Judgement, Verdict, disk_identity, judge
 from hvreplica.tracking.journal import IntentJournal
@@ -256,8 +256,21 @@ class Machine:
             now_s = self._clock.monotonic_s()
             if now_s - self._settled_s >= _SETTLE_AFTER_S:
                 self._settled_s = now_s
-                for tracked in self._tracked:
-                    tracked.journal.settle()
+                for tracked, service in zip(self._tracked, self.services, strict=True):
+                    self._forget(tracked, service)
+
+    def _forget(self, tracked: TrackedDisk, service: DiskService) -> None:
+        """Let the journal forget regions, once the disk has durably what cuts hold of them.
+
+        A guest need not flush for hours. Until the disk is flushed, a crash may take from it what the replica
+        has, and only the journal could tell.
+        """
+        try:
+            service.flush()
+        except (OSError, HvReplicaError) as error:
+            kept(error)
+            return  # it is reported, and no later flush succeeds: from now on the journal only grows
+        tracked.journal.settle()
 
     def give_back(self, cut: Cut) -> None:
         """Count all that a cut holds as changed again: it could not be recorded. Its logs go."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hvreplica.clock import hrl_timestamp
-from hvreplica.errors import HvReplicaError
+from hvreplica.errors import HvReplicaError, kept
 from hvreplica.formats.nbd import (
     OFFSET_DATA,
     PAYLOAD_BYTES_MAX,
@@ -73,6 +73,7 @@ class DiskService:
         self._clock = clock
         self._read_only = read_only
         self._flushing = threading.Lock()
+        self._flush_failed = False
         direct = disk.direct()
         descriptor = direct.file.fileno()
         if descriptor is None:
@@ -107,6 +108,22 @@ class DiskService:
             else:
                 self._answer(connection, event, structured=structured)
 
+    def flush(self) -> None:
+        """Make every write durable that was answered; the journal has been since before each of them.
+
+        Any thread. Raises: OSError, HvReplicaError, and so for every later call.
+        """
+        tracked = self._tracked
+        # One after the other: a flush that finds nothing to do must not return before the one that does it.
+        with self._flushing:
+            if tracked is None or tracked.track.take_written():
+                self.disk.changed()
+            try:
+                self.disk.flush()
+            except (OSError, HvReplicaError) as error:
+                self._report_flush(error)
+                raise
+
     # ---- pieces of writes
 
     def _piece(self, connection: NbdConnection) -> bool:
@@ -119,6 +136,7 @@ class DiskService:
         except (OSError, HvReplicaError) as error:
             self._report(error, "write", offset)
             connection.fail(_told(error))
+            kept(error)
             return True
         return False
 
@@ -153,13 +171,14 @@ class DiskService:
         command, cookie = connection.type, connection.cookie
         try:
             if event is NbdEvent.FLUSH:
-                self._flush()
+                self.flush()
                 reply = pack_simple_reply_raw(cookie)
             else:
                 reply = self._do(connection, structured=structured)
         except (OSError, HvReplicaError, MemoryError) as error:
             self._report(error, "command", connection.offset)
             reply = _refusal(cookie, _told(error), str(error), chunked=structured and _is_chunked(command))
+            kept(error)
         except _Refused as refused:
             chunked = structured and _is_chunked(command)
             reply = _refusal(cookie, refused.error, refused.reason, chunked=chunked)
@@ -188,7 +207,7 @@ class DiskService:
                 raise _Refused(NbdError.EPERM, "the export is read-only")
             self._zero(offset, length, keep=bool(flags & CommandFlag.NO_HOLE))
         if command == Command.FLUSH or flags & CommandFlag.FUA:
-            self._flush()
+            self.flush()
         return pack_simple_reply_raw(cookie)
 
     def _read(self, cookie: int, offset: int, length: int, *, structured: bool) -> bytes:
@@ -203,15 +222,6 @@ class DiskService:
             return pack_chunk_header(cookie_of(cookie), ChunkType.NONE, 0, is_last=True)
         head = pack_chunk_header(cookie_of(cookie), ChunkType.OFFSET_DATA, 8 + length, is_last=True)
         return head + OFFSET_DATA.pack(disk_offset=offset) + data
-
-    def _flush(self) -> None:
-        """Make every write durable that was answered; the journal has been since before each of them."""
-        tracked = self._tracked
-        # One after the other: a flush that finds nothing to do must not return before the one that does it.
-        with self._flushing:
-            if tracked is None or tracked.track.take_written():
-                self.disk.changed()
-            self.disk.flush()
 
     def _zero(self, offset: int, length: int, *, keep: bool) -> None:
         for start in range(offset, offset + length, _ZERO_WINDOW_BYTES):
@@ -259,6 +269,18 @@ class DiskService:
         if self._tracked is None:
             raise AssertionError("only a tracked disk asks for a region or a grain")
         return self._tracked
+
+    def _report_flush(self, error: BaseException) -> None:
+        """Say once what a failed flush means: every later one fails too."""
+        if not self._flush_failed:
+            self._flush_failed = True
+            _LOG.error(
+                "%s cannot be flushed: %s. What was written since the last flush may be lost, and no flush "
+                "succeeds any more. See to the storage, then stop capture and start it again: the next cut "
+                "looks at all that is not certain.",
+                self.disk.path,
+                error,
+            )
 
     def _report(self, error: BaseException, what: str, offset: int) -> None:
         _LOG.error("%s at %d of %s failed: %s", what, offset, self.disk.path, error)

@@ -33,7 +33,7 @@ _FLAGS = ("-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Wconversion", "-Werro
 
 # One rule of faults.c, byte for byte.
 _RULE = struct.Struct("<4i6q192s")
-_RULES = 16
+_RULES = 64
 _OPERATIONS = {"write": 1, "sync": 2, "resize": 4, "allocate": 8, "open": 16, "rename": 32, "unlink": 64}
 _HOLD_AT, _COUNTERS_AT = 12, 40
 _FOR_EVER = -1

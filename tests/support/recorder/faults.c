@@ -14,7 +14,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define RULES 16
+#define RULES 64
 
 struct rule {
     _Atomic int32_t active; /* set last by the test, cleared first */
