@@ -65,6 +65,16 @@ class Vm:
             opened.flush()
         self.files.settle()
 
+    def put(self, disk: str, at: int, data: bytes) -> None:
+        """Write `data` at `at`."""
+        with contextlib.closing(
+            open_disk(self.files, self.path(disk), writable=True, clock=SYSTEM)
+        ) as opened:
+            opened.write(data, at)
+            opened.flush()
+        self.models[disk][at : at + len(data)] = data
+        self.files.settle()
+
     def resize(self, disk: str, virtual_bytes: int) -> None:
         """Give a disk another size, as `hvreplica disk resize` does; what is cut off is zeroed before."""
         model = self.models[disk]

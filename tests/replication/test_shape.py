@@ -81,6 +81,20 @@ def test_shrunk_disk_is_shrunk_at_the_replica(vm: Vm, served: Served, *, regrown
     vm.check(served)  # nothing comes back that was cut off
 
 
+def test_content_that_was_cut_off_and_comes_again_is_sent_again(vm: Vm, served: Served) -> None:
+    """The replica lost it with the end of its disk: its fingerprints must have gone with it."""
+    at = 4 * MIB - 4096
+    vm.write("0.vhdx", 4096, at=at)
+    content = bytes(vm.models["0.vhdx"][at:])
+    vm.replicate(served)
+    vm.resize("0.vhdx", 2 * MIB)
+    vm.replicate(served)
+    vm.resize("0.vhdx", 4 * MIB)
+    vm.put("0.vhdx", at, content)
+    vm.replicate(served)
+    vm.check(served)
+
+
 def test_added_disk_is_copied_alone_and_joins_the_points(vm: Vm, served: Served) -> None:
     vm.create("2.vhdx", 5 * MIB)
     vm.write("0.vhdx", 4096)
