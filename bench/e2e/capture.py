@@ -152,7 +152,7 @@ def _verify(bench: Bench, image: Path) -> None:
         for rw, block in (("randwrite", "4k"), ("write", "1m")):
             timed([
                 "fio", "--name=v", "--ioengine=nbd", f"--uri={uri}", f"--rw={rw}", f"--bs={block}",
-                f"--size={16 * MIB}", "--iodepth=16", "--verify=crc32c", "--do_verify=1", "--verify_fatal=1", 
+                f"--size={16 * MIB}", "--iodepth=16", "--verify=crc32c", "--do_verify=1", "--verify_fatal=1",
                 "--verify_state_save=0",
             ])  # fmt: skip
         return 0.0
