@@ -320,11 +320,12 @@ struct hvr_log {
     uint64_t data_bytes;
 };
 
-/* What was written since a cut. dirty: grains. unlogged: those of them whose content the log does not have.
- * touched: regions. */
+/* What was written since a cut. dirty: grains. unlogged: those of them of which the log does not have the last
+ * content. logged: those of which it has any. touched: regions. */
 struct hvr_epoch {
     uint8_t *dirty;
     uint8_t *unlogged;
+    uint8_t *logged;
     uint8_t *touched;
     struct hvr_log log;
 };
@@ -353,9 +354,12 @@ enum hvr_track_status {
  * holding them until the write is in the disk. */
 int hvr_track_check(const struct hvr_track *track, uint64_t disk_offset, uint64_t length);
 
-/* Note a range as written: dirty and touched, and unlogged unless its content will stand in the log. The
+/* Note a range as written: dirty, touched, and logged or unlogged. The
  * caller holds any stripe. HVR_OUT_OF_RANGE, and nothing noted, for a range beyond the disk. */
 int hvr_track_mark(struct hvr_track *track, uint64_t disk_offset, uint64_t length, int logged);
+
+/* Return whether anything was written since the last call. */
+int hvr_track_take_written(struct hvr_track *track);
 
 /* Note a write that comes next and log its data, or note it as unlogged. time_stamp: as in a log. The caller
  * holds its stripes. */

@@ -34,6 +34,7 @@ enum {
     COMMAND_WRITE = 1,
     COMMAND_DISCONNECT = 2,
     FLAG_FUA = 1,
+    FLAG_DF = 4,
     ERROR_PERMITTED = 1,
     ERROR_IO = 5,
     ERROR_MEMORY = 12,
@@ -395,6 +396,7 @@ static size_t find_group(const struct hvr_nbd *c, struct hvr_write *writes, stru
     while (count < HVR_WRITES_MAX && c->input_end - at >= REQUEST_BYTES) {
         struct request *request = requests + count;
         if (!parse(c->input + at, request) || request->type != COMMAND_WRITE
+            || (request->flags & ~FLAG_FUA) != 0
             || request->length > SMALL_BYTES_MAX || request->length > c->input_end - at - REQUEST_BYTES
             || request->length == 0 || request->length + total > GROUP_BYTES_MAX
             || !is_inside(c->exported, request->offset, request->length)) {
@@ -519,7 +521,8 @@ static int do_read(struct hvr_nbd *c)
 {
     const struct hvr_nbd_export *e = c->exported;
     int all_zero = 0;
-    if (c->length == 0 || c->length > PAYLOAD_BYTES_MAX || !is_inside(e, c->offset, c->length)
+    if ((c->flags & ~(FLAG_FUA | FLAG_DF)) != 0 || c->length == 0 || c->length > PAYLOAD_BYTES_MAX
+        || !is_inside(e, c->offset, c->length)
         || !is_readable(e, c->offset, c->length, &all_zero)) {
         return command(c);
     }
@@ -577,6 +580,8 @@ static int begin_write(struct hvr_nbd *c)
         c->failed = ERROR_PERMITTED;
     } else if (!is_inside(c->exported, c->offset, c->length)) {
         c->failed = ERROR_SPACE;
+    } else if ((c->flags & ~FLAG_FUA) != 0) {
+        c->failed = ERROR_INVALID;
     }
     c->phase = IN_PAYLOAD;
     return stream_write(c);
@@ -599,6 +604,7 @@ static int step(struct hvr_nbd *c)
         return HVR_NBD_BROKEN;
     }
     if (request.type == COMMAND_WRITE && request.length <= SMALL_BYTES_MAX && request.length > 0
+        && (request.flags & ~FLAG_FUA) == 0
         && !c->exported->read_only && is_inside(c->exported, request.offset, request.length)
         && available(c) < REQUEST_BYTES + request.length) {
         c->phase = IN_SMALL; /* for receive(): the line may not end here */

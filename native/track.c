@@ -250,10 +250,13 @@ int hvr_track_mark(struct hvr_track *track, uint64_t disk_offset, uint64_t lengt
     struct hvr_epoch *epoch = track->epoch;
     set_bits(epoch->touched, disk_offset / HVR_REGION_BYTES, end_region);
     set_bits(epoch->dirty, first, end);
-    if (!logged) {
-        set_bits(epoch->unlogged, first, end);
-    }
+    set_bits(logged ? epoch->logged : epoch->unlogged, first, end);
     return HVR_OK;
+}
+
+int hvr_track_take_written(struct hvr_track *track)
+{
+    return __atomic_exchange_n(&track->written, 0, __ATOMIC_ACQ_REL) != 0;
 }
 
 uint32_t hvr_time_stamp(void)

@@ -72,7 +72,11 @@ def main(mode: str, disk_path: str, address: str, state: str, seconds: str, copy
         with NbdListener(
             Path(address),
             lambda: [ExportInfo("0", disk.virtual_bytes)],
-            lambda client: service.serve(client.socket.fileno(), structured=client.structured),
+            lambda client: service.serve(
+                client.socket.fileno(),
+                structured=client.structured,
+                base_allocation=client.base_allocation,
+            ),
         ):
             while not stop.wait(float(seconds)):
                 if cutter is not None:

@@ -42,6 +42,82 @@ def test_cut_brings_the_copy_to_the_disk(tmp_path: Path, form: str, budget: int 
         assert not site.cycle(machine).logs, "nothing was written since the cut"
 
 
+def test_what_is_known_is_left_out_only_where_the_log_has_nothing_of_it(tmp_path: Path) -> None:
+    """A block that is written, and then is again what the copy has, must not stay as the log says."""
+    site = Site(tmp_path, sizes=[16 * MIB])
+    old = random_data(512 * KIB)
+    with site.running() as machine, Guest(machine.services[0]) as guest:
+        guest.write(0, old)
+        guest.write(8 * MIB, old)
+        site.cycle(machine, known=True)
+        guest.write(0, random_data(4096))
+        guest.write(0, old)  # long: the map's alone
+        guest.write(4 * MIB, random_data(4096))
+        guest.trim(4 * MIB, MIB)  # zeros, as before
+        guest.write(8 * MIB, old)  # never anything else
+        cut = site.cycle(machine, known=True)
+        assert site.copy_of(0) == site.disk_of(machine, 0)
+        assert cut.logs[0].changed_bytes < 4 * 64 * KIB, "what is known and in no log is left out"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_cuts_with_known_tables_bring_the_copy_to_the_disk(tmp_path: Path, form: str) -> None:
+    site = Site(tmp_path, sizes=[16 * MIB], form=form)
+    rng = random.Random(f"known {form}")
+    model = bytearray(16 * MIB)
+    values = [rng.randbytes(512 * KIB) for _ in range(2)]
+    with site.running(log_budget_bytes=256 * KIB) as machine, Guest(machine.services[0]) as guest:
+        for _ in range(6):
+            for _ in range(25):
+                at = rng.randrange(31) * 512 * KIB
+                length = rng.choice([4096, 4096, 64 * KIB, 512 * KIB])
+                if rng.random() < 0.3:
+                    guest.trim(at, length)
+                    model[at : at + length] = bytes(length)
+                else:
+                    guest.write(at, rng.choice(values)[:length])
+                    model[at : at + length] = guest.read(at, length)
+            site.cycle(machine, known=True)
+            assert site.copy_of(0) == bytes(model)
+
+
+def test_guest_may_write_what_the_cut_has_to_read_at_the_cuts_instant(tmp_path: Path) -> None:
+    """A guest that thaws writes its superblock, and waits for it, before it says that it thawed."""
+    site = Site(tmp_path, sizes=[16 * MIB])
+    with site.running(log_budget_bytes=0) as machine, Guest(machine.services[0]) as guest:
+        guest.write(0, b"old" + random_data(4093))
+        cut = machine.cut(site.previous, on_instant=lambda: guest.write(0, b"new" + bytes(4093)))
+        site.follow(cut)
+        machine.settle(cut)
+        assert site.copy_of(0)[:3] == b"old"
+        assert guest.read(0, 3) == b"new"
+
+
+def test_cut_that_is_unsettled_at_the_end_is_not_forgotten(tmp_path: Path) -> None:
+    site = Site(tmp_path, sizes=[16 * MIB])
+    with site.running() as machine, Guest(machine.services[0]) as guest:
+        guest.write(4096, random_data(4096))
+        machine.cut(site.previous)
+    with site.running() as machine:
+        site.cycle(machine)
+        assert site.copy_of(0) == site.disk_of(machine, 0)
+
+
+def test_logs_that_cannot_be_put_away_cost_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Site(tmp_path, sizes=[8 * MIB, 8 * MIB])
+    with site.running() as machine, Guest(machine.services[0]) as one, Guest(machine.services[1]) as two:
+        for guest in (one, two):
+            guest.write(4096, random_data(4096))
+        with monkeypatch.context() as patch:
+            patch.setattr(machine._tracked[0], "finish", _fail)
+            patch.setattr(machine._folder, "_size", _fail)
+            with pytest.raises(OSError, match="no space"):
+                machine.cut(site.previous)
+        site.cycle(machine)
+        for index in (0, 1):
+            assert site.copy_of(index) == site.disk_of(machine, index)
+
+
 def _change(rng: random.Random, guest: Guest, model: bytearray) -> None:
     kind = rng.choice(["small", "small", "small", "any", "long", "zero", "trim", "keep", "flush"])
     unit = 1 if kind == "any" else 512

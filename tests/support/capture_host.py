@@ -259,7 +259,9 @@ def main(arguments: Sequence[str]) -> None:
 
     def serve(client: Negotiated) -> None:
         service = machine.services[client.export_index]
-        service.serve(client.socket.fileno(), structured=client.structured)
+        service.serve(
+            client.socket.fileno(), structured=client.structured, base_allocation=client.base_allocation
+        )
 
     listener = NbdListener(Path(settings.socket), exports, serve)
     listener.start()

@@ -13,11 +13,15 @@ import threading
 import uuid
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from hvreplica import native
 from hvreplica.capture.machine import Machine, Slot
 from hvreplica.clock import SYSTEM
 from hvreplica.disk import create_disk, open_disk
 from hvreplica.files import OS_FILES
 from hvreplica.hrl import apply_log
+from hvreplica.tracking.fingerprints import FingerprintTable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -150,9 +154,12 @@ class Site:
         finally:
             machine.close()
 
-    def cycle(self, machine: Machine) -> Cut:
-        """Cut, and bring the copies to the cut."""
-        cut = machine.cut(self.previous)
+    def cycle(self, machine: Machine, *, known: bool = False) -> Cut:
+        """Cut, and bring the copies to the cut. known: with tables of what the copies hold."""
+        tables = [self._table(index) for index in range(len(self.sizes))] if known else None
+        cut = machine.cut(self.previous, known=tables)
+        for table in tables or ():
+            table.close()
         self.follow(cut)
         machine.settle(cut)
         machine.recycle(log.path for log in cut.logs)
@@ -164,6 +171,13 @@ class Site:
             with open_disk(OS_FILES, self.copies[log.disk_index], writable=True, clock=SYSTEM) as copy:
                 apply_log(OS_FILES, log.path, copy)
             self.previous[log.disk_index] = log.log_id
+
+    def _table(self, index: int) -> FingerprintTable:
+        path = self.folder / f"{index}.fp"
+        size = self.sizes[index]
+        table = FingerprintTable.create(OS_FILES, path, disk_index=index, virtual_bytes=size)
+        table.write(0, native.fingerprints(np.frombuffer(self.copy_of(index), np.uint8), table.block_bytes))
+        return table
 
     def copy_of(self, index: int) -> bytes:
         return self.copies[index].read_bytes()

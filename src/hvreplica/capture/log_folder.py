@@ -8,6 +8,7 @@ STATE/spare/   logs that were acknowledged: a file that has its blocks already i
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from hvreplica.clock import Clock
     from hvreplica.files import FileSystem
 
+_LOG = logging.getLogger("hvreplica.capture")
 _SPARE_COUNT_MAX = 8
 
 
@@ -69,25 +71,39 @@ class LogFolder:
         removed.
         """
         with self._lock:
-            spare = {name: self._size(self._spare / name) for name in self._files.names(self._spare)}
+            spare = self._sizes()
             for path in paths:
-                if not self._files.exists(path):
-                    continue  # it was closed, and has another name now
-                size_bytes = self._size(path)
-                if len(spare) >= _SPARE_COUNT_MAX or sum(spare.values()) + size_bytes > self._spare_bytes_max:
-                    self._files.unlink(path)
-                else:
-                    self._files.replace(path, self._spare / path.name)
-                    spare[path.name] = size_bytes
+                try:
+                    self._recycle(path, spare)
+                except OSError as error:
+                    # It is in the way of nobody, and no cut may fail for it.
+                    _LOG.warning("a log that nobody needs any more stays: %s", error)
+
+    def _recycle(self, path: Path, spare: dict[str, int]) -> None:
+        if not self._files.exists(path):
+            return  # it was closed, and has another name now
+        size_bytes = self._size(path)
+        if len(spare) >= _SPARE_COUNT_MAX or sum(spare.values()) + size_bytes > self._spare_bytes_max:
+            self._files.unlink(path)
+        else:
+            self._files.replace(path, self._spare / path.name)
+            spare[path.name] = size_bytes
 
     def _take_spare(self, path: Path) -> bool:
         with self._lock:
-            names = self._files.names(self._spare)
-            if not names:
+            spare = self._sizes()
+            if not spare:
                 return False
-            largest = max(names, key=lambda name: self._size(self._spare / name))
-            self._files.replace(self._spare / largest, path)
+            self._files.replace(self._spare / max(spare, key=spare.__getitem__), path)
             return True
+
+    def _sizes(self) -> dict[str, int]:
+        """Return the lengths of the spare logs; none where they cannot be looked at."""
+        try:
+            return {name: self._size(self._spare / name) for name in self._files.names(self._spare)}
+        except OSError as error:
+            _LOG.warning("the spare logs cannot be looked at: %s", error)
+            return {}
 
     def _size(self, path: Path) -> int:
         with contextlib.closing(self._files.open(path)) as file:

@@ -10,6 +10,7 @@ old logs lack, closing them), while the guest goes on.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
@@ -219,12 +220,13 @@ class Machine:
             ]
             logs: list[ClosedLog | None] = []
             try:
-                if on_instant is not None:
-                    on_instant()
                 for place, tracked in enumerate(self._tracked):
                     tracked.journal.cleared(disarmed[place])
                     table = None if known is None else known[place]
                     ended[place] = tracked.prepare(ended[place], table)
+                # Only now: a guest that thaws writes, and may have to wait for what is prepared here.
+                if on_instant is not None:
+                    on_instant()
                 for place, each in enumerate(ended):
                     logs.append(self._finish(place, each, previous_log_ids[place]))
                 self._folder.sync()
@@ -286,6 +288,7 @@ class Machine:
     def _give_back(self, ended: Sequence[Ended], logs: Sequence[ClosedLog | None]) -> None:
         for tracked, each in zip(self._tracked, ended, strict=True):
             tracked.give_back(each)
+        self._discard(ended)  # last: what is in memory must be whole before anything can fail
         self._folder.recycle(log.path for log in logs if log is not None)
 
     def _discard(self, begun: Sequence[Ended]) -> None:
@@ -323,15 +326,23 @@ class Machine:
         ]
 
     def close(self) -> None:
-        """End tracking, after the last client has left: disks flushed and closed, what is not cut
-        journalled.
+        """End tracking, after the last client has left: disks flushed and closed, what is not cut journalled.
+
+        Every disk is closed, whatever happens to another one. Raises: what the first one that failed raised;
+        the journal of such a disk says that it was not left in good order.
         """
-        for tracked in self._tracked:
-            tracked.disk.changed()
+        if self._unsettled is not None:
+            self.give_back(self._unsettled[0])
+        with contextlib.ExitStack() as stack:
+            for tracked in self._tracked:
+                stack.callback(self._close, tracked)
+
+    def _close(self, tracked: TrackedDisk) -> None:
+        with contextlib.closing(tracked.journal):
             tracked.end()
+            tracked.disk.changed()
             tracked.disk.close()
             tracked.journal.record(self._identity(tracked.disk), clean=True)
-            tracked.journal.close()
 
     def abandon(self) -> None:
         """Let go of everything as it is, as if the process had died."""

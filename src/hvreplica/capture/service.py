@@ -45,7 +45,8 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger("hvreplica.capture")
 _STATUS_BYTES_MAX = 64 * GIB  # what is looked at for one block status; a client asks on from where it ends
 _STATUS_ROWS_MAX = 8192
-_ZERO_WINDOW_BYTES = 4 * GIB  # the gate is closed for no more at a time
+_ZERO_LOOK_BYTES = 4 * GIB  # what is looked at for something to zero
+_ZERO_WINDOW_BYTES = 32 * MIB  # the gate of all disks is closed for no more at a time
 _PROVISION_BYTES = MIB
 _FLAGS = {
     Command.READ: CommandFlag.DF | CommandFlag.FUA,
@@ -89,12 +90,15 @@ class DiskService:
             read_only=read_only,
         )
 
-    def serve(self, descriptor: int, *, structured: bool) -> None:
+    def serve(self, descriptor: int, *, structured: bool, base_allocation: bool = False) -> None:
         """Serve the client behind a socket's descriptor until it leaves.
+
+        structured, base_allocation: what it has negotiated.
 
         Raises: ConnectionError if it breaks.
         """
         connection = NbdConnection(self._exported, descriptor, structured=structured)
+        connection.base_allocation = base_allocation
         written = False
         while True:
             event = connection.serve(written=written)
@@ -198,8 +202,8 @@ class DiskService:
         if command == Command.READ:
             return self._read(cookie, offset, length, structured=structured)
         if command == Command.BLOCK_STATUS:
-            if not structured or length == 0:
-                raise _Refused(NbdError.EINVAL, "block status needs structured replies and a length")
+            if not connection.base_allocation or length == 0:
+                raise _Refused(NbdError.EINVAL, "block status needs base:allocation, and a length")
             rows = self._states(offset, length, only_one=bool(flags & CommandFlag.REQ_ONE))
             return pack_block_status(cookie_of(cookie), rows)
         if command in {Command.TRIM, Command.WRITE_ZEROES}:
@@ -224,13 +228,24 @@ class DiskService:
         return head + OFFSET_DATA.pack(disk_offset=offset) + data
 
     def _zero(self, offset: int, length: int, *, keep: bool) -> None:
-        for start in range(offset, offset + length, _ZERO_WINDOW_BYTES):
-            self._zero_window(start, min(_ZERO_WINDOW_BYTES, offset + length - start), keep=keep)
+        for start in range(offset, offset + length, _ZERO_LOOK_BYTES):
+            end = min(start + _ZERO_LOOK_BYTES, offset + length)
+            if not keep and self._reads_as_zeros(start, end):
+                continue
+            # Aligned, and of whole blocks where these give their places back.
+            window_bytes = _PROVISION_BYTES if keep else max(_ZERO_WINDOW_BYTES, self.disk.block_bytes)
+            low = start
+            while low < end:
+                high = min((low // window_bytes + 1) * window_bytes, end)
+                if keep or not self._reads_as_zeros(low, high):
+                    self._zero_window(low, high - low, keep=keep)
+                low = high
+
+    def _reads_as_zeros(self, start: int, end: int) -> bool:
+        """Return whether zeroing a range would change nothing, so that there is nothing to track."""
+        return self.disk.parent is None and not len(self.disk.extents(start, end))
 
     def _zero_window(self, offset: int, length: int, *, keep: bool) -> None:
-        held = self.disk.extents(offset, offset + length)
-        if self.disk.parent is None and not len(held) and not keep:
-            return  # it reads as zeros already: nothing changes, so there is nothing to track
         tracked = self._tracked
         while True:
             if tracked is not None:

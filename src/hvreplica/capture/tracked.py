@@ -8,6 +8,7 @@ last durable cut, whatever of log and disk survived.
 from __future__ import annotations
 
 import logging
+import threading
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from hvreplica.tracking.journal import IntentJournal
 
 _LOG = logging.getLogger("hvreplica.capture")
+
+
+_NOT_READY_S = 0.0002
 
 
 class LogSettings(NamedTuple):
@@ -108,7 +112,9 @@ class TrackedDisk:
     def preserve(self, disk_offset: int, length: int) -> None:
         """Let the cut that is being read have a range before it changes."""
         reader = self._reader
-        if reader is not None:
+        if reader is None:
+            threading.Event().wait(_NOT_READY_S)  # the cut is about to have one, or to be over
+        else:
             reader.preserve(disk_offset, length)
 
     def mark(self, extents: npt.NDArray[np.int64]) -> None:
@@ -170,7 +176,7 @@ class TrackedDisk:
     def give_back(self, ended: Ended) -> None:
         """Count all that an ended epoch held as changed since the cut before it.
 
-        Its log is of no use any more.
+        Its log is of no use any more: discard() it. Raises nothing.
         """
         with self._gate.closed():
             now, old = self.track.epoch, ended.epoch
@@ -179,7 +185,6 @@ class TrackedDisk:
             merge_grains(now.unlogged, old.dirty, old.touched)
             self.track.unguard()
         self._reader = None
-        self.discard(ended)
 
     def _unguard(self) -> None:
         with self._gate.closed():  # nobody looks at the guard while it goes

@@ -101,8 +101,8 @@ class Gate:
 
 
 class Epoch:
-    """What was written since a cut. dirty, unlogged: bit per grain; touched: bit per region; uint8, LSB
-    first.
+    """What was written since a cut. dirty, unlogged, logged: bit per grain; touched: bit per region; uint8,
+    LSB first.
 
     Memory that was never touched is never taken: a map of a disk costs what was written, 4 KiB for 2 GiB of
     it.
@@ -114,12 +114,14 @@ class Epoch:
         # A region is one word of grains.
         self.dirty = np.zeros(len(self.touched) * 8 * 8, np.uint8)
         self.unlogged = np.zeros(len(self.dirty), np.uint8)
+        self.logged = np.zeros(len(self.dirty), np.uint8)
         self._pending = np.zeros(LOG_METADATA_BYTES, np.uint8)
         self.c: Any = ffi.new("struct hvr_epoch *")
         self._kept = [
-            writable_octets(each) for each in (self.dirty, self.unlogged, self.touched, self._pending)
+            writable_octets(each)
+            for each in (self.dirty, self.unlogged, self.logged, self.touched, self._pending)
         ]
-        self.c.dirty, self.c.unlogged, self.c.touched, self.c.log.pending = self._kept
+        self.c.dirty, self.c.unlogged, self.c.logged, self.c.touched, self.c.log.pending = self._kept
 
     def open_log(
         self, descriptor: int, *, position: int, last_block: int, limit: int, write_bytes_max: int
@@ -209,9 +211,7 @@ class Track:
 
     def take_written(self) -> bool:
         """Return whether anything was written since the last call."""
-        written = bool(self.c.written)
-        self.c.written = 0
-        return written
+        return bool(lib.hvr_track_take_written(self.c))
 
     def unguard(self) -> None:
         """End the guard of the last cut: all of its grains were read."""
@@ -324,6 +324,7 @@ class NbdConnection:
 
     def __init__(self, exported: NbdExport, descriptor: int, *, structured: bool) -> None:
         self._exported = exported
+        self.base_allocation = False  # whether block status may be asked for
         self._input = np.empty(_BUFFER_BYTES, np.uint8)
         self._output = np.empty(_BUFFER_BYTES, np.uint8)
         self._kept = [writable_octets(self._input), writable_octets(self._output)]

@@ -181,7 +181,11 @@ class Capture:
     def _serve(self, client: Negotiated) -> None:
         service = self.machine.services[client.export_index]
         try:
-            service.serve(client.socket.fileno(), structured=client.structured)
+            service.serve(
+                client.socket.fileno(),
+                structured=client.structured,
+                base_allocation=client.base_allocation,
+            )
         except ConnectionError as error:
             _LOG.info("%s", error)
 

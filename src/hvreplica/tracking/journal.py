@@ -323,6 +323,9 @@ class IntentJournal:
             if outcome is True:
                 self._certain[place] |= bits
                 self.armed[place] |= bits
+                # A cut may have taken back what an earlier batch brought; armed again, it does not lapse.
+                self._lapsed[place] &= ~bits
+                self._aged[place] &= ~bits
             else:
                 # What others still wait for stays; and in the file it may stand, which does no harm.
                 self._image[place] &= ~(bits & ~self._certain[place] & ~self._next.bits[place])
