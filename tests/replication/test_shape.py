@@ -211,7 +211,7 @@ def test_unknown_name_to_remove_is_refused(vm: Vm, served: Served) -> None:
 def test_last_disk_cannot_be_removed(served: Served, seed: int) -> None:
     vm = Vm(seed, 2)
     vm.replicate(served)
-    with pytest.raises(ValueError, match="1 to 64 disks"):
+    with pytest.raises(StateError, match="at least one disk"):
         hvreplica.replicate(
             vm.name, [], to=served.address, tls=served.tls, state=STATE, files=vm.files, remove_disks=["0"]
         )
