@@ -197,6 +197,28 @@ def test_removed_disk_is_still_in_the_cuts_that_wait(seed: int, served: Served) 
     assert served_file(served, 1) == last
 
 
+def test_cuts_that_become_one_are_of_the_disks_of_now(seed: int, served: Served) -> None:
+    """What they held of a disk that has gone, or behind the end of one that is shorter, is nobody's any more."""
+    site = GrowingSite(seed, disks_bytes=(8 * MIB, 4 * MIB))
+    site.replicate(served)
+    site.write(4096, index=1)
+    site.machine.write(0, 8 * MIB - 4096, b"x" * 4096)
+    site.cut()
+    site.disks[0].write_zeroes(4 * MIB, 4 * MIB)
+    site.stop()
+    resize_disk(site.files, site.paths[0], 4 * MIB, clock=SYSTEM)
+    site.paths.pop()
+    site.start()
+    site.work.disks = follow(site.work.state, VM, site.disks, site.folder.folder, remove=["1"])
+    site.work.save()
+    site.machine.budget_bytes = 0
+    site.write(4096)
+    site.cut()
+    assert len(site.work.state.pending) == 1
+    site.replicate(served)
+    assert site.equals(served)
+
+
 def served_file(served: Served, index: int) -> bytes:
     """Return what a disk's file in the store holds."""
     with open_disk(OS_FILES, served.store / VM / "disks" / f"{index}.vhdx", clock=SYSTEM) as disk:

@@ -140,13 +140,18 @@ def _collapse(work: Work) -> None:
 
 
 def _mark_again(work: Work, disk_index: int, path: Path) -> None:
-    """Count all that a log holds as changed again."""
+    """Count all that a log holds as changed again, as far as the VM still has the disk, and the disk that."""
     assert work.machine is not None
+    if disk_index not in work.indexes:
+        return
+    disk_bytes = work.state.disks[disk_index].virtual_bytes
     with LogReader(work.files, path) as reader:
         for entries in reader.blocks():
-            columns = [entries[name].astype(np.int64) for name in ("byte_offset", "data_length")]
-            if len(entries):
-                work.machine.mark(disk_index, np.stack(columns, axis=1))
+            offsets = entries["byte_offset"].astype(np.int64)
+            lengths = np.minimum(entries["data_length"].astype(np.int64), disk_bytes - offsets)
+            extents = np.stack((offsets, lengths), axis=1)[lengths > 0]
+            if len(extents):
+                work.machine.mark(disk_index, extents)
 
 
 def _check_cut(work: Work) -> None:
