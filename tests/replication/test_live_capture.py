@@ -214,6 +214,19 @@ def test_cut_whose_log_is_lost_is_dropped_and_everything_looked_at(
         assert site.equal()
 
 
+def test_resync_of_disks_at_rest_compares_what_a_dropped_cut_held(site: Captured) -> None:
+    with site.running(), site.guest() as guest:
+        site.write(guest, 10)
+        site.replicate()
+        site.write(guest, 10)
+        hvreplica.cut(site.state)
+    assert hvreplica.replicate(VM, site.disks, state=site.state, resync=True, **site.link).kind == "delta"
+    assert site.equal()
+    with site.running():
+        site.replicate()
+        assert site.equal()
+
+
 def test_cut_without_capture_is_refused_before_the_first_copy(site: Captured) -> None:
     with site.running(), site.guest() as guest:
         site.write(guest, 5)

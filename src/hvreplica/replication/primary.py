@@ -122,8 +122,6 @@ class Primary:
                     self._is_cut = True
                     self._deliver(session)
             return
-        # What waits was cut by whoever tracks the disks: a comparison would read them for nothing.
-        self._is_cut = self._is_cut or bool(self._work.state.pending)
         self._catch_up()
         if not self._is_cut and (self._work.tally.kind != "initial" or self._work.state.mixed):
             # The comparison may take hours: no connection is kept open meanwhile.
@@ -135,6 +133,9 @@ class Primary:
     def _catch_up(self) -> None:
         """Finish in one session whatever is unfinished on either side."""
         with self._in_session() as session:
+            # What waits was cut by whoever tracks the disks: a comparison would read them for nothing. Only
+            # now, for a resync has dropped it.
+            self._is_cut = self._is_cut or bool(self._work.state.pending)
             if self._work.state.phase == "ready":
                 self._deliver(session)
             else:
@@ -244,7 +245,7 @@ class Primary:
                 state = self._work.state
                 state.phase, state.last_point, state.transfer = "new", None, None
                 self._work.save()
-        self._with_resync = False
+        self._with_resync = self._is_cut = False
 
     def _deliver(self, session: ReplicaSession) -> None:
         """Ship what was cut, oldest first, and have it applied."""
