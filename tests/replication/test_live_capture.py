@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from hvreplica.replication.work import Work
     from tests.replication.sites import Served
 
 MIB = 1 << 20
@@ -223,6 +224,34 @@ def test_resync_of_disks_at_rest_compares_what_a_dropped_cut_held(site: Captured
     assert hvreplica.replicate(VM, site.disks, state=site.state, resync=True, **site.link).kind == "delta"
     assert site.equal()
     with site.running():
+        site.replicate()
+        assert site.equal()
+
+
+def test_cut_that_meets_a_resync_loses_nothing(site: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the resync has marked must not be in a cut that the resync then drops."""
+    real = Machine.mark
+    cutters: list[threading.Thread] = []
+
+    def cut_if_free(work: Work) -> None:
+        if work.cutting.acquire(blocking=False):
+            work.cutting.release()
+            hvreplica.cut(site.state)
+
+    def mark(machine: Machine, index: int, extents: Any) -> None:
+        real(machine, index, extents)
+        if index == 1 and not cutters:
+            cutters.append(threading.Thread(target=cut_if_free, args=(capture._resident.runner.work,)))
+            cutters[0].start()
+            cutters[0].join()
+
+    with site.running() as capture, site.guest() as guest:
+        site.write(guest, 10)
+        site.replicate()
+        site.write(guest, 10)
+        monkeypatch.setattr(Machine, "mark", mark)
+        hvreplica.replicate(VM, state=site.state, resync=True, **site.link)
+        assert cutters
         site.replicate()
         assert site.equal()
 

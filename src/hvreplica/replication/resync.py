@@ -31,11 +31,8 @@ def resync(work: Work, session: ReplicaSession, claimed: messages.Claimed) -> No
     first = next((held.index for held in claimed.disks if held.virtual_bytes != 0), 0)
     session.ask(messages.FingerprintsRequest(first, 0, 1, BLOCK_BYTES), messages.Fingerprints)
     state = work.state
-    if work.machine is not None:
-        # What waits is dropped, and what the replica holds is no longer believed: the next cut looks at all.
-        for index, disk in zip(work.indexes, work.disks, strict=True):
-            work.machine.mark(index, np.array([[0, disk.virtual_bytes]], np.int64))
-    with work.cutting:
+    with work.cutting:  # a cut between the marks and the state would take them away, and be dropped
+        _mark_all(work)
         with work.lock:
             state.phase, state.transfer, state.last_point = "ready", None, claimed.last_point
             state.pending = []
@@ -47,6 +44,13 @@ def resync(work: Work, session: ReplicaSession, claimed: messages.Claimed) -> No
     for place in work.members:
         _fetch(work, session, place)
         work.tables[place].mark(claimed.last_point)
+
+
+def _mark_all(work: Work) -> None:
+    """Have the next cut look at all: what waits is dropped, and what the replica holds is not believed."""
+    if work.machine is not None:
+        for index, disk in zip(work.indexes, work.disks, strict=True):
+            work.machine.mark(index, np.array([[0, disk.virtual_bytes]], np.int64))
 
 
 def _fetch(work: Work, session: ReplicaSession, place: int) -> None:
