@@ -14,7 +14,7 @@ from hvreplica.clock import SYSTEM
 from hvreplica.disk import open_disk
 from hvreplica.errors import Locked, StateError, Unreachable
 from hvreplica.files import OS_FILES
-from hvreplica.replication import capture_verb
+from hvreplica.replication import capture_verb, cycle
 from hvreplica.replication.capture_verb import Capture
 from hvreplica.replication.state import StateFolder
 from tests.support.live_client import SocketGuest
@@ -223,6 +223,27 @@ def test_resync_of_disks_at_rest_compares_what_a_dropped_cut_held(site: Captured
         hvreplica.cut(site.state)
     assert hvreplica.replicate(VM, site.disks, state=site.state, resync=True, **site.link).kind == "delta"
     assert site.equal()
+    with site.running():
+        site.replicate()
+        assert site.equal()
+
+
+def test_resync_of_disks_at_rest_that_is_cut_short_leaves_all_to_be_looked_at(
+    site: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has dropped a cut whose writes no journal knows: a capture that starts next must not rely on them."""
+    with site.running(), site.guest() as guest:
+        site.write(guest, 10)
+        site.replicate()
+        site.write(guest, 10)
+        hvreplica.cut(site.state)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cycle, "cut", killed)
+        hvreplica.replicate(VM, site.disks, state=site.state, resync=True, **site.link)
     with site.running():
         site.replicate()
         assert site.equal()

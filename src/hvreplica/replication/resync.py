@@ -47,10 +47,16 @@ def resync(work: Work, session: ReplicaSession, claimed: messages.Claimed) -> No
 
 
 def _mark_all(work: Work) -> None:
-    """Have the next cut look at all: what waits is dropped, and what the replica holds is not believed."""
-    if work.machine is not None:
-        for index, disk in zip(work.indexes, work.disks, strict=True):
-            work.machine.mark(index, np.array([[0, disk.virtual_bytes]], np.int64))
+    """Have the next cut look at all: what waits is dropped, and what the replica holds is not believed.
+
+    Durable on return. Disks at rest are compared instead, but that may be cut short: a capture that starts
+    then looks at all where there are no journals.
+    """
+    if work.machine is None:
+        work.folder.remove_journals()
+        return
+    for index, disk in zip(work.indexes, work.disks, strict=True):
+        work.machine.mark(index, np.array([[0, disk.virtual_bytes]], np.int64))
 
 
 def _fetch(work: Work, session: ReplicaSession, place: int) -> None:

@@ -3,6 +3,7 @@
     state.json          PrimaryState, replaced as a whole
     lock                held while a verb works on the folder
     fingerprints/0.fp   what the replica holds of disk 0 (tracking/fingerprints.py)
+    journal/0.ij        what live tracking knows of disk 0 (capture/machine.py)
     logs/<id>.hrl       cut, not yet acknowledged: of the transfer on its way, and of those behind it
 
 Every verb writes its intention here before it acts, so that it can be killed anywhere and called again.
@@ -167,6 +168,15 @@ class StateFolder:
             self._files.unlink(self.logs / name)
         if stale:
             self._files.sync_directory(self.logs)
+
+    def remove_journals(self) -> None:
+        """Remove what live tracking knew when it ended, durably: its next start takes all for changed."""
+        folder = self.folder / "journal"
+        names = self._files.names(folder)
+        for name in names:
+            self._files.unlink(folder / name)
+        if names:
+            self._files.sync_directory(folder)
 
     def release(self) -> None:
         """Give the folder back."""
