@@ -130,7 +130,7 @@ class Prober:
 
 
 def _points(store: Path, log: Path) -> list[Point]:
-    """Return the points in their order; those that came before the first known instant are left out."""
+    """Return the points of which it is logged when they were committed, in their order."""
     durable_s = {}
     for line in log.read_text().splitlines():
         words = json.loads(line)
@@ -144,6 +144,7 @@ def _points(store: Path, log: Path) -> list[Point]:
         return [
             Point(instant_s, durable_s[point_id], applied_s is not None)
             for point_id, instant_s, applied_s in rows
+            if point_id in durable_s
         ]
 
 
