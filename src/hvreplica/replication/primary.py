@@ -253,24 +253,33 @@ class Primary:
         work.open_tables()
         work.check_tables()
         cycle.drop_unfinished(work)
+        point_id = None
         while (transfer := work.next_transfer()) is not None:
             if transfer.stage == "cut":
                 cycle.ship(work, session, transfer)
-            cycle.settle(work, transfer)
-        self._apply(session)
+            point_id = None if work.state.pending else transfer.point_id
+            with self._applying(session, point_id):
+                cycle.settle(work, transfer)
+        if point_id is None:
+            with self._applying(session, work.state.last_point or NIL):
+                pass
         send_joining(work, session)
 
-    def _apply(self, session: ReplicaSession) -> None:
-        work = self._work
-        last_point = work.state.last_point or NIL
-        if self._applied == last_point:
+    @contextlib.contextmanager
+    def _applying(self, session: ReplicaSession, point_id: uuid.UUID | None) -> Iterator[None]:
+        """Let the replica apply a point while the block runs, which asks it nothing. None: nothing to do."""
+        if point_id is None or self._applied == point_id:
+            yield
             return
+        work = self._work
         work.on_progress(Progress("apply", 0, 1))
+        session.begin(messages.Apply(point_id))
+        yield
         try:
-            session.ask(messages.Apply(last_point), messages.Applied)
+            session.finish(messages.Applied)
         except Locked as error:
             # An export holds the disks. The point is durable in the spool, further ones queue up behind it.
             _LOG.warning("the replica has the point and applies it later: %s", error)
         else:
-            self._applied = last_point
+            self._applied = point_id
         work.on_progress(Progress("apply", 1, 1))

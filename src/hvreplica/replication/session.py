@@ -102,7 +102,15 @@ class ReplicaSession:
 
     def ask(self, question: messages.Question, answer: type[_Answer]) -> _Answer:
         """Send a question and return its answer, waiting as long as the replica says that it works."""
+        self.begin(question)
+        return self.finish(answer)
+
+    def begin(self, question: messages.Question) -> None:
+        """Send a question; finish() takes its answer before anything else is asked."""
         self._control.send_message(question)
+
+    def finish(self, answer: type[_Answer]) -> _Answer:
+        """Return the answer to what begin() has sent, waiting as ask() does."""
         return self._expect(self._control, answer)
 
     def ask_either(self, question: messages.Question, *kinds: type[messages.Message]) -> messages.Message:
