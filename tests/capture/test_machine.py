@@ -214,6 +214,33 @@ def test_abandoned_machine_finds_what_changed(tmp_path: Path, form: str) -> None
     machine.close()
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_answered_writes_survive_the_death_of_the_process_without_a_flush(tmp_path: Path, form: str) -> None:
+    """A client that connects again asks for unanswered requests only, and a later flush must mean all the others."""
+    site = Site(tmp_path, sizes=[32 * MIB], form=form, block_bytes=MIB if form == "vhdx" else None)
+    rng = random.Random(11)
+    model = bytearray(32 * MIB)
+    for _ in range(6):
+        machine = site.start()
+        with Guest(machine.services[0]) as guest:
+            for _ in range(20):
+                length = rng.choice([512, 4096, 3 * MIB])
+                at = rng.randrange((len(model) - length) // 512) * 512
+                data = bytes(length) if rng.random() < 0.4 else rng.randbytes(length)
+                if rng.random() < 0.2:
+                    guest.trim(at, length)  # says nothing of what is read there, until it is written
+                if any(data):
+                    guest.write(at, data)
+                else:
+                    guest.zero(at, length)
+                model[at : at + length] = data
+        machine.abandon()
+        with open_disk(OS_FILES, site.paths[0], clock=SYSTEM) as disk:
+            held = bytearray(len(model))
+            disk.read_into(held, 0)
+        assert held == model
+
+
 def test_disk_changed_by_another_program_is_compared_as_a_whole(tmp_path: Path) -> None:
     site = Site(tmp_path, sizes=[16 * MIB])
     with site.running() as machine, Guest(machine.services[0]) as guest:

@@ -152,15 +152,20 @@ class DiskService:
             tracked.preserve(offset, length)
 
     def _write(self, offset: int, data: memoryview) -> bool:
-        """Write through the disk, which gives places to blocks; return False if a cut came between."""
+        """Write through the disk, which gives places to blocks; return False if a cut came between.
+
+        Nobody else writes until the places are in the file: a client that connects again after our death takes
+        what was answered as written, and its next flush as the promise that it lasts.
+        """
         tracked = self._tracked
-        with self._gate.writing(offset, len(data)):
+        with self._gate.closed():
             if tracked is not None:
                 if tracked.track.check(offset, len(data)) is not TrackStatus.READY:
                     return False
                 tracked.track.write(offset, data, hrl_timestamp(self._clock.now_s()))
             try:
                 self.disk.write(data, offset)
+                self.disk.publish()
             except BaseException:
                 if tracked is not None:
                     tracked.track.mark(offset, len(data))  # the disk may hold part of it
@@ -210,6 +215,8 @@ class DiskService:
             if self._read_only:
                 raise _Refused(NbdError.EPERM, "the export is read-only")
             self._zero(offset, length, keep=bool(flags & CommandFlag.NO_HOLE))
+            if command == Command.WRITE_ZEROES:
+                self.disk.publish()  # what a trimmed range reads is left open, and waits for the next flush
         if command == Command.FLUSH or flags & CommandFlag.FUA:
             self.flush()
         return pack_simple_reply_raw(cookie)

@@ -278,6 +278,10 @@ class BlockReader(ABC):
         if self._session is not None:
             self._session.flush()
 
+    def publish(self) -> None:
+        if self._session is not None:
+            self._session.publish()
+
     def close(self) -> None:
         if self._closed:
             return

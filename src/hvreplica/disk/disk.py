@@ -222,6 +222,13 @@ class Disk(Protocol):
         """Make all earlier writes durable. After a failure only close() works; open the disk again."""
         ...
 
+    def publish(self) -> None:
+        """Make all that earlier writes did show to whoever opens the file next, also if this process dies now.
+
+        Nothing more is durable for that, and it does nothing where the file says it already.
+        """
+        ...
+
     def extents(self, start: int, end: int) -> NDArray[Any]:
         """Return the ranges between `start` and `end` that may hold data, int64 (n, 2), sorted and disjoint.
 

@@ -93,6 +93,9 @@ class RawDisk:
         if self.writable:
             self._file.sync()
 
+    def publish(self) -> None:
+        """Do nothing: the file is all there is."""
+
     def extents(self, start: int, end: int) -> NDArray[np.int64]:
         end = min(end, self.virtual_bytes)
         rows = np.array(list(self._file.data_extents(start, end)), np.int64).reshape(-1, 2)

@@ -52,6 +52,10 @@ class Session(Protocol):
         """Make all that was written before durable."""
         ...
 
+    def publish(self) -> None:
+        """Put into the file what is known in memory alone: places of blocks, and which sectors count."""
+        ...
+
     def clear(self) -> None:
         """Flush, and leave the file so that any program opens it."""
         ...

@@ -247,6 +247,11 @@ class WriteSession:
                 self._failure = kept(error)
                 raise
 
+    def publish(self) -> None:
+        """Put changed entries and bitmaps into the file: by a flush, because none may be durable too early."""
+        if self._table.is_dirty or self._bitmaps.dirty_count:
+            self.flush()
+
     def _flush(self, space: Space) -> None:
         with self._lock:
             # Whoever writes from here on sets it again; whoever wrote before is covered by the sync below.

@@ -277,6 +277,11 @@ class WriteSession:
                 self._failure = kept(error)
                 raise
 
+    def publish(self) -> None:
+        """Put changed entries and pages into the file: by a flush, because none may be durable too early."""
+        if self._bat.is_dirty or self._has_dirty_pages:
+            self.flush()
+
     @property
     def _has_dirty_pages(self) -> bool:
         return self._bitmaps is not None and self._bitmaps.dirty_count > 0
