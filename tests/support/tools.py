@@ -20,6 +20,8 @@ PACKAGES = {
     "vhdiinfo": "libvhdi-utils",
     "nbdinfo": "libnbd-bin",
     "nbdcopy": "libnbd-bin",
+    "nbddump": "libnbd-bin",
+    "nbdsh": "python3-libnbd",
     "nbdkit": "nbdkit",
     "qemu-system-x86_64": "qemu-system-x86",
     "qemu-storage-daemon": "qemu-system-common",
