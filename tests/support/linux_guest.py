@@ -22,8 +22,8 @@ from tests.support.guest_packages import AGENT, KERNEL, SHELL
 from tests.support.initramfs import Initramfs, modules_in_order
 from tests.support.tools import missing, require_tool
 
-BOOT_TIMEOUT_S = 60
-COMMAND_TIMEOUT_S = 60
+BOOT_TIMEOUT_S = 180
+COMMAND_TIMEOUT_S = 120
 _MODULES = ["virtio_pci", "virtio_blk", "virtio_console", "crc32c_generic", "ext4"]
 
 # fsynced SIZE_KIB NAME: write a new file of random bytes, fsync it (in ext4 its name with it), tell name and sum.
