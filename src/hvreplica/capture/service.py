@@ -154,8 +154,8 @@ class DiskService:
     def _write(self, offset: int, data: memoryview) -> bool:
         """Write through the disk, which gives places to blocks; return False if a cut came between.
 
-        Nobody else writes until the places are in the file: a client that connects again after our death takes
-        what was answered as written, and its next flush as the promise that it lasts.
+        Nobody else writes until the places are in the file: a client that connects again after our death
+        takes what was answered as written, and its next flush as the promise that it lasts.
         """
         tracked = self._tracked
         with self._gate.closed():

@@ -223,7 +223,8 @@ class Disk(Protocol):
         ...
 
     def publish(self) -> None:
-        """Make all that earlier writes did show to whoever opens the file next, also if this process dies now.
+        """Make all that earlier writes did show to whoever opens the file next, also if this process dies
+        now.
 
         Nothing more is durable for that, and it does nothing where the file says it already.
         """

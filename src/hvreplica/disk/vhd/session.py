@@ -248,7 +248,7 @@ class WriteSession:
                 raise
 
     def publish(self) -> None:
-        """Put changed entries and bitmaps into the file: by a flush, because none may be durable too early."""
+        """Put changed entries and bitmaps into the file, by a flush: none may be durable too early."""
         if self._table.is_dirty or self._bitmaps.dirty_count:
             self.flush()
 
