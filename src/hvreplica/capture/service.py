@@ -267,6 +267,7 @@ class DiskService:
                     tracked.track.note_written()
                 if keep:
                     self._provision(offset, length)
+                    self.disk.publish()
                 else:
                     self.disk.write_zeroes(offset, length)
                 return
