@@ -124,6 +124,28 @@ def test_shrunk_disk_is_shrunk_at_the_replica(site: Site) -> None:
         site.check()
 
 
+@pytest.mark.parametrize("is_removed", [False, True], ids=["shrunk", "removed"])
+def test_cuts_that_wait_become_one_after_their_disk_became_another(site: Site, *, is_removed: bool) -> None:
+    site.add(2, 4 * MIB)
+    with site.running():
+        site.replicate()
+        site.replicate()
+        site.write(2, 20, at=MIB)
+        with SocketGuest(site.folder / "nbd.sock", "2") as guest:
+            guest.write(4 * MIB - 4096, bytes(4096))
+        hvreplica.cut(site.state)
+    if is_removed:
+        site.remove(2)
+    else:
+        site.resize(2, 2 * MIB)
+    with site.running(log_budget_bytes=4096, remove_disks=["2"] if is_removed else []):
+        site.write(0)
+        hvreplica.cut(site.state)
+        assert len(hvreplica.status(site.state).pending) == 1
+        site.replicate()
+        site.check()
+
+
 def test_added_disk_is_served_tracked_and_copied(site: Site) -> None:
     site.add(2, 5 * MIB)
     with site.running():

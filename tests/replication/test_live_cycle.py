@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+import threading
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -171,6 +172,58 @@ def test_too_many_cuts_that_wait_are_refused(site: LiveSite, monkeypatch: pytest
     with pytest.raises(StateError, match="too many"):
         site.cut()
     assert len(site.machine.cuts) == 2
+
+
+def test_cuts_that_become_one_cannot_go_their_way_meanwhile(
+    site: LiveSite, served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    site.replicate(served)
+    real = site.machine.mark
+
+    def ship_if_free() -> None:
+        """Do what the thread of the cycles does once a cut that waits was shipped."""
+        if not site.work.lock.acquire(blocking=False):
+            return
+        while (transfer := site.work.next_transfer()) is not None:
+            site.work.forget_logs(transfer)
+            site.work.state.transfer = None
+        site.work.lock.release()
+
+    def mark(index: int, extents: Any) -> None:
+        real(index, extents)
+        thread = threading.Thread(target=ship_if_free)
+        thread.start()
+        thread.join()
+
+    for _ in range(3):
+        site.write(4096)
+        site.cut()
+    monkeypatch.setattr(site.machine, "mark", mark)
+    monkeypatch.setattr(site.machine, "budget_bytes", 1)
+    site.cut()
+    assert len(site.work.state.pending) == 1
+    assert "whole disk" not in caplog.text
+    monkeypatch.undo()
+    site.replicate(served)
+    assert site.equals(served)
+
+
+def test_waiting_cut_whose_log_is_damaged_does_not_stop_later_ones(
+    site: LiveSite, served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    site.replicate(served)
+    for _ in range(2):
+        site.write(4096)
+        site.cut()
+    path = site.folder.log_path(site.work.state.pending[0].logs[0].log_id)
+    with contextlib.closing(site.files.open(path, writable=True)) as file:
+        file.write(bytes(512), 0)
+    site.machine.budget_bytes = 1
+    site.cut()
+    assert "looks at the whole disk 0" in caplog.text
+    site.machine.budget_bytes = 1 << 50
+    site.replicate(served)
+    assert site.equals(served)
 
 
 def test_server_that_was_away_gets_all_cuts_later(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hvreplica.errors import InvalidTransition, StateError
+from hvreplica.errors import FormatError, InvalidTransition, NotClosed, StateError
 from hvreplica.hrl import LogReader, LogWriter
 from hvreplica.replication import cycle
 from hvreplica.replication.shape import differs, point_disks
@@ -117,41 +117,45 @@ def _collapse(work: Work) -> None:
     """
     machine = work.machine
     assert machine is not None
-    with work.lock:
+    with work.lock:  # until they are dropped: the logs of a cut that goes its way may be written over
         waiting = list(work.state.pending)
-    held_bytes = sum(log.log_bytes for transfer in waiting for log in transfer.logs)
-    if held_bytes <= machine.budget_bytes:
-        return
-    _LOG.warning(
-        "%d cuts that wait have %d bytes of logs, more than %d: they become one with the next cut",
-        len(waiting),
-        held_bytes,
-        machine.budget_bytes,
-    )
-    for transfer in waiting:
-        for log in transfer.logs:
-            _mark_again(work, log.disk_index, work.folder.log_path(log.log_id))
-    with work.lock:
-        # One may be on its way by now; that it is marked as well does no harm.
-        dropped = [transfer for transfer in waiting if transfer in work.state.pending]
-        work.state.pending = [transfer for transfer in work.state.pending if transfer not in dropped]
+        held_bytes = sum(log.log_bytes for transfer in waiting for log in transfer.logs)
+        if held_bytes <= machine.budget_bytes:
+            return
+        _LOG.warning(
+            "%d cuts that wait have %d bytes of logs, more than %d: they become one with the next cut",
+            len(waiting),
+            held_bytes,
+            machine.budget_bytes,
+        )
+        paths = []
+        for log in (log for transfer in waiting for log in transfer.logs):
+            paths.append(work.folder.log_path(log.log_id))
+            if log.disk_index in work.indexes:  # else the disk has left since
+                _mark_again(work, log.disk_index, paths[-1])
+        work.state.pending = []
         work.save()
-    machine.recycle(work.folder.log_path(log.log_id) for transfer in dropped for log in transfer.logs)
+    machine.recycle(paths)
 
 
 def _mark_again(work: Work, disk_index: int, path: Path) -> None:
-    """Count all that a log holds as changed again, as far as the VM still has the disk, and the disk that."""
+    """Count all that a log holds as changed again; the whole disk, where the log cannot be read."""
     assert work.machine is not None
     if disk_index not in work.indexes:
-        return
+        return  # the VM no longer has it
     disk_bytes = work.state.disks[disk_index].virtual_bytes
-    with LogReader(work.files, path) as reader:
-        for entries in reader.blocks():
-            offsets = entries["byte_offset"].astype(np.int64)
-            lengths = np.minimum(entries["data_length"].astype(np.int64), disk_bytes - offsets)
-            extents = np.stack((offsets, lengths), axis=1)[lengths > 0]
-            if len(extents):
-                work.machine.mark(disk_index, extents)
+    try:
+        with LogReader(work.files, path) as reader:
+            for entries in reader.blocks():
+                starts = entries["byte_offset"].astype(np.int64)
+                # The log may be of a time before the disk became shorter.
+                lengths = np.minimum(entries["data_length"].astype(np.int64), disk_bytes - starts)
+                extents = np.stack((starts, lengths), axis=1)[lengths > 0]
+                if len(extents):
+                    work.machine.mark(disk_index, extents)
+    except (FileNotFoundError, FormatError, NotClosed) as error:
+        _LOG.warning("the next cut looks at the whole disk %d: %s", disk_index, error)
+        work.machine.mark(disk_index, np.array([[0, disk_bytes]], np.int64))
 
 
 def _check_cut(work: Work) -> None:
