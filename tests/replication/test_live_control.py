@@ -114,6 +114,17 @@ def test_fatal_error_stops_the_loop_until_resumed(
     assert owned.ask("status").replication_state == "Replicating"
 
 
+def test_cycle_that_the_replica_does_not_allow_stops_the_loop(
+    owned: Owned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise InvalidTransition("disk 1 belongs to the newest point")
+
+    monkeypatch.setattr(primary.Primary, "_deliver", refuse)
+    assert owned.loop.step() is None
+    assert owned.ask("status").replication_state == "Error"
+
+
 def test_cycle_that_somebody_asks_for_mends_the_loop(owned: Owned, served: Served) -> None:
     owned.loop.step()
     address = served.address

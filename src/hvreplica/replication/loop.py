@@ -222,10 +222,9 @@ class CycleLoop:
         try:
             until_s = self._clock.monotonic_s() + (self.interval_s or _JOINING_S)
             self._runner.run(is_due=lambda: self._clock.monotonic_s() >= until_s)
-        except InvalidTransition:  # paused meanwhile
-            return self.wait_s()
         except Exception as error:
-            if not self._stopping:
+            is_pause = isinstance(error, InvalidTransition) and self._work.state.paused
+            if not (is_pause or self._stopping):
                 self._failed(kept(error))
         else:
             with self._lock:
