@@ -81,9 +81,12 @@ class Control:
                 return self.replicate(_checked(arguments, ReplicateRequest), tell)
             case "status" | "pause" | "resume" | "reset-statistics":
                 _checked(arguments, NoArguments)
-                {"pause": self.pause, "resume": self.resume, "reset-statistics": self.reset}.get(
-                    verb, lambda: None
-                )()
+                if verb == "pause":
+                    self.pause()
+                elif verb == "resume":
+                    self.resume()
+                elif verb == "reset-statistics":
+                    self.reset()
                 return self.status()
             case _:
                 raise ProtocolViolation(
