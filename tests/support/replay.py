@@ -244,8 +244,10 @@ class _Reader:
             self._recording.refused.append(f"removed folder {path}")
         elif kind == "mkdir":
             self._add(Event("mkdir", path))
-        elif kind == "unlink":
+        elif kind == "unlink" and path in names:  # else a socket or a link, which is no content of anybody's
             self._add(Event("unlink", path, names[path]))
+        elif kind == "unlink":
+            return
         elif path in names:
             self._add(Event("rename", path, names[path], target=Path(target)))
         else:
