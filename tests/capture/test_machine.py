@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import random
 import struct
 import threading
@@ -379,3 +380,42 @@ def test_mark_that_meets_a_cut_stays_in_the_journal(tmp_path: Path, monkeypatch:
         tracked.journal.settle()
     assert tracked.journal.regions().tolist() == [[20 * MIB, 4 * MIB]]
     machine.abandon()
+
+
+def test_disk_that_was_put_back_from_a_copy_after_a_crash_is_compared(tmp_path: Path) -> None:
+    """The copy was made while the disk was in use: its DataWriteGuid is the recorded one."""
+    site = Site(tmp_path, sizes=[16 * MIB])
+    machine = site.start()
+    with Guest(machine.services[0]) as guest:
+        guest.flush()
+        copy = tmp_path / "put-back.vhdx"
+        copy.write_bytes(site.paths[0].read_bytes())
+        guest.write(8 * MIB, random_data(4096))
+        site.cycle(machine)
+    machine.abandon()
+    copy.replace(site.paths[0])
+    with site.running() as machine:
+        assert "another file" in machine.status()[0].judgement
+        site.cycle(machine)
+        assert site.copy_of(0) == site.disk_of(machine, 0)
+
+
+def test_structures_of_a_vhdx_have_their_blocks_before_a_guest_writes(tmp_path: Path) -> None:
+    site = Site(tmp_path, sizes=[16 * MIB])
+    with site.running():
+        descriptor = os.open(site.paths[0], os.O_RDONLY)
+        try:
+            for start in (1 * MIB, 3 * MIB):  # the log, and the BAT
+                assert os.lseek(descriptor, start, os.SEEK_HOLE) >= start + MIB
+        finally:
+            os.close(descriptor)
+
+
+def test_logs_are_not_kept_where_room_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Site(tmp_path, sizes=[16 * MIB])
+    with site.running() as machine, Guest(machine.services[0]) as guest:
+        monkeypatch.setattr(machine._folder._files, "free_bytes", lambda _: 4096, raising=False)
+        for _ in range(3):
+            guest.write(0, random_data(64 * KIB))
+            site.cycle(machine)
+        assert not list((tmp_path / "state" / "spare").iterdir())

@@ -82,6 +82,17 @@ def test_fatal_error_stops_until_resumed() -> None:
     assert (schedule.is_stopped, schedule.start_s, schedule.begin(1000)) == (False, 1000, 0)
 
 
+def test_continuous_cycles_try_again_within_seconds() -> None:
+    schedule = Schedule(None, now_s=0)
+    now_s, waits = 0.0, []
+    for _ in range(8):
+        schedule.begin(now_s)
+        schedule.fail(now_s, is_fatal=False)
+        waits.append(schedule.start_s - now_s)
+        now_s = schedule.start_s
+    assert waits == [1, 2, 4, 8, 15, 30, 60, 60]
+
+
 def test_continuous_cycles_have_a_pause_and_miss_none() -> None:
     schedule = Schedule(None, now_s=0)
     assert schedule.begin(0) == 0

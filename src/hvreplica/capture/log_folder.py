@@ -13,6 +13,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from hvreplica.hrl import LogWriter
+from hvreplica.units import MIB
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -24,13 +25,25 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("hvreplica.capture")
 _SPARE_COUNT_MAX = 8
+_FREE_BYTES_MIN = 16 * MIB  # with less than this no file is kept for its blocks
+
+
+def remove_loose_logs(files: FileSystem, state: Path) -> None:
+    """Remove logs that nobody needs after a start: they may be what fills the file system of the state.
+
+    What a crash left open is worth nothing, the journal knows more; spare files are only faster than new
+    ones.
+    """
+    for folder in (state / "open", state / "spare"):
+        for name in files.names(folder):
+            files.unlink(folder / name)
 
 
 class LogFolder:
     """The three folders of one VM. Any thread may call."""
 
     def __init__(self, files: FileSystem, state: Path, clock: Clock, *, spare_bytes_max: int) -> None:
-        """Make the folders where absent; what a crash left in open/ becomes spare."""
+        """Make the folders where absent. remove_loose_logs() comes before, while room may be short."""
         self._files = files
         self._clock = clock
         self._lock = threading.Lock()
@@ -40,7 +53,6 @@ class LogFolder:
         self._spare_bytes_max = spare_bytes_max
         for folder in (self.closed, self._open, self._spare):
             files.make_directory(folder)
-        self.recycle(self._open / name for name in files.names(self._open))
 
     def create(self, data_write_guid: UUID | None) -> LogWriter:
         """Return a new open log, in a spare file where there is one."""
@@ -83,7 +95,12 @@ class LogFolder:
         if not self._files.exists(path):
             return  # it was closed, and has another name now
         size_bytes = self._size(path)
-        if len(spare) >= _SPARE_COUNT_MAX or sum(spare.values()) + size_bytes > self._spare_bytes_max:
+        is_short = self._files.free_bytes(self._spare) < size_bytes + _FREE_BYTES_MIN
+        if (
+            is_short
+            or len(spare) >= _SPARE_COUNT_MAX
+            or sum(spare.values()) + size_bytes > self._spare_bytes_max
+        ):
             self._files.unlink(path)
         else:
             self._files.replace(path, self._spare / path.name)

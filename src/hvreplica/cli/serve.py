@@ -129,16 +129,23 @@ def run_until_signal(server: StoppableServer, ready: Callable[[], None]) -> int:
 
 @contextlib.contextmanager
 def _signals_written(writer: int) -> Iterator[None]:
-    """Write each signal's number to the pipe while the block runs; an ignored signal stays ignored."""
+    """Write each signal's number to the pipe while the block runs; an ignored signal stays ignored.
 
-    def tell(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the system calls it so
-        os.write(writer, bytes([number]))
+    The interpreter's C code writes it, as the signal comes: a handler of ours would run only once the main
+    thread is back from the read that waits for this very byte.
+    """
+
+    def handled(number: int, frame: FrameType | None) -> None:
+        """Do nothing: the number is in the pipe."""
 
     numbers = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, tell) for number in numbers}
+    os.set_blocking(writer, False)
+    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    before = {number: signal.signal(number, handled) for number in numbers}
     try:
         yield
     finally:
+        signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
             signal.signal(number, handler)
 

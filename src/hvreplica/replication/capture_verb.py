@@ -17,6 +17,7 @@ import numpy as np
 from hvreplica.address import parse_address
 from hvreplica.capture.export import ExportInfo
 from hvreplica.capture.listen import NbdListener
+from hvreplica.capture.log_folder import remove_loose_logs
 from hvreplica.capture.machine import Machine, Slot
 from hvreplica.clock import SYSTEM
 from hvreplica.disk import open_disk
@@ -281,6 +282,7 @@ def _abandoned(disks: list[Disk]) -> Callable[..., None]:
 
 
 def _track(work: Work, stack: contextlib.ExitStack, log_budget_bytes: int | None) -> Machine:
+    remove_loose_logs(work.files, work.folder.folder)
     known = work.folder.load()
     # Where the folder knows the VM, something may be built upon what the disks were when it was left.
     has_base = known is not None and known.relationship_id == work.state.relationship_id

@@ -3,6 +3,7 @@
 due ── begin ── end       in time: the next one is due one interval after this one was
                 end late  every time at which one was due meanwhile is missed, the next begins at once
                 error     again after 1, 2, 4, 8, 10 minutes, then every 30; what is due meanwhile is missed
+                          (back to back: after 1, 2, 4, 8, 15, 30 seconds, then every minute)
                 fatal     never, until somebody resumes
 """
 
@@ -11,6 +12,9 @@ from __future__ import annotations
 CONTINUOUS_PAUSE_S = 0.2  # between the beginnings of two cycles, where no interval is set
 RETRY_AFTER_S = (60.0, 120.0, 240.0, 480.0, 600.0)
 RETRY_EVERY_S = 1800.0
+# Where a point is meant to be a second old, a line that blinked must not cost a minute.
+CONTINUOUS_RETRY_AFTER_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
+CONTINUOUS_RETRY_EVERY_S = 60.0
 
 
 class Schedule:
@@ -55,8 +59,10 @@ class Schedule:
     def fail(self, now_s: float, *, is_fatal: bool) -> int:
         """Take note that the cycle failed; return how many were missed while it ran."""
         self.is_stopped = is_fatal
-        ladder = RETRY_AFTER_S
-        wait_s = ladder[self._failure_count] if self._failure_count < len(ladder) else RETRY_EVERY_S
+        is_continuous = self._interval_s is None
+        ladder: tuple[float, ...] = CONTINUOUS_RETRY_AFTER_S if is_continuous else RETRY_AFTER_S
+        every_s = CONTINUOUS_RETRY_EVERY_S if is_continuous else RETRY_EVERY_S
+        wait_s = ladder[self._failure_count] if self._failure_count < len(ladder) else every_s
         self._failure_count += 1
         self._retry_s = now_s + wait_s
         return self._advance(now_s)

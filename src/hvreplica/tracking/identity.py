@@ -5,7 +5,7 @@ should not be compared, which reads all of it.
 
     stopped  format      the same if
     clean    any         DataWriteGuid, length, mtime and inode are equal
-    unclean  vhdx        the DataWriteGuid is the recorded one, or the one it was about to get
+    unclean  vhdx        the inode is equal, and the DataWriteGuid is the recorded one or the one to come
     unclean  raw         length, inode and file system are equal
     unclean  vhd         inode and file system are equal, and it is not shorter
 
@@ -70,6 +70,9 @@ def judge(
     if was_clean:
         return _judge_clean(recorded, now)
     if disk_format == "vhdx":
+        if now.inode != recorded.inode:  # perhaps a copy that was made while the disk was in use
+            reason = f"it is another file: inode {now.inode}, not {recorded.inode}"
+            return Judgement(Verdict.CHANGED, reason)
         return Judgement(Verdict.SAME, "its DataWriteGuid is the recorded one")
     return _judge_by_file(recorded, now, may_grow=disk_format == "vhd")
 

@@ -12,6 +12,7 @@ from hvreplica.disk.vhdx.parent import VhdxParentReference
 from hvreplica.disk.vhdx.relink import locator_change
 from hvreplica.disk.vhdx.session import WriteSession
 from hvreplica.formats.vhdx_bat import has_place
+from hvreplica.units import MIB
 
 if TYPE_CHECKING:
     import uuid
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from hvreplica.disk.vhdx.headers import Headers
     from hvreplica.disk.vhdx.image import Image
     from hvreplica.files import BlockFile
+
+_RESERVED_BAT_BYTES = 8 * MIB
 
 
 class VhdxParts(NamedTuple):
@@ -112,7 +115,31 @@ class VhdxDisk(BlockDisk):
     def direct(self, *, data_write_guid: uuid.UUID | None = None) -> Direct:
         if data_write_guid is not None and self.writable:
             self.identify(data_write_guid)
-        return super().direct()
+        direct = super().direct()
+        if self.writable:
+            self._reserve_structures()
+        return direct
+
+    def _reserve_structures(self) -> None:
+        """Give the log and the BAT the blocks that their holes lack, so that no flush fails for want of room.
+
+        A hole is written as the zeros that it reads as. Of a very long BAT, of which little is ever used,
+        only the start. Raises: OSError with ENOSPC.
+        """
+        headers = self._headers.current
+        ranges = (
+            (headers.log_offset, headers.log_length),
+            (self._image.bat.file_offset, min(self._image.bat.length, _RESERVED_BAT_BYTES)),
+        )
+        zeros = bytes(MIB)
+        for start, length in ranges:
+            at = start
+            for offset, held in [*self._file.data_extents(start, start + length), (start + length, 0)]:
+                while at < offset:
+                    count = min(offset - at, MIB)
+                    self._file.write(memoryview(zeros)[:count], at)
+                    at += count
+                at = max(at, offset + held)
 
     def relink(self, linkages: Sequence[uuid.UUID], relative_path: str | None = None) -> None:
         """Make the parent's locator name these identities, one or two, and another path, durably and at once.
