@@ -21,7 +21,7 @@ from hvreplica.errors import (
     StateError,
     Unreachable,
 )
-from hvreplica.replication import control, live_verbs, primary
+from hvreplica.replication import control, live, live_verbs, primary
 from hvreplica.replication.bookkeeping import Bookkeeper
 from hvreplica.replication.control import Control
 from hvreplica.replication.loop import CycleLoop, CycleRunner
@@ -193,6 +193,13 @@ def test_cut_with_a_guest_that_does_not_freeze_is_none(
 ) -> None:
     owned.site.replicate(served)
     order: list[str] = []
+    free: list[bool] = []
+    cutting = owned.site.work.cutting
+
+    def look() -> None:
+        free.append(cutting.acquire(blocking=False))
+        if free[-1]:
+            cutting.release()
 
     class Agent:
         def __init__(self, path: str, **_: object) -> None:
@@ -201,17 +208,25 @@ def test_cut_with_a_guest_that_does_not_freeze_is_none(
         @contextlib.contextmanager
         def frozen(self, *, limit_s: float) -> Iterator[int]:
             order.append(f"freeze {limit_s:g}")
+            thread = threading.Thread(target=look)
+            thread.start()
+            thread.join()
             yield 3
             order.append("thaw")
             if failing:
                 raise FreezeFailed("the guest was thawed too early")
 
+    def collapse(_: object) -> None:
+        order.append("collapse")
+
     failing = False
     monkeypatch.setattr(control, "GuestAgent", Agent)
+    monkeypatch.setattr(live, "_collapse", collapse)
     owned.site.machine.on_cut = lambda: order.append("instant")
     owned.site.write(4096)
     assert owned.ask("cut", freeze="/agent", freeze_limit_s=2.0).frozen == 3
-    assert order == ["/agent", "freeze 2", "instant", "thaw"]
+    assert order == ["collapse", "/agent", "freeze 2", "instant", "thaw"]
+    assert free == [False], "a frozen guest waits for no other cut"
     failing = True
     owned.site.write(4096)
     with pytest.raises(FreezeFailed):

@@ -107,15 +107,17 @@ class Control:
         frozen: list[int] = []
         with contextlib.ExitStack() as held:
 
+            def freeze() -> None:
+                if request.freeze is not None:
+                    agent = GuestAgent(request.freeze, clock=work.clock)
+                    frozen.append(held.enter_context(agent.frozen(limit_s=request.freeze_limit_s)))
+
             def go_on() -> None:
                 held.close()  # raises where the guest did not stand still until now
                 tell({"instant": iso_time(work.clock.now_s())})
 
             try:
-                if request.freeze is not None:
-                    agent = GuestAgent(request.freeze, clock=work.clock)
-                    frozen.append(held.enter_context(agent.frozen(limit_s=request.freeze_limit_s)))
-                recorded = cut_live(work, on_instant=go_on)
+                recorded = cut_live(work, on_ready=freeze, on_instant=go_on)
             except (FreezeFailed, Unreachable):
                 self._runner.book.freeze_failed()
                 raise

@@ -43,10 +43,16 @@ class RecordedCut:
     entries: tuple[int, ...]
 
 
-def cut_live(work: Work, *, on_instant: Callable[[], None] | None = None) -> RecordedCut:
+def cut_live(
+    work: Work,
+    *,
+    on_ready: Callable[[], None] = lambda: None,
+    on_instant: Callable[[], None] | None = None,
+) -> RecordedCut:
     """Cut all disks at one instant and record the logs behind those that wait; durable on return.
 
-    on_instant: called as soon as the guest may write again; what it raises undoes the cut.
+    on_ready: called when no other cut and nothing that takes long is left before the instant, to freeze the
+    guest; what it raises is the end of the call. on_instant: called as soon as the guest may write again; what it raises undoes the cut.
     Raises: InvalidTransition while the initial replication reads the disks, StateError where too much waits,
     OSError; what changed then counts as changed still.
     """
@@ -56,7 +62,9 @@ def cut_live(work: Work, *, on_instant: Callable[[], None] | None = None) -> Rec
         _collapse(work)
         _check_cut(work)
         last = previous_log_ids(work.state)
-        cut = machine.cut([last[index] for index in work.indexes], known=_known(work), on_instant=on_instant)
+        known = _known(work)
+        on_ready()
+        cut = machine.cut([last[index] for index in work.indexes], known=known, on_instant=on_instant)
         in_point = {disk.index for disk in point_disks(work.state)}
         logs = [log for log in cut.logs if log.disk_index in in_point]
         entries = tuple(log.entries for log in logs)
