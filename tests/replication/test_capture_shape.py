@@ -161,6 +161,19 @@ def test_added_disk_is_served_tracked_and_copied(site: Site) -> None:
         site.check()
 
 
+def test_cuts_before_the_copy_of_an_added_disk_leave_no_log_of_it(site: Site) -> None:
+    site.add(2, 5 * MIB)
+    with site.running():
+        site.write(2, 20)
+        for _ in range(3):
+            site.write(0, 1)
+            hvreplica.cut(site.state)
+        assert len(list((site.state / "logs").iterdir())) == 3
+        site.replicate()
+        site.replicate()
+        site.check()
+
+
 def test_added_disk_whose_process_ends_in_between_loses_no_write(site: Site) -> None:
     site.add(2, 5 * MIB)
     with site.running():

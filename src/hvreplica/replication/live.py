@@ -77,6 +77,7 @@ def cut_live(
             machine.give_back(cut)
             raise
         machine.settle(cut)
+        machine.recycle(log.path for log in cut.logs if log.disk_index not in in_point)
         return RecordedCut(cut.instant_s, cut.held_us, transfer, entries or (0,) * (transfer is not None))
 
 
