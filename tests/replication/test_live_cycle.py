@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tests.replication.sites import Served
+    from tests.support.fake_machine import FakeCut
 
 
 @pytest.fixture
@@ -160,6 +161,26 @@ def test_cut_that_cannot_be_recorded_counts_as_changed_again(
     assert len(site.machine.given_back) == 1
     assert not site.work.state.pending
     assert site.replicate(served).kind == "delta"
+    assert site.equals(served)
+
+
+def test_recorded_cut_stands_where_tracking_cannot_forget_it(
+    site: LiveSite, served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    site.replicate(served)
+    site.write(20 * 4096)
+    real = site.machine.settle
+
+    def settle(cut: FakeCut) -> None:
+        real(cut)
+        raise OSError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(site.machine, "settle", settle)
+        recorded = site.cut()
+    assert "full" in caplog.text
+    assert site.work.state.pending == [recorded.transfer]
+    site.replicate(served)
     assert site.equals(served)
 
 

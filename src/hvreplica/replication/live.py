@@ -76,8 +76,11 @@ def cut_live(
         except BaseException:
             machine.give_back(cut)
             raise
-        machine.settle(cut)
-        machine.recycle(log.path for log in cut.logs if log.disk_index not in in_point)
+        try:
+            machine.settle(cut)
+            machine.recycle(log.path for log in cut.logs if log.disk_index not in in_point)
+        except OSError as error:  # it is recorded all the same; what tracking did not forget is read again
+            _LOG.warning("tracking could not take note of a cut: %s", error)
         return RecordedCut(cut.instant_s, cut.held_us, transfer, entries or (0,) * (transfer is not None))
 
 
