@@ -192,8 +192,9 @@ def test_capture_that_was_killed_before_anything_was_shipped_forgets_nothing(
         assert copy.read_bytes() == site.models[0]
 
 
+@pytest.mark.parametrize("is_other", [False, True], ids=["gone", "written-over"])
 def test_cut_whose_log_is_lost_is_dropped_and_everything_looked_at(
-    site: Captured, caplog: pytest.LogCaptureFixture
+    site: Captured, caplog: pytest.LogCaptureFixture, *, is_other: bool
 ) -> None:
     with site.running(), site.guest() as guest:
         site.write(guest, 30)
@@ -204,7 +205,11 @@ def test_cut_whose_log_is_lost_is_dropped_and_everything_looked_at(
     folder = StateFolder(OS_FILES, site.state, clock=SYSTEM)
     state = folder.load()
     assert state is not None
-    folder.log_path(state.pending[1].logs[0].log_id).unlink()
+    lost, other = (folder.log_path(transfer.logs[0].log_id) for transfer in state.pending[1:])
+    if is_other:
+        lost.write_bytes(other.read_bytes())
+    else:
+        lost.unlink()
     folder.release()
     with site.running():
         assert "is lost" in caplog.text

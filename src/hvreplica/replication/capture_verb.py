@@ -21,7 +21,9 @@ from hvreplica.capture.log_folder import remove_loose_logs
 from hvreplica.capture.machine import Machine, Slot
 from hvreplica.clock import SYSTEM
 from hvreplica.disk import open_disk
+from hvreplica.errors import FormatError
 from hvreplica.files import OS_FILES
+from hvreplica.hrl import log_info
 from hvreplica.progress import quiet
 from hvreplica.replication.bookkeeping import Bookkeeper
 from hvreplica.replication.cycle import drop_unfinished
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from hvreplica.clock import Clock
     from hvreplica.disk import Disk
     from hvreplica.files import FileSystem
+    from hvreplica.replication.state import CutLog
     from hvreplica.replication.work import Link
 
     PathLike = str | os.PathLike[str]
@@ -194,16 +197,14 @@ class Capture:
 def forget_lost_cuts(work: Work) -> None:
     """Drop cuts that wait from the first on whose log is not there, and count the whole disks as changed.
 
-    So it is where recording a cut failed after its state had reached the disk: the cut was given back then.
+    So it is where recording a cut failed after its state had reached the disk: the cut was given back then,
+    and its log may have been written over.
     """
     for number, transfer in enumerate(work.state.pending):
-        lost = [
-            path
-            for path in (work.folder.log_path(log.log_id) for log in transfer.logs)
-            if not work.files.exists(path)
-        ]
+        lost = [log for log in transfer.logs if not _is_there(work, log)]
         if lost:
-            _LOG.warning("%s is lost: the next cut looks at the whole disks", lost[0])
+            path = work.folder.log_path(lost[0].log_id)
+            _LOG.warning("%s is lost: the next cut looks at the whole disks", path)
             assert work.machine is not None
             for index, disk in zip(work.indexes, work.disks, strict=True):
                 work.machine.mark(index, np.array([[0, disk.virtual_bytes]], np.int64))
@@ -211,6 +212,16 @@ def forget_lost_cuts(work: Work) -> None:
                 del work.state.pending[number:]
                 work.save()
             return
+
+
+def _is_there(work: Work, log: CutLog) -> bool:
+    """Return whether the file of a log is that log, closed, with the end that was recorded."""
+    try:
+        found = log_info(work.files, work.folder.log_path(log.log_id))
+    except (FileNotFoundError, FormatError):
+        return False
+    is_whole = found.closed and found.file_bytes >= found.log_bytes
+    return is_whole and (found.log_id, found.log_bytes) == (str(log.log_id), log.log_bytes)
 
 
 def _places(socket: PathLike | None, tcp: str | None) -> list[Path | Address]:
