@@ -246,10 +246,9 @@ def test_resync_of_disks_at_rest_that_is_cut_short_leaves_all_to_be_looked_at(
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(cycle, "cut", killed)
-        with pytest.raises(KeyboardInterrupt):
-            hvreplica.replicate(VM, site.disks, state=site.state, resync=True, **site.link)
+    monkeypatch.setattr(cycle, "cut", killed)
+    with pytest.raises(KeyboardInterrupt):
+        hvreplica.replicate(VM, site.disks, state=site.state, resync=True, **site.link)
     with site.running():
         site.replicate()
         assert site.equal()

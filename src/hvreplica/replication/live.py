@@ -52,9 +52,9 @@ def cut_live(
     """Cut all disks at one instant and record the logs behind those that wait; durable on return.
 
     on_ready: called when no other cut and nothing that takes long is left before the instant, to freeze the
-    guest; what it raises is the end of the call. on_instant: called as soon as the guest may write again; what it raises undoes the cut.
-    Raises: InvalidTransition while the initial replication reads the disks, StateError where too much waits,
-    OSError; what changed then counts as changed still.
+    guest; what it raises ends the call. on_instant: called as soon as the guest may write again; what it
+    raises undoes the cut. Raises: InvalidTransition while the initial replication reads the disks, StateError
+    where too much waits, OSError; what changed then counts as changed still.
     """
     machine = work.machine
     assert machine is not None
