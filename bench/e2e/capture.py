@@ -117,7 +117,7 @@ def run(*, smoke: bool) -> Report:
         report.figures.append(Figure("skipped", f"needs {', '.join(absent)}"))
         return report
     with scratch() as folder:
-        bench = Bench(folder, 16 * MIB if smoke else GIB, 0.2 if smoke else 3.0)
+        bench = Bench(folder, 16 * MIB if smoke else GIB, 0.2 if smoke else 2.0)
         images = bench.images()
         runs = 1 if smoke else 3
         for name, rw, block, depth, goals in _WORKS:
