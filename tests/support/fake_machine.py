@@ -255,7 +255,12 @@ class FakeMachine:
         with writer:
             for disk_offset, data in epoch.writes:
                 writer.append(np.array([[disk_offset, len(data)]], np.int64), data)
-            for start, end in unlogged_ranges(epoch.grains, content, known):
+            logged = {
+                grain
+                for disk_offset, data in epoch.writes
+                for grain in range(disk_offset // _GRAIN_BYTES, -(-(disk_offset + len(data)) // _GRAIN_BYTES))
+            }
+            for start, end in unlogged_ranges(epoch.grains, content, known, logged):
                 writer.append(np.array([[start, end - start]], np.int64), content[start:end])
             summary = writer.close()
         if not summary.entries:
@@ -272,13 +277,16 @@ class FakeMachine:
 
 
 def unlogged_ranges(
-    grains: set[int], content: bytes, known: FingerprintTable | None
+    grains: set[int], content: bytes, known: FingerprintTable | None, logged: set[int]
 ) -> list[tuple[int, int]]:
-    """Return the (start, end) of what a cut reads from the disk: grains, without the blocks that are known."""
+    """Return the (start, end) of what a cut reads from the disk: grains, without the blocks that are known.
+
+    Where the log has something of a grain, the replica will not hold what is known: nothing is left out.
+    """
     ranges = []
     for grain in sorted(grains):
         start, end = grain * _GRAIN_BYTES, min((grain + 1) * _GRAIN_BYTES, len(content))
-        if known is None:
+        if known is None or grain in logged:
             ranges.append((start, end))
             continue
         rows = native.fingerprints(np.frombuffer(content[start:end], np.uint8), known.block_bytes)
