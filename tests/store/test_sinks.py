@@ -468,7 +468,7 @@ def test_log_that_writes_beyond_the_disk_is_refused(primary: Primary, ready: VmR
     larger = Primary(FakeClock(seed=8), [small_disk(0, 8), small_disk(1, 2)])
     larger.last_point = guid(100)
     larger.write(0, 6 * MIB, b"z" * 512)
-    cycle = larger.cut()
+    cycle = dataclasses.replace(larger.cut(), disks=primary.image())  # said to be of the disk's own size
     sink = shipping(primary, ready, cycle)
     send_logs(sink, cycle)
     with pytest.raises(FormatError):
