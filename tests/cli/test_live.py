@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -226,3 +227,22 @@ def test_verbs_without_a_state_say_so(invoke: Callable[..., Run], tmp_path: Path
     run = invoke(verb, "--state", tmp_path / "absent", "--json")
     assert (run.code, run.error["class"]) == (60, "StateError")
     assert not os.path.exists(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("--vm", "v"), 60, "does not know the VM's disks"),
+        (("--vm", "a\nb", "--disk", "x.vhdx"), 2, "printable"),
+        (("--vm", "v", *(word for n in range(65) for word in ("--disk", f"{n}.vhdx"))), 2, "64 disks"),
+    ],
+    ids=["no disk", "name", "65 disks"],
+)
+def test_capture_that_is_called_wrongly_is_no_bug(
+    tmp_path: Path, words: tuple[str, ...], code: int, said: str
+) -> None:
+    command = [sys.executable, "-m", "hvreplica", "capture", *words, "--socket", "s", "--state", "st"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    assert said in done.stderr
+    assert "bug" not in done.stderr
+    assert done.returncode == code

@@ -136,20 +136,17 @@ class DiskService:
         try:
             if connection.reason is NbdReason.PLACE:
                 return self._write(offset, connection.piece)
-            self._ready(connection.reason is NbdReason.ARM, offset, length)
+            tracked = self._require_tracked()
+            if connection.reason is NbdReason.ARM:
+                tracked.arm(offset, length)
+            else:
+                tracked.preserve(offset, length)
         except (OSError, HvReplicaError) as error:
             self._report(error, "write", offset)
             connection.fail(_told(error))
             kept(error)
             return True
         return False
-
-    def _ready(self, arm: bool, offset: int, length: int) -> None:  # noqa: FBT001 - one of two reasons
-        tracked = self._require_tracked()
-        if arm:
-            tracked.arm(offset, length)
-        else:
-            tracked.preserve(offset, length)
 
     def _write(self, offset: int, data: memoryview) -> bool:
         """Write through the disk, which gives places to blocks; return False if a cut came between.

@@ -153,15 +153,12 @@ def _tell_running(output: Output, metrics: str | None) -> None:
 
 def check_disks(vm: str, disks: tuple[Path, ...]) -> None:
     """Refuse a VM's name and disks that cannot be. Raises: UsageError."""
-    from hvreplica.formats.messages import VM_NAME_CHARS_MAX  # noqa: PLC0415 - as above
+    from hvreplica.replication.opening import check_vm  # noqa: PLC0415 - as above
 
-    context = click.get_current_context()
-    if not 1 <= len(vm) <= VM_NAME_CHARS_MAX:
-        message = f"a VM's name has 1 to {VM_NAME_CHARS_MAX} characters"
-        raise click.UsageError(message, context)
-    if len({disk.absolute() for disk in disks}) != len(disks):
-        message = "a disk is named twice"
-        raise click.UsageError(message, context)
+    try:
+        check_vm(vm, disks)
+    except ValueError as error:
+        raise click.UsageError(str(error), click.get_current_context()) from None
 
 
 def show_result(output: Output, result: ReplicateResult) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvreplica.disk import open_disk
-from hvreplica.errors import FieldOutOfRange
+from hvreplica.errors import FieldOutOfRange, StateError
 from hvreplica.formats import messages
 from hvreplica.formats.hrl import SECTOR_BYTES
 from hvreplica.replication.shape import removed_indexes, state_of_call
@@ -65,13 +65,16 @@ def state_for(
 def disk_paths(
     folder: StateFolder, disks: Sequence[PathLike], *, remove: Sequence[str | int] = ()
 ) -> list[Path]:
-    """Return the disks of a call: those it names, else those that the folder knows. Raises: ValueError."""
+    """Return the disks of a call: those it names, else those that the folder knows. Raises: StateError."""
     if disks:
         return [Path(path).absolute() for path in disks]
     known = folder.load()
     if known is None:
-        message = f"name the VM's disks: {folder.folder} does not know them yet"
-        raise ValueError(message)
+        raise StateError(
+            "this state folder does not know the VM's disks yet",
+            path=folder.folder,
+            hint="name each of them with --disk FILE",
+        )
     gone = removed_indexes(known, remove, folder.folder)
     return [Path(disk.path) for index, disk in enumerate(known.disks) if disk.is_here and index not in gone]
 
