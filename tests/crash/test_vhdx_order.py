@@ -14,6 +14,7 @@ import pytest
 from hvreplica.disk import create_disk, open_disk
 from hvreplica.formats.guid import NIL
 from hvreplica.formats.vhdx_header import HEADER_OFFSETS, unpack_header
+from hvreplica.formats.vhdx_log import unpack_entry_header
 from hvreplica.units import GIB, MIB
 from tests.support.fakeclock import FakeClock
 from tests.support.faultfile import Event, FaultFiles
@@ -159,3 +160,60 @@ def test_identifier_of_a_new_disk_comes_last() -> None:
     at = next(i for i, (event, _, _) in enumerate(events) if event.kind == "write" and event.offset == 0)
     assert not events[at][2]
     assert [event.kind for event, _, _ in events[at + 1 :]] == ["sync", "rename", "sync_directory"]
+
+
+def test_publishing_new_places_syncs_nothing_and_claims_no_length_that_a_power_cut_may_take() -> None:
+    files = FaultFiles("/vm")
+    clock = FakeClock()
+    create_disk(files, PATH, virtual_bytes=SIZE, block_bytes=MIB, clock=clock)
+    files.settle()
+    disk = open_disk(files, PATH, writable=True, clock=clock)
+    disk.write(b"1" * 4096, 0)
+    disk.flush()
+    begin = len(files.trace().events)
+    for block in range(1, 40):
+        disk.write(b"2" * 4096, block * MIB)
+        disk.publish()
+    published = files.trace().events[begin:]
+    assert "sync" not in {event.kind for event in published}
+    size = durable = 0
+    entries = 0
+    for event in files.trace().events:
+        if event.kind == "resize":
+            size = event.length
+        elif event.kind == "sync":
+            durable = size
+        elif place_of(event) == "log" and event.data[:4] == b"loge":
+            entries += 1
+            assert (
+                unpack_entry_header(event.data, log_offset=event.offset - MIB).flushed_file_offset <= durable
+            )
+    assert entries == 40
+    with open_disk(files.after_kill(), PATH, clock=clock) as again:
+        data = bytearray(4096)
+        again.read_into(data, 39 * MIB)
+        assert data == b"2" * 4096
+
+
+def test_publishing_a_place_used_again_waits_until_its_zeros_are_durable() -> None:
+    files = FaultFiles("/vm")
+    clock = FakeClock()
+    create_disk(files, PATH, virtual_bytes=SIZE, block_bytes=MIB, clock=clock)
+    files.settle()
+    disk = open_disk(files, PATH, writable=True, clock=clock)
+    disk.write(b"1" * (4 * MIB), 0)
+    disk.flush()
+    disk.write_zeroes(0, 2 * MIB)
+    disk.flush()
+    for block in (8, 9, 10):  # two take the places that were given back, the third a new one
+        disk.write(b"2" * 4096, block * MIB)
+        disk.publish()
+    zeroed = 0
+    pending = False
+    for event in files.trace().events:
+        if event.kind == "zero" and place_of(event) == "payload":
+            pending, zeroed = True, zeroed + 1
+        elif event.kind == "sync":
+            pending = False
+        assert not (pending and place_of(event) == "log"), str(event)
+    assert zeroed

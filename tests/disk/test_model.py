@@ -35,7 +35,7 @@ counts = st.sampled_from([1, 2, 8, 100, 1024, 2048, 5000])
 class DiskMachine(RuleBasedStateMachine):
     """`state` holds the number that each sector was last filled with; `olds` what it may fall back to.
 
-    below: path and content of each parent of the open disk, the last one last.
+    below: path and content of each parent of the open disk, the last one last. published: which of `olds` a kill keeps.
     """
 
     def __init__(self) -> None:
@@ -47,6 +47,7 @@ class DiskMachine(RuleBasedStateMachine):
         self.olds = [self.state.copy()]
         self.below: list[tuple[Path, np.ndarray]] = []
         self.number = 0
+        self.published = self.state
         self.snapshots = 0
         self.disk = None
 
@@ -222,7 +223,14 @@ class DiskMachine(RuleBasedStateMachine):
         self.adopt()
 
     @rule()
+    def publish(self) -> None:
+        self.disk.publish()
+        self.published = self.olds[-1]
+
+    @rule()
     def kill(self) -> None:
+        since = [index for index, old in enumerate(self.olds) if old is self.published]
+        self.olds = self.olds[since[0] if since else 0 :]
         self.files = self.files.after_kill()
         self.adopt()
 

@@ -46,14 +46,14 @@ def read_numbers(disk: Disk) -> np.ndarray:
 def perform(
     disk: Disk, files: FaultFiles, history: History, rng: random.Random, *, steps: int, unit_bytes: int
 ) -> None:
-    """Write, zero and flush at random; every step is noted when it returned.
+    """Write, zero, publish and flush at random; every step is noted when it returned.
 
     unit_bytes: some steps zero whole multiples of it.
     """
     count_max = disk.virtual_bytes // SECTOR_BYTES
     for _ in range(steps):
         number = len(history.states)
-        kind = rng.choices(["write", "many", "zero", "units", "flush"], [4, 3, 2, 2, 4])[0]
+        kind = rng.choices(["write", "many", "zero", "units", "publish", "flush"], [6, 4, 2, 2, 6, 4])[0]
         first = rng.randrange(count_max - 1)
         count = min(rng.choice([1, 3, 8, 200]), count_max - first)
         if kind == "write":
@@ -69,6 +69,9 @@ def perform(
             end = min(start + rng.randint(1, 2) * unit_bytes, disk.virtual_bytes)
             history.step(start // SECTOR_BYTES, (end - start) // SECTOR_BYTES, 0)
             disk.write_zeroes(start, end - start)
+        elif kind == "publish":
+            disk.publish()
+            files.note("published", len(history.states) - 1)
         else:
             disk.flush()
             files.acknowledge(len(history.states) - 1)
@@ -85,9 +88,14 @@ def _write_many(disk: Disk, history: History, starts: list[int]) -> None:
     disk.write_extents(extents, bytes([number]) * (len(starts) * 4 * SECTOR_BYTES))
 
 
-def check_numbers(actual: np.ndarray, world: FaultFiles, history: History) -> None:
-    """Fail unless each sector holds a number that it had since the last flush that was acknowledged."""
+def check_numbers(actual: np.ndarray, world: FaultFiles, history: History, *, killed: bool = False) -> None:
+    """Fail unless each sector holds a number that it had since the last flush that was acknowledged.
+
+    killed: the process died, but not the machine; so what it had published counts like what it had flushed.
+    """
     flushed = world.acknowledged[-1] if world.acknowledged else 0
+    if killed:
+        flushed = max(flushed, world.last_note("published", 0))
     # The step after the last noted one may have been under way.
     possible = history.states[flushed : world.last_note("step", 0) + 2]
     fits = np.zeros(len(actual), bool)

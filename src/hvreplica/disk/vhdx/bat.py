@@ -60,6 +60,7 @@ class Bat(BlockTable):
         self._has_parent = image.parameters.has_parent
         page_count = -(-image.geometry.entry_count // ENTRIES_PER_PAGE)
         self._dirty = np.zeros(page_count, bool)
+        self._unpublished = np.zeros(page_count, bool)
         occupied = self._find_occupied(page_count)
         entries = self._load(occupied)
         super().__init__(image.geometry, entries, occupied, offset_mask=OFFSET_MASK)
@@ -233,6 +234,7 @@ class Bat(BlockTable):
     def _changed(self, indices: NDArray[np.int64]) -> None:
         super()._changed(indices)
         self._dirty[indices >> _PAGE_SHIFT] = True
+        self._unpublished[indices >> _PAGE_SHIFT] = True
 
     @property
     def is_dirty(self) -> bool:
@@ -248,5 +250,22 @@ class Bat(BlockTable):
         """
         pages = np.flatnonzero(self._dirty)[::-1]
         self._dirty[pages] = False
+        self._unpublished[pages] = False
+        return self._copies(pages)
+
+    @property
+    def is_unpublished(self) -> bool:
+        """Whether pages changed since they were taken, or published() was called."""
+        return bool(self._unpublished.any())
+
+    def unpublished(self) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+        """Return the pages of is_unpublished as take_dirty() does; they stay dirty, and unpublished."""
+        return self._copies(np.flatnonzero(self._unpublished)[::-1])
+
+    def published(self) -> None:
+        """Say that all changes stand where a reader of the file finds them."""
+        self._unpublished[:] = False
+
+    def _copies(self, pages: NDArray[np.intp]) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
         data = self.entries.reshape(-1, ENTRIES_PER_PAGE)[pages].view(np.uint8)
         return self.file_offset + pages * LOG_SECTOR_BYTES, data

@@ -11,6 +11,9 @@ One round of commit():
 The new sequence starts at its own first entry, because everything before it is durable in place by then. A
 round uses at most half of the ring, so that two sequences always fit side by side.
 
+append() lengthens the sequence that stands, without a sync: what a process that dies has appended is replayed
+by who opens the file next. A power cut may keep any of it, so only what may become durable early goes there.
+
 Deviates from [MS-VHDX] 2.2.2, which wants LogGuid in the header before the log is written: LogGuid is zero
 until then, so nothing in the ring counts, while the other order would leave, after a power cut, a LogGuid
 without any valid entry, a file that 2.3.3 calls corrupt.
@@ -63,6 +66,7 @@ class LogRing:
         self._log_offset = headers.current.log_offset
         self._log_length = headers.current.log_length
         self._position = 0
+        self._tail = 0
         self._sequence_number = 0
 
     def commit(self, file_offsets: NDArray[np.int64], data: NDArray[np.uint8], sizes: FileSizes) -> None:
@@ -82,6 +86,19 @@ class LogRing:
                 self._file.write(data[at].data, int(file_offsets[at]))
             done += count
 
+    def append(self, file_offsets: NDArray[np.int64], data: NDArray[np.uint8], sizes: FileSizes) -> bool:
+        """Put data[i], 4096 bytes, behind what the log holds for file_offsets[i], without making it durable.
+
+        Changes nothing and returns False if nothing was committed since the log was empty, or if the sequence
+        would take more than its half of the ring.
+        """
+        length = entry_bytes(len(file_offsets))
+        used = (self._position - self._tail) % self._log_length
+        if self._headers.current.log_guid != self._log_guid or used + length > self._log_length // 2:
+            return False
+        self._write_entry(file_offsets, data, sizes)
+        return True
+
     def clear(self) -> None:
         """Empty the log, so that any program opens the file without replay; syncs what it covered before."""
         if self._headers.current.log_guid != NIL:
@@ -91,28 +108,32 @@ class LogRing:
     def _write_round(self, file_offsets: NDArray[np.int64], data: NDArray[np.uint8], sizes: FileSizes) -> int:
         """Write entries for as many sectors as half of the ring holds, and return how many."""
         room = self._log_length // 2
-        tail = self._position
+        self._tail = self._position
         done = 0
         while done < len(file_offsets):
             count = min(len(file_offsets) - done, ENTRY_DESCRIPTOR_COUNT_MAX, room // LOG_SECTOR_BYTES - 1)
             if count < 1:
                 break
-            self._sequence_number += 1
-            header = LogEntryHeader(
-                entry_length=entry_bytes(count),
-                tail=tail,
-                sequence_number=self._sequence_number,
-                descriptor_count=count,
-                log_guid=self._log_guid,
-                flushed_file_offset=sizes.flushed_bytes,
-                last_file_offset=sizes.last_bytes,
-                log_offset=self._position,
-            )
-            entry = pack_entry(header, file_offsets[done : done + count], data[done : done + count])
-            self._write_wrapped(entry)
-            room -= len(entry)
+            room -= self._write_entry(file_offsets[done : done + count], data[done : done + count], sizes)
             done += count
         return done
+
+    def _write_entry(self, file_offsets: NDArray[np.int64], data: NDArray[np.uint8], sizes: FileSizes) -> int:
+        """Write the next entry of the sequence, and return its length."""
+        self._sequence_number += 1
+        header = LogEntryHeader(
+            entry_length=entry_bytes(len(file_offsets)),
+            tail=self._tail,
+            sequence_number=self._sequence_number,
+            descriptor_count=len(file_offsets),
+            log_guid=self._log_guid,
+            flushed_file_offset=sizes.flushed_bytes,
+            last_file_offset=sizes.last_bytes,
+            log_offset=self._position,
+        )
+        entry = pack_entry(header, file_offsets, data)
+        self._write_wrapped(entry)
+        return len(entry)
 
     def _write_wrapped(self, entry: bytes) -> None:
         view = memoryview(entry)

@@ -81,6 +81,8 @@ class WriteSession:
         self._first_guid: uuid.UUID | None = None
         self._unsynced = False
         self._changes_data = False
+        self._reuses_places = False  # since the last flush began
+        self._durable_bytes = 0  # how long the file is at least after a power cut
         self._failure: BaseException | None = None
 
     @property
@@ -207,6 +209,7 @@ class WriteSession:
             return
         space = self._begun()
         taken = space.take(len(blocks))
+        self._reuses_places |= not taken.is_new
         for file_offset in taken.stale:
             self._file.zero(file_offset, self._image.parameters.block_bytes)
         if space.end > self._file.size():
@@ -278,9 +281,37 @@ class WriteSession:
                 raise
 
     def publish(self) -> None:
-        """Put changed entries and pages into the file: by a flush, because none may be durable too early."""
-        if self._bat.is_dirty or self._has_dirty_pages:
+        """Put changed entries and pages where who opens the file after this process's death finds them.
+
+        Without a sync where a power cut may keep any part of it: new places at the end of the file, which
+        hold zeros or what was written, and blocks that gave theirs back. All else is flushed: the pages of a
+        sector bitmap would show more of a parent's block than was written, and a place used again its bytes
+        of before.
+        """
+        if not (self._bat.is_unpublished or self._has_dirty_pages):
+            return
+        if self._bitmaps is not None or not self._append():
             self.flush()
+
+    def _append(self) -> bool:
+        """Publish changed entries by the log alone, if that may and can be."""
+        with self._flush_lock, self._lock:
+            if self._failure is not None:
+                raise kept(self._failure)
+            if self._ring is None or self._reuses_places:
+                return False
+            file_offsets, data = self._bat.unpublished()
+            if len(file_offsets) > ENTRY_DESCRIPTOR_COUNT_MAX:
+                return False
+            sizes = FileSizes(flushed_bytes=self._durable_bytes, last_bytes=self._begun().end)
+            try:
+                if not self._ring.append(file_offsets, data, sizes):
+                    return False
+            except BaseException as error:
+                self._failure = kept(error)
+                raise
+            self._bat.published()
+            return True
 
     @property
     def _has_dirty_pages(self) -> bool:
@@ -290,10 +321,12 @@ class WriteSession:
         with self._lock:
             # Whoever writes from here on sets it again; whoever wrote before is covered by the sync below.
             self._unsynced = False
+            self._reuses_places = False
             file_offsets, data = self._take_changes()
             released = space.begin_flush()
             sizes = FileSizes(flushed_bytes=self._file.size(), last_bytes=space.end)
         self._file.sync()
+        self._durable_bytes = sizes.flushed_bytes
         if len(file_offsets):
             self._commit(file_offsets, data, sizes)
         if self._bitmaps is not None:

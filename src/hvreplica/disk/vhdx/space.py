@@ -21,10 +21,15 @@ if TYPE_CHECKING:
 
 
 class Taken(NamedTuple):
-    """Places for new blocks. stale: those among them that must be zeroed first."""
+    """Places for new blocks.
+
+    stale: those among them that must be zeroed first. is_new: whether all lie behind the end of before, where
+    they read as zeros whatever a power cut keeps.
+    """
 
     offsets: NDArray[np.int64]
     stale: list[int]
+    is_new: bool
 
 
 class Space:
@@ -68,9 +73,10 @@ class Space:
             if gap[1] - gap[0] < self._block_bytes:
                 self._gaps.pop()
         missing = count - len(offsets)
+        is_new = not offsets
         appended = self.end + np.arange(missing, dtype=np.int64) * self._block_bytes
         self.end += missing * self._block_bytes
-        return Taken(np.concatenate((np.array(offsets, np.int64), appended)), stale)
+        return Taken(np.concatenate((np.array(offsets, np.int64), appended)), stale, is_new)
 
     def release(self, offsets: NDArray[np.int64]) -> None:
         """Take back the places of blocks whose BAT entries were changed; usable after the next flush."""
