@@ -42,7 +42,7 @@ tests: dev ## every test; PYTEST_ARGS="-k name" for some
 	$(PY) -m pytest --numprocesses auto --dist loadfile $(PYTEST_ARGS)
 
 crash: dev ## the power-cut and kill tests with many more states and examples
-	HVREPLICA_PROFILE=deep $(PY) -m pytest tests/crash $(PYTEST_ARGS)
+	HVREPLICA_PROFILE=deep $(PY) -m pytest --timeout 0 tests/crash $(PYTEST_ARGS)
 
 fuzz: dev ## every fuzzer, guided by coverage, for FUZZ_SECONDS in all; installs atheris where it can be had
 	@$(PY) -c 'import atheris' 2>/dev/null || { echo "installing atheris"; \
