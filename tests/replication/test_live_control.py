@@ -360,7 +360,7 @@ def test_verbs_without_a_process_use_the_folder(tmp_path: Path, served: Served) 
         with pytest.raises(StateError, match="no such state folder"):
             verb(folder)
     link = {"to": served.address, "tls": served.tls, "state": folder}
-    with pytest.raises(ValueError, match="does not know"):
+    with pytest.raises(StateError, match="does not know"):
         hvreplica.replicate(VM, **link)
     with pytest.raises(ValueError, match="no process captures"):
         hvreplica.replicate(VM, [disk], state=folder)
