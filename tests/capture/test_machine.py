@@ -7,7 +7,7 @@ import os
 import random
 import struct
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -92,6 +92,32 @@ def test_guest_may_write_what_the_cut_has_to_read_at_the_cuts_instant(tmp_path: 
         machine.settle(cut)
         assert site.copy_of(0)[:3] == b"old"
         assert guest.read(0, 3) == b"new"
+
+
+def test_stop_ends_a_cut_that_is_being_read_and_gives_it_back(tmp_path: Path) -> None:
+    site = Site(tmp_path, sizes=[48 * MIB])
+    reads = []
+    with site.running(log_budget_bytes=0) as machine, Guest(machine.services[0]) as guest:
+        for at in range(0, 48 * MIB, 4 * MIB):
+            guest.write(at, random_data(4 * MIB))
+        disk = machine.disks[0]
+        real = disk.read_into
+
+        def read_into(buffer: Any, disk_offset: int) -> None:
+            reads.append(disk_offset)
+            machine.stop()
+            real(buffer, disk_offset)
+
+        disk.read_into = read_into  # type: ignore[method-assign]
+        with pytest.raises(StateError, match="being stopped"):
+            machine.cut(site.previous)
+        assert len(reads) == 1, "what was left was not read"
+        disk.read_into = real  # type: ignore[method-assign]
+        guest.write(0, random_data(4096))
+    with site.running() as machine:
+        assert machine.status()[0].dirty_bytes == 48 * MIB
+        site.cycle(machine)
+        assert site.copy_of(0) == site.disk_of(machine, 0)
 
 
 def test_cut_that_is_unsettled_at_the_end_is_not_forgotten(tmp_path: Path) -> None:

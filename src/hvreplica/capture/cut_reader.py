@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hvreplica import native
-from hvreplica.errors import kept
+from hvreplica.errors import StateError, kept
 from hvreplica.native.live import GRAIN_BYTES, REGION_BYTES, clear_grains
 from hvreplica.tracking.compare import changes_of, clipped, gather, shifted
 from hvreplica.tracking.window import runs_of
@@ -40,13 +40,23 @@ class CutReader:
     """Reads one disk's part of one cut. run() by one thread; preserve() by any."""
 
     def __init__(
-        self, disk: Disk, epoch: Epoch, sink: ChangeSink, known: FingerprintTable | None = None
+        self,
+        disk: Disk,
+        epoch: Epoch,
+        sink: ChangeSink,
+        known: FingerprintTable | None = None,
+        *,
+        stopping: threading.Event | None = None,
     ) -> None:
-        """known: what the replica will hold before this cut; blocks equal to it are left out."""
+        """known: what the replica will hold before this cut; blocks equal to it are left out.
+
+        stopping: set where run() is to fail soon.
+        """
         self._disk = disk
         self._epoch = epoch
         self._sink = sink
         self._known = known
+        self._stopping = stopping or threading.Event()
         self._lock = threading.Lock()
         self._buffer = np.empty(_WINDOW_GRAINS * GRAIN_BYTES, np.uint8)
         self._failure: BaseException | None = None
@@ -77,7 +87,10 @@ class CutReader:
             self._clear(first, end)
 
     def run(self) -> None:
-        """Read all that is left. Raises: what reading or logging raised, here or in preserve()."""
+        """Read all that is left.
+
+        Raises: what reading or logging raised, here or in preserve(); StateError once it is to stop.
+        """
         for first, end in self._spans():
             held = self._disk.extents(first * GRAIN_BYTES, min(end * GRAIN_BYTES, self._disk.virtual_bytes))
             for low, high, holds_data in _parts(held, first, end):
@@ -88,6 +101,12 @@ class CutReader:
                         self._read_part(low, high, holds_data=holds_data)
                 if self._failure is not None:
                     raise kept(self._failure)
+                if self._stopping.is_set():
+                    raise StateError(
+                        "the cut was given up: the process is being stopped",
+                        path=self._disk.path,
+                        hint="what it held counts as changed; cut again when the process runs again",
+                    )
 
     def _spans(self) -> Iterator[tuple[int, int]]:
         """Yield (first, end) of runs of unlogged grains, region by region where anything was touched."""

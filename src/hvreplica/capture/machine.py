@@ -198,8 +198,8 @@ class Machine:
         previous_log_ids: for each disk, what its log follows. known: for each disk a table of what the
         replica will hold before this cut: blocks that are read from the disk and equal to it are left out.
         on_instant: called as soon as the instant has passed, before anything is read: a guest that was frozen
-        for it may go on. settle() or give_back() comes before the next cut. Raises: StateError if it did not;
-        OSError, after which all is as if there had been no cut.
+        for it may go on. settle() or give_back() comes before the next cut. Raises: StateError if it did not,
+        or after stop(); OSError. All is then as if there had been no cut.
         """
         with self._cutting:
             if self._unsettled is not None:
@@ -301,6 +301,11 @@ class Machine:
         extents: int64 (n, 2) of (disk_offset, length).
         """
         self._tracked[self._indices.index(disk_index)].mark(extents)
+
+    def stop(self) -> None:
+        """Let a cut that is being read, and every later one that has to read, fail soon; from any thread."""
+        for tracked in self._tracked:
+            tracked.stop()
 
     def recycle(self, paths: Iterable[Path]) -> None:
         """Take back logs that were acknowledged, to be written over."""

@@ -66,6 +66,7 @@ class TrackedDisk:
         self._gate = gate
         self._folder = folder
         self._settings = settings
+        self._stopping = threading.Event()
         self._reader: CutReader | None = None
         began = self.begin()
         self._writer = began.writer
@@ -159,7 +160,7 @@ class TrackedDisk:
             writer = self._folder.create(self.disk.data_write_guid)
         else:
             writer.adopt(GrownLog(**epoch.grown()))
-        self._reader = CutReader(self.disk, epoch, writer, known)
+        self._reader = CutReader(self.disk, epoch, writer, known, stopping=self._stopping)
         return Ended(epoch, writer)
 
     def finish(self, ended: Ended, previous_log_id: UUID) -> LogSummary | None:
@@ -172,6 +173,10 @@ class TrackedDisk:
             self.discard(ended)
             return None
         return writer.close(previous_log_id=previous_log_id)
+
+    def stop(self) -> None:
+        """Let finish() fail soon, now and later; from any thread."""
+        self._stopping.set()
 
     def give_back(self, ended: Ended) -> None:
         """Count all that an ended epoch held as changed since the cut before it.

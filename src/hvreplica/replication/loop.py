@@ -107,11 +107,18 @@ class CycleRunner:
                 return cut_compared(self.work)
 
     def stop(self) -> None:
-        """Make a cycle that runs fail soon, and refuse all others; from any thread."""
+        """Make a cycle or a cut that runs fail soon, and refuse all others; from any thread."""
         self._stopping.set()
+        if self.work.machine is not None:
+            self.work.machine.stop()
         running = self._running
         if running is not None:
             running.abort()
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether stop() was called: what fails now is no failure."""
+        return self._stopping.is_set()
 
     def close(self) -> None:
         """Stop, wait for the cycle that runs, and end the session."""
@@ -224,7 +231,7 @@ class CycleLoop:
             self._runner.run(is_due=lambda: self._clock.monotonic_s() >= until_s)
         except Exception as error:
             is_pause = isinstance(error, InvalidTransition) and self._work.state.paused
-            if not (is_pause or self._stopping):
+            if not (is_pause or self._stopping or self._runner.is_stopping):
                 self._failed(kept(error))
         else:
             with self._lock:
