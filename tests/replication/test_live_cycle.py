@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import hvreplica
-from hvreplica.errors import InvalidTransition, StateError, Unreachable
+from hvreplica.errors import ChecksumMismatch, InvalidTransition, StateError, TrackingLost, Unreachable
 from hvreplica.replication import cycle, live, primary, sources
 from hvreplica.replication.live import cut_live
 from tests.replication.live_site import MIB, STATE, VM, LiveSite
@@ -245,6 +245,106 @@ def test_waiting_cut_whose_log_is_damaged_does_not_stop_later_ones(
     site.machine.budget_bytes = 1 << 50
     site.replicate(served)
     assert site.equals(served)
+
+
+@pytest.mark.parametrize("damage", ["missing", "entries", "data"])
+def test_damaged_log_on_its_way_is_dropped_and_what_it_held_is_sent(
+    site: LiveSite, served: Served, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    site.replicate(served)
+    for _ in range(3):
+        site.write(8 * 4096)
+        site.cut()
+    log = site.work.state.pending[0].logs[0]
+    path = site.folder.log_path(log.log_id)
+    if damage == "missing":
+        site.files.unlink(path)
+    else:
+        with contextlib.closing(site.files.open(path, writable=True)) as file:
+            file.write(b"\xa5" * 16, 8192 + 100 if damage == "data" else log.log_bytes - 4096 + 40)
+    tally = site.replicate(served)
+    assert path.name in caplog.text
+    assert len(tally.shipped) == 1, "one cut holds all that was dropped"
+    assert sum(tally.changed_bytes) < 8 * MIB, "what the replica holds already is not sent"
+    assert site.equals(served)
+    assert site.files.names(STATE / "logs") == []
+    site.write(4096)
+    assert len(site.replicate(served).shipped) == 1
+    assert site.equals(served)
+
+
+def test_damage_that_the_replica_alone_finds_drops_nothing(
+    site: LiveSite, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.replicate(served)
+    site.write(4096)
+    recorded = site.cut()
+
+    def ship(*_: object) -> None:
+        raise ChecksumMismatch("the replica refused: another checksum")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cycle, "ship", ship)
+        with pytest.raises(ChecksumMismatch):
+            site.replicate(served)
+    assert site.work.state.transfer == recorded.transfer
+    site.replicate(served)
+    assert site.equals(served)
+
+
+def test_acknowledged_log_that_cannot_be_read_asks_for_resync(
+    site: LiveSite, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.replicate(served)
+    site.write(4 * 4096)
+    site.cut()
+    real = cycle.settle
+    path = site.folder.log_path(site.work.state.pending[0].logs[0].log_id)
+
+    def settle(*arguments: Any) -> None:
+        site.files.unlink(path)
+        real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cycle, "settle", settle)
+        with pytest.raises(TrackingLost, match="the replica has this log") as caught:
+            site.replicate(served)
+    assert (caught.value.path, "--resync" in (caught.value.hint or "")) == (path, True)
+    site.replicate(served, with_resync=True)
+    assert site.equals(served)
+
+
+@pytest.mark.parametrize("power", [True, False], ids=["power-cut", "killed"])
+def test_drop_of_a_damaged_log_cut_anywhere_loses_nothing(served: Served, seed: int, *, power: bool) -> None:
+    site = LiveSite(seed, disks_bytes=(6 * MIB,))
+    site.replicate(served)
+    event_count, killed, gone = 1, 0, True
+    while gone:
+        for _ in range(2):
+            site.write(2 * 4096)
+            site.cut()
+        site.disks[0].flush()
+        transfer = site.work.next_transfer()
+        assert transfer is not None
+        site.files.unlink(site.folder.log_path(transfer.logs[0].log_id))
+        site.files.sync_directory(site.folder.logs)
+        site.files.kill_at(len(site.files.trace().events) + event_count)
+        try:
+            live.drop_damaged(site.work)
+            gone = False
+        except Killed:
+            killed += 1
+        finally:
+            site.files.heal()
+        journal = site.machine.must_know()
+        site.files = site.rng.choice(worlds_after(site.files.trace())) if power else site.files.after_kill()
+        site.start()
+        site.machine.recall(journal)
+        site.replicate(served)
+        assert site.equals(served), f"seed {seed}, killed after {event_count} events: {site.files.story}"
+        event_count += 1
+    site.stop()
+    assert killed > 3
 
 
 def test_server_that_was_away_gets_all_cuts_later(

@@ -12,6 +12,7 @@ import contextlib
 import threading
 from typing import TYPE_CHECKING
 
+from hvreplica.errors import FormatError, LogError, TrackingLost
 from hvreplica.formats import messages
 from hvreplica.hrl import LogWriter
 from hvreplica.progress import Progress
@@ -108,7 +109,7 @@ def settle(work: Work, transfer: Transfer) -> None:
         work.tally.shipped.append(ShippedLog(str(log.log_id), str(work.folder.log_path(log.log_id))))
         place = places.get(log.disk_index)
         if place is not None:  # else the disk has left since
-            follow_log(work.files, work.folder.log_path(log.log_id), work.tables[place])
+            _follow(work, log, place)
             work.tally.changed_bytes[place] += log.changed_bytes
     work.fit_tables(transfer.disks)
     for place in work.members:
@@ -120,6 +121,18 @@ def settle(work: Work, transfer: Transfer) -> None:
         state.last_point, state.transfer, state.mixed = transfer.point_id, None, False
         work.save()
     work.forget_logs(transfer)
+
+
+def _follow(work: Work, log: CutLog, place: int) -> None:
+    path = work.folder.log_path(log.log_id)
+    try:
+        follow_log(work.files, path, work.tables[place])
+    except (FormatError, LogError, FileNotFoundError) as error:
+        raise TrackingLost(
+            f"the replica has this log, but it cannot be read here any more: {error}",
+            path=path,
+            hint="run replicate --once --resync: it asks the replica what it holds and sends what differs",
+        ) from None
 
 
 def _cut_disk(work: Work, place: int, progress: _CompareProgress) -> CutLog:

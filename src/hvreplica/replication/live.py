@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hvreplica.errors import FormatError, InvalidTransition, NotClosed, StateError
-from hvreplica.hrl import LogReader, LogWriter
+from hvreplica.errors import FormatError, InvalidTransition, LogError, NotClosed, StateError
+from hvreplica.hrl import LogReader, LogWriter, verify_log
 from hvreplica.replication import cycle
 from hvreplica.replication.shape import differs, point_disks
 from hvreplica.replication.state import PENDING_MAX, CutLog, Transfer, cuts, previous_log_ids
@@ -150,12 +150,58 @@ def _collapse(work: Work) -> None:
     machine.recycle(paths)
 
 
-def _mark_again(work: Work, disk_index: int, path: Path) -> None:
-    """Count all that a log holds as changed again; the whole disk, where the log cannot be read."""
+def drop_damaged(work: Work) -> bool:
+    """Drop the transfer on its way, and the cuts behind it, where one of its logs is missing or damaged here.
+
+    Returns whether it was so. What the logs held counts as changed first: for a damaged one, in which nothing
+    is to be believed, the whole disk; disks at rest are compared as a whole anyway. The replica must not have
+    taken the transfer.
+    """
+    with work.cutting:  # a cut between the marks and the state would take them away, and be dropped
+        transfer = work.state.transfer
+        if transfer is None or transfer.kind != "logs" or transfer.stage != "cut":
+            return False
+        damaged = {log.log_id for log in transfer.logs if not _is_sound(work, log)}
+        if not damaged:
+            return False
+        dropped = cuts(work.state)
+        if work.machine is None:
+            work.folder.remove_journals()  # a capture that starts before the comparison looks at all
+        else:
+            for log in (log for each in dropped for log in each.logs):
+                path = work.folder.log_path(log.log_id)
+                _mark_again(work, log.disk_index, None if log.log_id in damaged else path)
+        with work.lock:
+            work.state.transfer, work.state.pending = None, []
+            work.save()
+        work.sweep_logs()
+    return True
+
+
+def _is_sound(work: Work, log: CutLog) -> bool:
+    """Return whether the log is there and the one that was cut, every byte of it; says so if not."""
+    path = work.folder.log_path(log.log_id)
+    try:
+        report = verify_log(work.files, path)
+    except (FileNotFoundError, FormatError, LogError) as error:
+        reason = str(error)
+    else:
+        if (report.log_id, report.log_bytes) == (str(log.log_id), log.log_bytes):
+            return True
+        reason = f"it is log {report.log_id} of {report.log_bytes} bytes"
+    _LOG.warning("%s, which waits to be shipped, is not as it was written: %s", path, reason)
+    return False
+
+
+def _mark_again(work: Work, disk_index: int, path: Path | None) -> None:
+    """Count all that a log holds as changed again; the whole disk where it cannot be read or has no path."""
     assert work.machine is not None
     if disk_index not in work.indexes:
         return  # the VM no longer has it
     disk_bytes = work.state.disks[disk_index].virtual_bytes
+    if path is None:
+        work.machine.mark(disk_index, np.array([[0, disk_bytes]], np.int64))
+        return
     try:
         with LogReader(work.files, path) as reader:
             for entries in reader.blocks():

@@ -15,13 +15,13 @@ import logging
 import threading
 from typing import TYPE_CHECKING
 
-from hvreplica.errors import Fenced, HvReplicaError, Locked, ReplicaDiverged, kept
+from hvreplica.errors import Fenced, FormatError, HvReplicaError, Locked, LogError, ReplicaDiverged, kept
 from hvreplica.formats import messages
 from hvreplica.progress import Progress
 from hvreplica.replication import cycle
 from hvreplica.replication.initial import prepare_initial, replicate_initially, settle_initial
 from hvreplica.replication.joining import send_joining
-from hvreplica.replication.live import cut_live
+from hvreplica.replication.live import cut_live, drop_damaged
 from hvreplica.replication.resync import resync
 from hvreplica.replication.shape import agree
 from hvreplica.replication.state import NIL, shapes
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("hvreplica.replicate")
 RETRY_AFTER_S = (1.0, 2.0, 4.0)  # a line that is gone for longer is for the next call
+_DAMAGE = (FormatError, LogError, FileNotFoundError)  # what a log that is damaged on this side may raise
 _RESYNC_HINT = "--resync compares both sides by fingerprints and sends only what differs"
 
 
@@ -74,7 +75,7 @@ class Primary:
         Raises: what stands in the way, once retries are used up.
         """
         waits = iter(RETRY_AFTER_S)
-        durable_bytes = 0
+        durable_bytes, was_damaged = 0, False
         self._is_cut = self._is_prepared = False
         while True:
             try:
@@ -82,6 +83,10 @@ class Primary:
             except BaseException as error:
                 self.close()
                 self._work.close_tables()
+                if isinstance(error, _DAMAGE) and not was_damaged and drop_damaged(self._work):
+                    was_damaged, self._is_cut = True, False  # the next cut has all that was dropped
+                    kept(error)
+                    continue
                 if not isinstance(error, HvReplicaError):
                     raise
                 if self._durable_bytes() > durable_bytes:
