@@ -13,6 +13,7 @@ import pytest
 
 from hvreplica.capture.guest_agent import STALE_BYTES_MAX, THAW_ATTEMPTS, GuestAgent
 from hvreplica.errors import FreezeFailed, HvReplicaError, PeerClosed, ProtocolViolation, Unreachable
+from hvreplica.replication import live_verbs
 from tests.capture.agent import SILENT, FakeAgent, die, error, hang_up
 
 if TYPE_CHECKING:
@@ -281,3 +282,14 @@ def test_frozen_guest_without_file_systems_yields_zero(scripted: Callable[..., F
 def test_freeze_failed_may_be_tried_again() -> None:
     assert FreezeFailed("").retryable
     assert issubclass(FreezeFailed, HvReplicaError)
+
+
+@pytest.mark.parametrize("limit_s", [0.0, -1.0, 3601.0, float("nan"), float("inf")])
+def test_limit_that_is_none_freezes_nobody(tmp_path: Path, limit_s: float) -> None:
+    with (
+        pytest.raises(ValueError, match="stands still"),
+        GuestAgent(tmp_path / "absent").frozen(limit_s=limit_s),
+    ):
+        pass
+    with pytest.raises(ValueError, match="stands still"):
+        live_verbs.cut(tmp_path / "absent", freeze=tmp_path / "agent", freeze_limit_s=limit_s)

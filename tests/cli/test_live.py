@@ -17,6 +17,7 @@ import hvreplica
 from hvreplica.clock import SYSTEM
 from hvreplica.disk import open_disk
 from hvreplica.files import OS_FILES
+from hvreplica.replication.results import CutResult
 from tests.support.command_line import Running
 from tests.support.live_client import SocketGuest
 
@@ -169,9 +170,30 @@ def test_commands_around_a_cut_run_in_order_and_the_second_always(
     failed = hvreplica("cut", *site["state"], "--before", noting("b", 3), "--after", noting("a"), "--json")
     assert (failed.code, failed.error["class"], failed.error["actual"]) == (63, "FreezeFailed", 3)
     assert note.read_text() == "baba"
+    hanging = shlex.join([sys.executable, "-c", "import threading; threading.Event().wait()"])
+    late = hvreplica(
+        "cut", *site["state"], "--before", hanging, "--after", noting("a"), "--command-limit", "0.2", "--json"
+    )
+    assert (late.code, late.error["class"], note.read_text()) == (63, "FreezeFailed", "babaa")
+    assert "0.2 s" in late.error["message"]
+    assert "--command-limit" in late.error["hint"]
     shutil.move(tmp_path / "state", tmp_path / "gone")
     assert hvreplica("cut", *site["state"], "--before", noting("b"), "--after", noting("a")).code == 60
-    assert note.read_text() == "bababa"
+    assert note.read_text() == "babaaba"
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_cut_that_froze_nothing_warns(
+    invoke: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, as_json: bool
+) -> None:
+    result = CutResult([], 7.0, "2026-01-01T00:00:00Z", None, 0, ["the guest froze no file system"])
+    monkeypatch.setattr(hvreplica, "cut", lambda *_, **__: result)
+    run = invoke("cut", "--state", tmp_path, "--freeze", "s", *(["--json"] if as_json else []))
+    if as_json:
+        assert (run.answer["frozen"], run.answer["warnings"]) == (0, result.warnings)
+    else:
+        assert "warning: the guest froze no file system" in run.err
+    assert run.code == 0
 
 
 @pytest.mark.parametrize(
@@ -211,6 +233,11 @@ def test_commands_around_a_cut_run_in_order_and_the_second_always(
         (("replicate", "--vm", "a", "--state", "s"), "say where"),
         (("replicate", "--vm", "a", "--state", "s", "--to", "h:1", "--tls", "t", "--resync"), "pass --once"),
         (("cut", "--state", "s", "--before", "'"), "--before"),
+        (("cut", "--state", "s", "--freeze-limit", "nan"), "--freeze-limit"),
+        (("cut", "--state", "s", "--freeze-limit", "inf"), "--freeze-limit"),
+        (("cut", "--state", "s", "--command-limit", "nan"), "--command-limit"),
+        (("cut", "--state", "s", "--command-limit", "0"), "--command-limit"),
+        (("replicate", "--vm", "a", "--state", "s", "--interval", "nan"), "--interval"),
         (("cut",), "--state"),
     ],
 )

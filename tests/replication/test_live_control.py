@@ -211,7 +211,7 @@ def test_cut_with_a_guest_that_does_not_freeze_is_none(
             thread = threading.Thread(target=look)
             thread.start()
             thread.join()
-            yield 3
+            yield count
             order.append("thaw")
             if failing:
                 raise FreezeFailed("the guest was thawed too early")
@@ -219,19 +219,27 @@ def test_cut_with_a_guest_that_does_not_freeze_is_none(
     def collapse(_: object) -> None:
         order.append("collapse")
 
-    failing = False
+    failing, count = False, 3
     monkeypatch.setattr(control, "GuestAgent", Agent)
     monkeypatch.setattr(live, "_collapse", collapse)
     owned.site.machine.on_cut = lambda: order.append("instant")
     owned.site.write(4096)
-    assert owned.ask("cut", freeze="/agent", freeze_limit_s=2.0).frozen == 3
+    done = owned.ask("cut", freeze="/agent", freeze_limit_s=2.0)
+    assert (done.frozen, done.warnings) == (3, [])
     assert order == ["collapse", "/agent", "freeze 2", "instant", "thaw"]
     assert free == [False], "a frozen guest waits for no other cut"
+    count = 0
+    owned.site.write(4096)
+    done = owned.ask("cut", freeze="/agent")
+    assert (done.frozen, [warning[:30] for warning in done.warnings]) == (
+        0,
+        ["the guest froze no file system"],
+    )
     failing = True
     owned.site.write(4096)
     with pytest.raises(FreezeFailed):
         owned.ask("cut", freeze="/agent")
-    assert len(owned.site.work.state.pending) == 1
+    assert len(owned.site.work.state.pending) == 2
     assert owned.book.record.application_consistent_snapshot_failure_count == 1
     owned.site.machine.on_cut = lambda: None
     owned.site.replicate(served)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TIMEOUT_S = 5.0
 DEFAULT_FREEZE_LIMIT_S = 10.0
+FREEZE_LIMIT_MAX_S = 3600.0
 THAW_ATTEMPTS = 4
 ANSWER_BYTES_MAX = 64 << 10  # our commands are answered in some tens of bytes; an error tells a sentence
 STALE_BYTES_MAX = 1 << 20  # what an agent may still have to say to whoever asked before us
@@ -79,10 +80,10 @@ class GuestAgent:
         block that took longer raises at its end, for applications did not agree to its cut. The guest is
         asked to thaw however the block ends. Raises: Unreachable where no agent answers; PeerClosed and
         ProtocolViolation where it stops answering; FreezeFailed where the guest refuses, is frozen already,
-        was thawed too early, or could not be thawed. An error of the block passes, with a note where the
-        guest could not be thawed.
+        was thawed too early, or could not be thawed; ValueError for a limit that is none. An error of the
+        block passes, with a note where the guest could not be thawed.
         """
-        freeze = _Freeze(self._path, self._timeout_s, limit_s, self._clock)
+        freeze = _Freeze(self._path, self._timeout_s, checked_freeze_limit_s(limit_s), self._clock)
         try:
             yield freeze.begin()
         except BaseException as error:
@@ -93,6 +94,14 @@ class GuestAgent:
         finally:
             freeze.end()
         freeze.require_one_instant()
+
+
+def checked_freeze_limit_s(limit_s: float) -> float:
+    """Return `limit_s`, for which a guest may stand still. Raises: ValueError."""
+    if not 0 < limit_s <= FREEZE_LIMIT_MAX_S:  # nor not a number
+        message = f"a guest stands still for more than 0 and at most {FREEZE_LIMIT_MAX_S:g} s, not {limit_s}"
+        raise ValueError(message)
+    return limit_s
 
 
 class _Freeze:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 import hvreplica
-from hvreplica.cli.options import PATH, option, state_option, verb
+from hvreplica.cli.options import PATH, SecondsType, option, state_option, verb
 from hvreplica.cli.render import plain
 from hvreplica.errors import FreezeFailed
 from hvreplica.units import format_size
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from hvreplica.cli.render import Output
     from hvreplica.replication.results import CutResult
 
-_COMMAND_S = 60.0
+_COMMAND_LIMIT_S = 60.0
+_COMMAND_LIMIT_MAX_S = 86_400.0
 
 
 @click.command(short_help="Cut all disks of a VM at one instant.")
@@ -34,7 +35,7 @@ _COMMAND_S = 60.0
 @option(
     "--freeze-limit",
     "freeze_limit_s",
-    type=click.FloatRange(0, 3600, min_open=True),
+    type=SecondsType(3600),
     default=10.0,
     show_default=True,
     metavar="SECONDS",
@@ -42,6 +43,15 @@ _COMMAND_S = 60.0
 )
 @option("--before", metavar="COMMAND", help="A program to run first; the cut is not made if it fails.")
 @option("--after", metavar="COMMAND", help="A program to run as soon as the instant has passed, or failed.")
+@option(
+    "--command-limit",
+    "command_limit_s",
+    type=SecondsType(_COMMAND_LIMIT_MAX_S),
+    default=_COMMAND_LIMIT_S,
+    show_default=True,
+    metavar="SECONDS",
+    help="Longest that --before, and that --after, may take; after it the program is killed and has failed.",
+)
 @verb
 def cut(
     output: Output,
@@ -51,6 +61,7 @@ def cut(
     freeze_limit_s: float,
     before: str | None,
     after: str | None,
+    command_limit_s: float,
 ) -> None:
     """Cut all disks of a VM at one instant.
 
@@ -60,30 +71,33 @@ def cut(
 
     COMMAND is a program with its arguments, quoted as for a shell, which is not involved.
     """
-    steps = _Steps(before, after)
+    steps = _Steps(before, after, command_limit_s)
     try:
         steps.begin()
         result = hvreplica.cut(state, freeze=freeze, freeze_limit_s=freeze_limit_s, on_instant=steps.end)
     finally:
         steps.end()
+    for warning in result.warnings:
+        output.note(f"warning: {warning}")
     output.answer(result, lambda: _show(output, result))
 
 
 class _Steps:
     """The user's commands around the instant; the second runs once, however it went."""
 
-    def __init__(self, before: str | None, after: str | None) -> None:
+    def __init__(self, before: str | None, after: str | None, limit_s: float) -> None:
         self._before = _words(before, "--before")
         self._after = _words(after, "--after")
+        self._limit_s = limit_s
 
     def begin(self) -> None:
         if self._before:
-            _run(self._before, "before")
+            _run(self._before, "before", self._limit_s)
 
     def end(self) -> None:
         words, self._after = self._after, []
         if words:
-            _run(words, "after")
+            _run(words, "after", self._limit_s)
 
 
 def _words(command: str | None, name: str) -> list[str]:
@@ -94,12 +108,14 @@ def _words(command: str | None, name: str) -> list[str]:
         raise click.UsageError(message, click.get_current_context()) from None
 
 
-def _run(words: list[str], name: str) -> None:
+def _run(words: list[str], name: str, limit_s: float) -> None:
     try:
-        done = subprocess.run(words, stdin=subprocess.DEVNULL, check=False, timeout=_COMMAND_S, stdout=2)
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, check=False, timeout=limit_s, stdout=2)
     except subprocess.TimeoutExpired:
         raise FreezeFailed(
-            f"the command of --{name} did not end within {_COMMAND_S:g} s", path=words[0]
+            f"the command of --{name} did not end within {limit_s:g} s",
+            path=words[0],
+            hint="it was killed; give it longer with --command-limit",
         ) from None
     if done.returncode:
         raise FreezeFailed(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import uuid
 from pathlib import Path
@@ -62,6 +63,19 @@ class AddressType(TextParameter):
         if ":" in host and not (host.startswith("[") and host.endswith("]")):
             self.fail(f"{text!r}: an IPv6 address stands in brackets, as in [::1]:8084", param, ctx)
         return text
+
+
+class SecondsType(click.FloatRange):
+    """Seconds above 0, a finite number of them."""
+
+    def __init__(self, maximum: float | None = None) -> None:
+        super().__init__(0, maximum, min_open=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        seconds = super().convert(value, param, ctx)
+        if not math.isfinite(seconds):
+            self.fail(f"{value!r} is not a number of seconds", param, ctx)
+        return seconds
 
 
 class LogType(click.Path):
@@ -202,7 +216,7 @@ def cycle_options(function: Callable[P, R]) -> Callable[P, R]:
         option(
             "--interval",
             "interval_s",
-            type=click.FloatRange(0, min_open=True),
+            type=SecondsType(),
             metavar="SECONDS",
             help="Time between the beginnings of two cycles, usually 30, 300 or 900.  [default: 300]",
         ),

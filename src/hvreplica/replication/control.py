@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from hvreplica.capture.guest_agent import DEFAULT_FREEZE_LIMIT_S, GuestAgent
+from hvreplica.capture.guest_agent import DEFAULT_FREEZE_LIMIT_S, FREEZE_LIMIT_MAX_S, GuestAgent
 from hvreplica.clock import iso_time
 from hvreplica.errors import FreezeFailed, ProtocolViolation, StateError, Unreachable
 from hvreplica.replication.live import RecordedCut, cut_live
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 
 SOCKET_NAME = "control.sock"
 _RESTART_HINT = "stop it, then start it again with the disks of now; --remove-disk says which one is gone"
+_NOTHING_FROZEN = (
+    "the guest froze no file system, so the cut is what a power cut would leave: has it mounted any that its"
+    " agent can freeze?"
+)
 Text = Annotated[str, Meta(min_length=1, max_length=4096)]
 
 
@@ -40,7 +44,7 @@ class CutRequest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True)
     """freeze: the Unix socket of the guest's agent, an absolute path."""
 
     freeze: Text | None = None
-    freeze_limit_s: Annotated[float, Meta(gt=0, le=3600)] = DEFAULT_FREEZE_LIMIT_S
+    freeze_limit_s: Annotated[float, Meta(gt=0, le=FREEZE_LIMIT_MAX_S)] = DEFAULT_FREEZE_LIMIT_S
 
 
 class ReplicateRequest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -210,6 +214,7 @@ def cut_result(work: Work, recorded: RecordedCut, *, frozen: int | None = None) 
         instant=iso_time(recorded.instant_s),
         point=None if transfer is None else str(transfer.point_id),
         frozen=frozen,
+        warnings=[_NOTHING_FROZEN] if frozen == 0 else [],
     )
 
 

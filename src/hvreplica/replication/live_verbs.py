@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from hvreplica.capture.guest_agent import DEFAULT_FREEZE_LIMIT_S
+from hvreplica.capture.guest_agent import DEFAULT_FREEZE_LIMIT_S, checked_freeze_limit_s
 from hvreplica.clock import SYSTEM
 from hvreplica.errors import StateError
 from hvreplica.files import OS_FILES
@@ -55,8 +55,9 @@ def cut(
     freeze: the Unix socket of the guest's QEMU agent, whose file systems stand still for the instant, at most
     freeze_limit_s seconds. on_instant: called once the guest goes on; the rest of the cut takes longer.
     Disks that no process captures are compared with what was replicated, and must not change meanwhile.
-    Raises: HvReplicaError, OSError.
+    Raises: HvReplicaError, OSError, ValueError.
     """
+    checked_freeze_limit_s(freeze_limit_s)
     folder_path = _existing(files, state)
     owner = Owner.find(folder_path / SOCKET_NAME)
 

@@ -64,7 +64,8 @@ class CutResult(msgspec.Struct, frozen=True):
     """A cut. logs: of the disks that changed. held_us: microseconds for which writes were held.
 
     instant: ISO 8601 in UTC. point: the recovery point that it becomes, None where nothing had changed.
-    frozen: file systems that the guest held still for it, None where it was not asked to.
+    frozen: file systems that the guest held still for it, None where it was not asked to. warnings: sentences
+    that say where the cut is less than what was asked for.
     """
 
     logs: list[CutLog]
@@ -72,6 +73,7 @@ class CutResult(msgspec.Struct, frozen=True):
     instant: str
     point: str | None
     frozen: int | None = None
+    warnings: list[str] = []
 
 
 def make_result(work: Work, seconds: float) -> ReplicateResult:
