@@ -11,9 +11,18 @@ import pytest
 
 from hvreplica.errors import BadSignature, Locked, StoreError, StoreFull, UnsupportedVersion
 from hvreplica.files import OS_FILES
-from hvreplica.store import catalog as module
+from hvreplica.store import database as module
 from hvreplica.store.catalog import Catalog
-from hvreplica.store.records import NIL, DiskRow, LogSpec, Owner, PointRow, TransferRow
+from hvreplica.store.records import (
+    NIL,
+    DiskRow,
+    KeptLogRow,
+    LogSpec,
+    Owner,
+    PointRow,
+    TransferRow,
+    UndoRow,
+)
 from hvreplica.store.schema import APPLICATION_ID, SCHEMA_VERSION
 from tests.store.world import guid, ram_folder, small_disk
 
@@ -55,7 +64,7 @@ def insert_points(catalog: Catalog, vm_id: int, *numbers: int, then: type[Except
 
 
 def point(number: int, state: str = "spooled") -> PointRow:
-    return PointRow(guid(number), 0, 5.5, "delta", "crash", state, guid(number - 1), 77, 20.0, None)
+    return PointRow(guid(number), 0, 5.5, "standard", "crash", state, guid(number - 1), 77, 20.0, None)
 
 
 def transfer(number: int = 7, point_number: int = 70) -> TransferRow:
@@ -160,13 +169,15 @@ def test_transfer_leaves_its_logs_only_where_a_point_takes_them(catalog: Catalog
     assert catalog.log_ids(vm_id) == set()
 
 
-def test_completing_a_point_supersedes_the_older_ones(catalog: Catalog) -> None:
+def test_superseded_points_are_remembered_without_disks_until_pruned(catalog: Catalog) -> None:
     vm_id = add_vm(catalog)
     with catalog.transaction():
         for number in range(1, 6):
             catalog.insert_point(vm_id, point(number))
             catalog.set_members(vm_id, guid(number), {0: number << 20})
         catalog.complete_point(vm_id, guid(3), "complete", 44.0)
+        for number in (1, 2):
+            catalog.supersede_point(vm_id, guid(number))
     kept = [number for number in range(1, 6) if catalog.members(vm_id, guid(number))]
     assert kept == [3, 4, 5]
     assert [(item.sequence, item.state) for item in catalog.points(vm_id)] == [
@@ -319,3 +330,44 @@ def test_changes_from_many_threads_are_all_kept(catalog: Catalog) -> None:
     for thread in threads:
         thread.join()
     assert [item.sequence for item in catalog.points(vm_id)] == list(range(1, 81))
+
+
+def test_parts_of_a_point_keep_their_order_when_they_move(catalog: Catalog) -> None:
+    vm_id = add_vm(catalog)
+
+    def part(number: int, point_number: int, disk_index: int = 0) -> UndoRow:
+        return UndoRow(guid(point_number), disk_index, guid(number), "undo", 8192, 4096, digest_change="ab")
+
+    with catalog.transaction():
+        for row in (part(1, 70), part(2, 70), part(3, 70, 1), part(4, 71), part(5, 71), part(6, 71, 1)):
+            catalog.add_undo(vm_id, row)
+        catalog.move_undo(vm_id, point_id=guid(71), target_id=guid(70), disk_index=0)
+    kept = catalog.undo_rows(vm_id, point_id=guid(70), disk_index=0)
+    assert [(row.id, row.place) for row in kept] == [(guid(1), 0), (guid(2), 1), (guid(4), 2), (guid(5), 3)]
+    assert [row.id for row in catalog.undo_rows(vm_id, point_id=guid(71))] == [guid(6)]
+    assert catalog.undo_rows(vm_id, disk_index=1)[0] == part(3, 70, 1)
+    with catalog.transaction():
+        catalog.delete_undo(vm_id, guid(5))
+    assert [row.id for row in catalog.undo_rows(vm_id)] == [guid(1), guid(2), guid(4), guid(3), guid(6)]
+
+
+def test_what_older_points_need_comes_back_as_it_was_written(catalog: Catalog) -> None:
+    vm_id = add_vm(catalog)
+    log = KeptLogRow(guid(5), 1, NIL, 9216, guid(71), guid(70), 5.5, is_ordered=True, kept_until_s=99.5)
+    with catalog.transaction():
+        catalog.insert_point(vm_id, point(1, "complete"))
+        catalog.insert_kept_log(vm_id, log)
+        catalog.set_policy(vm_id, "{}")
+        catalog.set_failover(vm_id, "[]")
+        catalog.set_digest(vm_id, 1, "cd")
+        for sentence in ("torn", "rotten"):
+            catalog.damage_point(vm_id, guid(1), sentence)
+    assert catalog.kept_logs(vm_id) == [log]
+    assert [(row.policy, row.failover) for row in catalog.vms()] == [("{}", "[]")]
+    assert [row.digest for row in catalog.disks(vm_id)] == [None, "cd"]
+    assert [(row.state, row.damage) for row in catalog.points(vm_id)] == [("damaged", "torn")]
+    with catalog.transaction():
+        catalog.delete_kept_log(vm_id, guid(5))
+        catalog.supersede_point(vm_id, guid(1))
+    assert catalog.kept_logs(vm_id) == []
+    assert [row.damage for row in catalog.points(vm_id, superseded=True)] == [None]

@@ -15,9 +15,10 @@ from hvreplica.errors import Locked, UnsupportedVersion
 from hvreplica.files import OS_FILES
 from hvreplica.store import Store
 from hvreplica.store.catalog import Catalog
-from hvreplica.store.schema import APPLICATION_ID, MIGRATIONS, SCHEMA_VERSION, TABLES
+from hvreplica.store.migrations import MIGRATIONS
+from hvreplica.store.schema import APPLICATION_ID, SCHEMA_VERSION, TABLES
 
-V1 = Path(__file__).with_name("catalog_v1.sql")
+OLD = {version: Path(__file__).with_name(f"catalog_v{version}.sql") for version in MIGRATIONS}
 PAGE = Path(__file__).parents[2] / "docs" / "formats" / "store.md"
 
 
@@ -36,23 +37,26 @@ def test_every_column_is_explained_in_its_place() -> None:
         name: re.findall(r"^\| (\w+) \| ", text, flags=re.MULTILINE)[1:]
         for name, text in zip(sections[::2], sections[1::2], strict=True)
     }
-    explained["point"] = explained["point"][: len(columns()["point"])]  # the page goes on behind it
+    last = list(explained)[-1]
+    explained[last] = explained[last][: len(columns()[last])]  # the page goes on behind it
     assert explained == columns()
 
 
 def test_tables_change_only_with_their_version() -> None:
     digest = hashlib.sha256(" ".join(TABLES.split()).encode()).hexdigest()[:16]
-    assert {SCHEMA_VERSION: digest} == {2: "cf11f5fead35e0a3"}, (
+    assert {SCHEMA_VERSION: digest} == {3: "5c250db9e457e15d"}, (
         "a change of the tables needs a new version and a migration"
     )
 
 
-def test_migrated_tables_are_those_of_a_new_store() -> None:
+@pytest.mark.parametrize("version", OLD)
+def test_migrated_tables_are_those_of_a_new_store(version: int) -> None:
     """The order of columns counts: rows are inserted by place."""
     connection = sqlite3.connect(":memory:")
-    connection.executescript(V1.read_text())
-    for statement in MIGRATIONS[1]:
-        connection.execute(statement)
+    connection.executescript(OLD[version].read_text())
+    for step in range(version, SCHEMA_VERSION):
+        for statement in MIGRATIONS[step]:
+            connection.execute(statement)
     names = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
     found = {name: [row[1] for row in connection.execute(f"PRAGMA table_info({name})")] for name in names}
     assert found == columns()
@@ -60,14 +64,18 @@ def test_migrated_tables_are_those_of_a_new_store() -> None:
     connection.close()
 
 
+def make_old(folder: Path, version: int) -> Path:
+    """Return the folder of a store whose catalog this version wrote: see catalog_v<version>.sql."""
+    with contextlib.closing(sqlite3.connect(folder / "catalog.db")) as connection:
+        connection.executescript(OLD[version].read_text())
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        connection.execute(f"PRAGMA user_version = {version}")
+    return folder
+
+
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
-    """Return the folder of a store whose catalog version 1 wrote: see catalog_v1.sql."""
-    with contextlib.closing(sqlite3.connect(tmp_path / "catalog.db")) as connection:
-        connection.executescript(V1.read_text())
-        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        connection.execute("PRAGMA user_version = 1")
-    return tmp_path
+    return make_old(tmp_path, 1)
 
 
 def test_old_catalog_is_brought_on_with_all_that_it_says(old: Path) -> None:
@@ -92,16 +100,33 @@ def test_old_catalog_is_brought_on_with_all_that_it_says(old: Path) -> None:
         assert catalog.transfers(3) == []
 
 
-def test_catalog_whose_migration_is_cut_is_the_old_one(old: Path) -> None:
-    statements = len(MIGRATIONS[1])
-    for count in range(statements):
+def test_catalog_of_version_2_is_brought_on_with_all_that_it_says(tmp_path: Path) -> None:
+    with contextlib.closing(Catalog(OS_FILES, make_old(tmp_path, 2) / "catalog.db", create=True)) as catalog:
+        points = catalog.points(1, superseded=True)
+        assert [(point.kind, point.consistency, point.state, point.damage) for point in points] == [
+            ("initial", "crash", "superseded", None),
+            ("standard", "crash", "complete", None),
+            ("standard", "crash", "spooled", None),
+        ]
+        join, logs = catalog.transfers(1)
+        assert (join.kind, join.point_kind, join.consistency) == ("join", "initial", "none")
+        assert (logs.kind, logs.point_kind, logs.consistency) == ("logs", "standard", "crash")
+        assert logs.positions == {0: 4096}
+        assert [vm.policy for vm in catalog.vms()] == [None] * 3
+        assert catalog.undo_rows(1) == catalog.kept_logs(1) == []
+
+
+@pytest.mark.parametrize("version", OLD)
+def test_catalog_whose_migration_is_cut_is_the_old_one(tmp_path: Path, version: int) -> None:
+    old = make_old(tmp_path, version)
+    for count in range(len(MIGRATIONS[version])):
         connection = sqlite3.connect(old / "catalog.db", isolation_level=None)
         connection.execute("BEGIN IMMEDIATE")
-        for statement in MIGRATIONS[1][: count + 1]:
+        for statement in MIGRATIONS[version][: count + 1]:
             connection.execute(statement)
         connection.close()  # without a commit
     with contextlib.closing(Catalog(OS_FILES, old / "catalog.db", create=True)) as catalog:
-        assert len(catalog.transfers(1)) == 1
+        assert len(catalog.transfers(1)) == version  # see the specimens
 
 
 def test_reader_brings_an_old_store_on_unless_it_is_served(old: Path) -> None:

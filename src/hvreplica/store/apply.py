@@ -115,7 +115,7 @@ def _initial_point(home: VmHome, transfer: TransferRow, states: list[DiskRow]) -
         sequence=0,
         instant_s=transfer.instant_s,
         kind="initial",
-        consistency="crash" if transfer.consistent else "none",
+        consistency=transfer.consistency if transfer.consistent else "none",
         state="complete" if transfer.consistent else "base",
         previous_id=None,
         bytes=sum(state.file_bytes or 0 for state in states),
@@ -236,6 +236,8 @@ def _complete(home: VmHome, point_id: uuid.UUID, states: list[DiskRow], state: s
     before = {index for known in listed[: listed.index(point_id)] for index in catalog.members(vm_id, known)}
     for disk_index in before - catalog.members(vm_id, point_id).keys():
         catalog.remove_disk(vm_id, disk_index, now_s)
+    for known in listed[: listed.index(point_id)]:
+        catalog.supersede_point(vm_id, known)
     catalog.complete_point(vm_id, point_id, state, now_s)
     catalog.prune_points(vm_id, POINTS_KEPT)
 

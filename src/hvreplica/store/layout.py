@@ -7,6 +7,14 @@
     <root>/<vm folder>/disks/0.vhdx.partial   an initial replication on its way
     <root>/<vm folder>/spool/<log id>.hrl     received, durable, not yet applied
     <root>/<vm folder>/spool/<log id>.hrl.partial
+    <root>/<vm folder>/points/<part id>.hru        what older points need, docs/formats/hru.md
+    <root>/<vm folder>/points/<part id>.hru.partial
+    <root>/<vm folder>/points/<part id>.vhdx       a disk that an initial replication has replaced
+    <root>/<vm folder>/points/<point id>.use       held, shared, by whoever reads a point
+    <root>/<vm folder>/applied                     counts the times that the disks began to change
+    <root>/<vm folder>/logs/<log id>.hrl           applied, kept for points between two cycles
+    <root>/<vm folder>/active/0.vhdx               what runs here after a failover, a child of disks/0.vhdx
+    <root>/<vm folder>/test/0.vhdx                 what a test failover writes to
 
 A name from outside becomes a path here and nowhere else. A folder name is one path component that every usual
 file system takes: no separator, no control character, no leading dot, no trailing dot or space, no Windows
@@ -155,6 +163,44 @@ class VmPaths:
     def lock(self) -> Path:
         """The lock file: shared to read the disks, exclusive to change them."""
         return self.folder / "lock"
+
+    @property
+    def points(self) -> Path:
+        """The folder of what older points need."""
+        return self.folder / "points"
+
+    @property
+    def counter(self) -> Path:
+        """The file that counts how often the disks began to change, see files.Counter."""
+        return self.folder / "applied"
+
+    def undo(self, part_id: uuid.UUID) -> Path:
+        """Return where an undo part stands."""
+        return self.points / f"{part_id}.hru"
+
+    def partial_undo(self, part_id: uuid.UUID) -> Path:
+        """Return where an undo part stands while it is made."""
+        return self.points / f"{part_id}.hru{PARTIAL_SUFFIX}"
+
+    def whole(self, part_id: uuid.UUID) -> Path:
+        """Return where a disk stands that an initial replication has replaced."""
+        return self.points / f"{part_id}.vhdx"
+
+    def use(self, point_id: uuid.UUID) -> Path:
+        """Return the lock file of a point: shared to read it, exclusive to drop it."""
+        return self.points / f"{point_id}.use"
+
+    def kept_log(self, log_id: uuid.UUID) -> Path:
+        """Return where a log stands that is kept after it was applied."""
+        return self.folder / "logs" / f"{log_id}.hrl"
+
+    def active(self, disk_index: int) -> Path:
+        """Return where a disk stands that runs here after a failover."""
+        return self.folder / "active" / f"{disk_index:d}.vhdx"
+
+    def test(self, disk_index: int) -> Path:
+        """Return where a disk stands that a test failover writes to."""
+        return self.folder / "test" / f"{disk_index:d}.vhdx"
 
     def disk(self, disk_index: int) -> Path:
         """Return where the replica of one disk stands."""

@@ -141,13 +141,19 @@ def validate_logs(logs: Sequence[LogSpec], disk_indexes: set[int]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class VmRow:
-    """A VM. folder: its folder's name inside the store."""
+    """A VM. folder: its folder's name inside the store.
+
+    policy: JSON of store/policy.py, None where nobody said. failover: JSON, None while the replica is at
+    work.
+    """
 
     id: int
     name: str
     folder: str
     owner: Owner
     claimed_s: float
+    policy: str | None = None
+    failover: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +162,7 @@ class DiskRow:
 
     file_bytes: length of its file. data_write_guid: of the replica's own VHDX. last_log_id: nil after an
     initial one. base_id: what the initial replication was called that brought it; unknown where an older
-    hvreplica received it. removed_s: since when no point has it.
+    hvreplica received it. removed_s: since when no point has it. digest: of its content, None where unknown.
     """
 
     spec: DiskSpec
@@ -165,6 +171,7 @@ class DiskRow:
     last_log_id: uuid.UUID = NIL
     base_id: uuid.UUID | None = None
     removed_s: float | None = None
+    digest: str | None = None
 
     @property
     def is_held(self) -> bool:
@@ -179,7 +186,7 @@ class TransferRow:
     kind: "initial" (all disks) | "join" (disks that points will have from then on, beside the others) |
     "logs". positions: for each target, the bytes from its start that are durable. disks: index -> virtual
     bytes of those that it sends, or, with logs, of all that its point has. consistent: whether an initial one
-    shows one instant.
+    shows one instant. point_kind, consistency: of the point that it will be, see PointRow.
     """
 
     id: uuid.UUID
@@ -193,16 +200,20 @@ class TransferRow:
     disks: dict[int, int]
     logs: tuple[LogSpec, ...] = ()
     consistent: bool = True
+    point_kind: str = "standard"
+    consistency: str = "crash"
 
 
 @dataclass(frozen=True, slots=True)
 class PointRow:
     """A recovery point. sequence: counts up within its VM.
 
-    kind: "initial" | "delta". consistency: "crash", "none" for a base. state: "spooled" (its logs are
-    durable, the disks are on the point before) | "applying" (the disks are on neither) | "complete" |
-    "base" (the disks are whole and show no single instant: what the next logs need, and nothing to be had) |
-    "superseded" (the disks have moved on). bytes: what was received for it, disks or logs.
+    kind: "initial" | "standard" | "planned" (the last cut before a planned failover) | "manual" (made here).
+    consistency: "crash" | "app" | "none" for a base. state: "spooled" (its logs are durable, the
+    disks are on the point before) | "applying" (the disks are on neither) | "complete" (it can be had) |
+    "damaged" (it could, but for what `damage` says) | "base" (the disks are whole and show no single
+    instant: what the next logs need, and nothing to be had) | "superseded" (only remembered). bytes: what was
+    received for it, disks or logs.
     """
 
     id: uuid.UUID
@@ -215,6 +226,53 @@ class PointRow:
     bytes: int
     received_s: float
     applied_s: float | None
+    damage: str | None = None
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether it can be had, or could be but for damage; its undo parts are kept then."""
+        return self.state in {"complete", "damaged"}
+
+
+@dataclass(frozen=True, slots=True)
+class UndoRow:
+    """One part of what keeps a point: what a disk held in some ranges before they were changed.
+
+    point_id: the point that is kept by it. place: parts of one point and disk are read in this order, the
+    first that covers a byte counts. kind: "undo", a log of its own (docs/formats/hru.md), or "whole", a VHDX
+    of the whole disk, behind which nothing is looked at. file_bytes: length of its file. covered_bytes: of
+    the guest's disk. log_id: the log whose applying it undoes, None where there are several or none.
+    digest_change: what applying changed in the disk's digest, None where that is not known.
+    """
+
+    point_id: uuid.UUID
+    disk_index: int
+    id: uuid.UUID
+    kind: str
+    file_bytes: int
+    covered_bytes: int
+    place: int = 0
+    log_id: uuid.UUID | None = None
+    digest_change: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KeptLogRow:
+    """A log that is kept after it was applied, to make points between two cycles.
+
+    point_id: the point that it led to. before_point_id: the point that it led from. instant_s: of point_id.
+    is_ordered: whether its entries stand in the order of the guest's writes. kept_until_s: then it may go.
+    """
+
+    log_id: uuid.UUID
+    disk_index: int
+    previous_log_id: uuid.UUID
+    log_bytes: int
+    point_id: uuid.UUID
+    before_point_id: uuid.UUID | None
+    instant_s: float
+    is_ordered: bool
+    kept_until_s: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The tables of catalog.db, version 2, and how those of older ones become it; see docs/formats/store.md.
+"""The tables of catalog.db, version 3; see docs/formats/store.md, and migrations.py for older ones.
 
 Times are Unix seconds, GUIDs are text in the usual lower-case form, sizes are bytes.
 """
@@ -6,7 +6,7 @@ Times are Unix seconds, GUIDs are text in the usual lower-case form, sizes are b
 from __future__ import annotations
 
 APPLICATION_ID = 0x48565243  # "HVRC": tells our database from anybody else's
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 TABLES = """
 CREATE TABLE vm (
@@ -17,7 +17,9 @@ CREATE TABLE vm (
     relationship_id TEXT NOT NULL,
     generation INTEGER NOT NULL CHECK (generation >= 0),
     certificate TEXT NOT NULL,
-    claimed_s REAL NOT NULL
+    claimed_s REAL NOT NULL,
+    policy TEXT,
+    failover TEXT
 );
 CREATE TABLE owner (
     vm_id INTEGER NOT NULL REFERENCES vm (id) ON DELETE CASCADE,
@@ -43,6 +45,7 @@ CREATE TABLE disk (
     virtual_disk_id TEXT,
     base_id TEXT,
     removed_s REAL,
+    digest TEXT,
     PRIMARY KEY (vm_id, disk_index)
 );
 CREATE TABLE transfer (
@@ -55,6 +58,8 @@ CREATE TABLE transfer (
     instant_s REAL NOT NULL,
     started_s REAL NOT NULL,
     consistent INTEGER NOT NULL CHECK (consistent IN (0, 1)),
+    point_kind TEXT NOT NULL,
+    consistency TEXT NOT NULL,
     PRIMARY KEY (vm_id, kind)
 );
 CREATE TABLE position (
@@ -88,44 +93,43 @@ CREATE TABLE point (
     sequence INTEGER NOT NULL,
     id TEXT NOT NULL,
     instant_s REAL NOT NULL,
-    kind TEXT NOT NULL CHECK (kind IN ('initial', 'delta')),
-    consistency TEXT NOT NULL CHECK (consistency IN ('none', 'crash')),
-    state TEXT NOT NULL CHECK (state IN ('spooled', 'applying', 'base', 'complete', 'superseded')),
+    kind TEXT NOT NULL CHECK (kind IN ('initial', 'standard', 'planned', 'manual')),
+    consistency TEXT NOT NULL CHECK (consistency IN ('none', 'crash', 'app')),
+    state TEXT NOT NULL
+        CHECK (state IN ('spooled', 'applying', 'base', 'complete', 'damaged', 'superseded')),
     previous_id TEXT,
     bytes INTEGER NOT NULL,
     received_s REAL NOT NULL,
     applied_s REAL,
+    damage TEXT,
     PRIMARY KEY (vm_id, sequence),
     UNIQUE (vm_id, id)
 );
+CREATE TABLE undo (
+    vm_id INTEGER NOT NULL REFERENCES vm (id) ON DELETE CASCADE,
+    point_id TEXT NOT NULL,
+    place INTEGER NOT NULL,
+    disk_index INTEGER NOT NULL,
+    id TEXT NOT NULL,
+    kind TEXT NOT NULL CHECK (kind IN ('undo', 'whole')),
+    file_bytes INTEGER NOT NULL,
+    covered_bytes INTEGER NOT NULL,
+    log_id TEXT,
+    digest_change TEXT,
+    PRIMARY KEY (vm_id, disk_index, point_id, place),
+    UNIQUE (vm_id, id)
+);
+CREATE TABLE kept_log (
+    vm_id INTEGER NOT NULL REFERENCES vm (id) ON DELETE CASCADE,
+    log_id TEXT NOT NULL,
+    disk_index INTEGER NOT NULL,
+    previous_log_id TEXT NOT NULL,
+    log_bytes INTEGER NOT NULL,
+    point_id TEXT NOT NULL,
+    before_point_id TEXT,
+    instant_s REAL NOT NULL,
+    is_ordered INTEGER NOT NULL CHECK (is_ordered IN (0, 1)),
+    kept_until_s REAL NOT NULL,
+    PRIMARY KEY (vm_id, log_id)
+);
 """
-
-_TABLE_OF = {statement.split()[2]: statement for statement in map(str.strip, TABLES.split(";")) if statement}
-# From the version that is the key to the next one. The tables are those of version 2: another change of them
-# has to freeze these here. Foreign keys are off meanwhile, so that a table that is replaced does not take the
-# rows along that refer to it.
-MIGRATIONS = {
-    1: (
-        "ALTER TABLE disk ADD COLUMN virtual_disk_id TEXT",
-        "ALTER TABLE disk ADD COLUMN base_id TEXT",
-        "ALTER TABLE disk ADD COLUMN removed_s REAL",
-        "ALTER TABLE point RENAME TO point_1",
-        _TABLE_OF["point"],
-        "INSERT INTO point SELECT * FROM point_1",
-        "DROP TABLE point_1",
-        "ALTER TABLE position RENAME TO position_1",
-        "ALTER TABLE transfer RENAME TO transfer_1",
-        _TABLE_OF["transfer"],
-        "INSERT INTO transfer SELECT *, 1 FROM transfer_1",
-        _TABLE_OF["position"],
-        """INSERT INTO position SELECT vm_id, kind, target, durable_bytes
-           FROM position_1 JOIN transfer_1 USING (vm_id)""",
-        "DROP TABLE position_1",
-        "DROP TABLE transfer_1",
-        _TABLE_OF["member"],
-        """INSERT INTO member SELECT vm_id, id, disk_index, virtual_bytes
-           FROM point JOIN disk USING (vm_id) WHERE state <> 'superseded'""",
-        """INSERT INTO member SELECT vm_id, point_id, disk_index, virtual_bytes
-           FROM transfer JOIN disk USING (vm_id)""",
-    ),
-}

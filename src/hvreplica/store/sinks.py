@@ -378,7 +378,8 @@ class LogSink(TransferSink["BlockFile"]):
             home.require_transfer(self.transfer_id)
             size = sum(log.log_bytes for log in transfer.logs)
             now_s = home.clock.now_s()
-            point = (transfer.point_id, 0, transfer.instant_s, "delta", "crash", "spooled")
+            kinds = (transfer.point_kind, transfer.consistency)
+            point = (transfer.point_id, 0, transfer.instant_s, *kinds, "spooled")
             home.catalog.insert_point(
                 home.vm_id, PointRow(*point, transfer.previous_point_id, size, now_s, None)
             )

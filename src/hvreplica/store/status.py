@@ -20,7 +20,8 @@ class PointStatus(msgspec.Struct, frozen=True):
     """A recovery point. instant_s: the time that its disks show; received_s, applied_s: when; Unix seconds.
 
     state: "complete" (can be exported), "spooled" (received, the disks are still on the point before) or
-    "applying". kind: "initial" or "delta". consistency: "crash". bytes: what was received for it.
+    "applying". kind: "initial", "standard", "planned" or "manual". consistency: "crash" or "app". bytes: what
+    was received for it.
     """
 
     id: str

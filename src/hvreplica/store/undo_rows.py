@@ -1,0 +1,145 @@
+"""The rows of the catalog that older points are kept by: undo parts, kept logs, damage, policy."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+from hvreplica.store.database import Database
+from hvreplica.store.records import KeptLogRow, UndoRow
+
+_SELECT_UNDO = (
+    "SELECT point_id, place, disk_index, id, kind, file_bytes, covered_bytes, log_id, digest_change FROM undo"
+)
+_SELECT_KEPT_LOG = (
+    "SELECT log_id, disk_index, previous_log_id, log_bytes, point_id, before_point_id, instant_s, is_ordered,"
+    " kept_until_s FROM kept_log"
+)
+
+
+class UndoRows(Database):
+    """Their part of store/catalog.py."""
+
+    def undo_rows(
+        self, vm_id: int, *, point_id: uuid.UUID | None = None, disk_index: int | None = None
+    ) -> list[UndoRow]:
+        """Return undo parts of the VM, of one point or disk where that is given, by point, disk and place."""
+        rows = self.rows(
+            f"{_SELECT_UNDO} WHERE vm_id = ? AND point_id = coalesce(?, point_id)"
+            " AND disk_index = coalesce(?, disk_index) ORDER BY point_id, disk_index, place",
+            (vm_id, _text(point_id), disk_index),
+        )
+        return [_undo(row) for row in rows]
+
+    def add_undo(self, vm_id: int, row: UndoRow) -> None:
+        """Add a part behind the others of its point and disk; its place is given here."""
+        key = (vm_id, str(row.point_id), row.disk_index)
+        place = self._free_place(*key)
+        sizes = (row.file_bytes, row.covered_bytes)
+        self.change(
+            "INSERT INTO undo VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                *(vm_id, str(row.point_id), place, row.disk_index, str(row.id), row.kind),
+                *(*sizes, _text(row.log_id), row.digest_change),
+            ),
+        )
+
+    def move_undo(self, vm_id: int, *, point_id: uuid.UUID, target_id: uuid.UUID, disk_index: int) -> None:
+        """Make the parts of one point and disk those of another point, in their order behind its own."""
+        place = self._free_place(vm_id, str(target_id), disk_index)
+        for row in self.undo_rows(vm_id, point_id=point_id, disk_index=disk_index):
+            self.change(
+                "UPDATE undo SET point_id = ?, place = ? WHERE vm_id = ? AND id = ?",
+                (str(target_id), place, vm_id, str(row.id)),
+            )
+            place += 1
+
+    def delete_undo(self, vm_id: int, part_id: uuid.UUID) -> None:
+        """Forget a part."""
+        self.change("DELETE FROM undo WHERE vm_id = ? AND id = ?", (vm_id, str(part_id)))
+
+    def _free_place(self, vm_id: int, point_id: str, disk_index: int) -> int:
+        found = self.rows(
+            "SELECT coalesce(max(place) + 1, 0) FROM undo"
+            " WHERE vm_id = ? AND point_id = ? AND disk_index = ?",
+            (vm_id, point_id, disk_index),
+        )
+        return int(found[0][0])
+
+    def supersede_point(self, vm_id: int, point_id: uuid.UUID) -> None:
+        """Record that a point can be had no more; it is remembered until prune_points()."""
+        key = (vm_id, str(point_id))
+        self.change("UPDATE point SET state = 'superseded', damage = NULL WHERE vm_id = ? AND id = ?", key)
+        self.change("DELETE FROM member WHERE vm_id = ? AND point_id = ?", key)
+
+    def damage_point(self, vm_id: int, point_id: uuid.UUID, sentence: str) -> None:
+        """Record why a complete point cannot be trusted; the first reason stays."""
+        self.change(
+            "UPDATE point SET state = 'damaged', damage = ?"
+            " WHERE vm_id = ? AND id = ? AND state = 'complete'",
+            (sentence, vm_id, str(point_id)),
+        )
+
+    def kept_logs(self, vm_id: int) -> list[KeptLogRow]:
+        """Return the logs that were kept after they had been applied, oldest first."""
+        rows = self.rows(f"{_SELECT_KEPT_LOG} WHERE vm_id = ? ORDER BY instant_s, rowid", (vm_id,))
+        return [_kept_log(row) for row in rows]
+
+    def insert_kept_log(self, vm_id: int, row: KeptLogRow) -> None:
+        """Record that a log is kept."""
+        ids = (str(row.log_id), row.disk_index, str(row.previous_log_id), row.log_bytes)
+        points = (str(row.point_id), _text(row.before_point_id), row.instant_s)
+        self.change(
+            "INSERT INTO kept_log VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (vm_id, *ids, *points, row.is_ordered, row.kept_until_s),
+        )
+
+    def delete_kept_log(self, vm_id: int, log_id: uuid.UUID) -> None:
+        """Forget a kept log."""
+        self.change("DELETE FROM kept_log WHERE vm_id = ? AND log_id = ?", (vm_id, str(log_id)))
+
+    def set_policy(self, vm_id: int, policy: str | None) -> None:
+        """Record what is kept of the VM: JSON of store/policy.py, None for what holds where nobody said."""
+        self.change("UPDATE vm SET policy = ? WHERE id = ?", (policy, vm_id))
+
+    def set_failover(self, vm_id: int, failover: str | None) -> None:
+        """Record where a failover stands: JSON; None while the replica is at work."""
+        self.change("UPDATE vm SET failover = ? WHERE id = ?", (failover, vm_id))
+
+    def set_digest(self, vm_id: int, disk_index: int, digest: str | None) -> None:
+        """Record the digest of a disk on its newest applied point; None where it is not known."""
+        self.change(
+            "UPDATE disk SET digest = ? WHERE vm_id = ? AND disk_index = ?", (digest, vm_id, disk_index)
+        )
+
+
+def _text(guid: uuid.UUID | None) -> str | None:
+    return None if guid is None else str(guid)
+
+
+def _undo(row: tuple[Any, ...]) -> UndoRow:
+    return UndoRow(
+        point_id=uuid.UUID(row[0]),
+        place=row[1],
+        disk_index=row[2],
+        id=uuid.UUID(row[3]),
+        kind=row[4],
+        file_bytes=row[5],
+        covered_bytes=row[6],
+        log_id=None if row[7] is None else uuid.UUID(row[7]),
+        digest_change=row[8],
+    )
+
+
+def _kept_log(row: tuple[Any, ...]) -> KeptLogRow:
+    return KeptLogRow(
+        log_id=uuid.UUID(row[0]),
+        disk_index=row[1],
+        previous_log_id=uuid.UUID(row[2]),
+        log_bytes=row[3],
+        point_id=uuid.UUID(row[4]),
+        before_point_id=None if row[5] is None else uuid.UUID(row[5]),
+        instant_s=row[6],
+        is_ordered=bool(row[7]),
+        kept_until_s=row[8],
+    )
