@@ -35,6 +35,7 @@ from tests.support.capture_scene import (
     log_numbers,
     make_scene,
     named_grains,
+    world_numbers,
 )
 from tests.support.crash import crash_states
 from tests.support.nbd_client import SECTOR, Replies, Taste, Workload, lost
@@ -146,7 +147,7 @@ class Judge:
         scene, story = self.scene, world.story
         lay_out(world, [scene.root])
         floors = [self._floor(world, index) for index in range(len(SIZES))]
-        before = [disk_numbers(path) for path in scene.paths]
+        before = [world_numbers(scene, world, path) for path in scene.paths]
         for index, numbers in enumerate(before):
             gone = lost(numbers, floors[index], self.zeroed[index])
             assert not len(gone), (

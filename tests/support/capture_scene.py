@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 GRAIN_SECTORS = 64 * KIB // SECTOR
 SIZES = (40 * MIB + 3 * SECTOR * 8, 24 * MIB)
 HOT = ((0, 2048), (9000, 12000), (40_000, 43_000), (81_000, 81_944))  # in sectors: where most requests go
+_CONTENTS_MAX = 32  # of each disk that are remembered
 FIRST_NUMBER = 1000  # of a workload; what stood there before has smaller ones
 
 
@@ -55,7 +56,8 @@ def fast_folder(otherwise: Path) -> Iterator[Path]:
 class Scene:
     """Two disks whose state is settled, on a file system that is fast to sync where there is one.
 
-    base: for each disk, the request number of each sector at the last cut before the recording.
+    base: for each disk, the request number of each sector at the last cut before the recording. logs, disks: what
+    was read of contents that may come again.
     """
 
     folder: Path
@@ -63,6 +65,7 @@ class Scene:
     settings: Settings
     base: list[NDArray[np.int64]] = field(default_factory=list)
     logs: dict[str, tuple[SparseBytes, list[tuple[int, NDArray[np.int64]]]]] = field(default_factory=dict)
+    disks: dict[Path, list[tuple[SparseBytes, NDArray[np.int64]]]] = field(default_factory=dict)
 
     @property
     def root(self) -> Path:
@@ -115,6 +118,23 @@ def disk_numbers(path: Path) -> NDArray[np.int64]:
             sector = offset // SECTOR
             numbers[sector : sector + length // SECTOR] = numbers_of(data, sector)
     return numbers
+
+
+def world_numbers(scene: Scene, world: FaultFiles, path: Path) -> NDArray[np.int64]:
+    """Return disk_numbers() of a disk that is laid out as in `world`.
+
+    Most worlds have one of few contents of a disk, and that one need not be read again.
+    """
+    tree = world.trace().start
+    content = tree.contents[tree.names[path]]
+    known = scene.disks.setdefault(path, [])
+    for place, (held, numbers) in enumerate(known):
+        if content.equals(held):
+            known.insert(0, known.pop(place))
+            return numbers
+    known.insert(0, (content, disk_numbers(path)))
+    del known[_CONTENTS_MAX:]
+    return known[0][1]
 
 
 def cut_numbers(scene: Scene, world: FaultFiles | None = None) -> list[NDArray[np.int64]]:
