@@ -15,7 +15,7 @@ IMPORTS = {
     "socket": ["transport/*", "capture/*"],
     "socketserver": [],
     "ssl": ["transport/*", "capture/*"],
-    "sqlite3": ["store/catalog.py"],
+    "sqlite3": ["store/database.py"],
     "cffi": ["native/*"],
     "_cffi_backend": ["native/*"],
     "hvreplica.native._hvr": ["native/*"],

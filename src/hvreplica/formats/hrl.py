@@ -34,6 +34,7 @@ COOKIE = b"msctlog\0"
 LOG_FORMAT_VERSION_1 = 0x00010000
 LOG_FORMAT_VERSION_2 = 0x00020000
 FILE_TYPE_HRL = 0
+FILE_TYPE_UNDO = 0x00757268  # "hru" and NUL; ours, see docs/formats/hru.md
 META_OPERATION_WRITE = 1
 NIL_GUID = UUID(int=0)
 
@@ -64,7 +65,7 @@ _HEADER_FIELDS = (
     Field("previous_unique_id", GUID, "of the log before it"),
     Field("last_modified_time_stamp", "I", "as time_stamp"),
     Field("total_metadata_entries", "Q", "the sum of valid_metadata_entries over all blocks"),
-    Field("file_type", "I", "0 for an .hrl"),
+    Field("file_type", "I", "0 for an .hrl; 0x00757268 for an .hru of ours"),
     Field("flags", "H", "0"),
 )
 HEADER = Layout(
@@ -192,8 +193,8 @@ class LogHeader:
         changed = dataclasses.replace(self, **changes)
         return dataclasses.replace(changed, checksum=changed.computed_checksum())
 
-    def validate(self) -> None:
-        """Check what the header says of itself.
+    def validate(self, *, file_type: int = FILE_TYPE_HRL) -> None:
+        """Check what the header says of itself, and that it is a log of this type.
 
         Raises: BadSignature, UnsupportedVersion, ChecksumMismatch, FieldOutOfRange. Spec: [MS-HRL] 2.2.
         """
@@ -221,7 +222,7 @@ class LogHeader:
                 actual=self.checksum,
                 hint="the log cannot be trusted; a comparison of the disks finds what changed",
             )
-        for name, expected in (("file_type", FILE_TYPE_HRL), ("flags", 0)):
+        for name, expected in (("file_type", file_type), ("flags", 0)):
             if getattr(self, name) != expected:
                 raise FieldOutOfRange(
                     f"{name} has no known meaning",

@@ -22,6 +22,7 @@ import numpy as np
 
 from hvreplica.errors import FieldOutOfRange, HvReplicaError, NotClosed
 from hvreplica.formats.hrl import (
+    FILE_TYPE_HRL,
     HEADER,
     HEADER_BYTES,
     METADATA_ENTRY,
@@ -58,26 +59,27 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def read_header(file: BlockFile) -> LogHeader:
+def read_header(file: BlockFile, *, file_type: int = FILE_TYPE_HRL) -> LogHeader:
     """Return the validated header of the log in `file`, closed or not. Raises: FormatError."""
     with naming(file.path):
         header = LogHeader.unpack(file.read(0, min(HEADER_BYTES, file.size())))
-        header.validate()
+        header.validate(file_type=file_type)
     return header
 
 
 class LogReader:
     """A closed log, open for reading. One owner; concurrent iterators are allowed.
 
-    Raises on opening: NotClosed if its writer never closed it or gave up; FormatError if header or chain of
-    metadata blocks are damaged. Spec: [MS-HRL] 2.5.
+    file_type: FILE_TYPE_HRL or FILE_TYPE_UNDO; a log of another type is refused. Raises on opening: NotClosed
+    if its writer never closed it or gave up; FormatError if header or chain of metadata blocks are damaged.
+    Spec: [MS-HRL] 2.5.
     """
 
-    def __init__(self, files: FileSystem, path: Path) -> None:
+    def __init__(self, files: FileSystem, path: Path, *, file_type: int = FILE_TYPE_HRL) -> None:
         self._path = Path(path)
         self._file = files.open(self._path)
         try:
-            self._header = read_header(self._file)
+            self._header = read_header(self._file, file_type=file_type)
             with naming(self._path):
                 _require_closed(self._header)
                 self._header.validate_within(self._file.size())

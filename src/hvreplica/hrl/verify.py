@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from hvreplica.clock import HRL_EPOCH_S
 from hvreplica.disk.parallel import map_ordered
 from hvreplica.errors import ChecksumMismatch
-from hvreplica.formats.hrl import DATA_CHECKSUM_ABSENT, METADATA_ENTRY
+from hvreplica.formats.hrl import DATA_CHECKSUM_ABSENT, FILE_TYPE_HRL, METADATA_ENTRY
 from hvreplica.hrl.data import DataChecker, DataFault, HoleFinder
 from hvreplica.hrl.reader import LogReader
 from hvreplica.hrl.report import LogEnd, LogReport
@@ -51,6 +51,7 @@ def verify_log(
     data: bool = True,
     disk_bytes: int | None = None,
     progress: ProgressCallback | None = None,
+    file_type: int = FILE_TYPE_HRL,
 ) -> LogReport:
     """Check every byte of a closed log that means something, and say what it holds.
 
@@ -58,7 +59,7 @@ def verify_log(
     offset. Raises: NotClosed; FormatError naming the first damage. Memory is bounded whatever the length of
     the log.
     """
-    with LogReader(files, path) as reader:
+    with LogReader(files, path, file_type=file_type) as reader:
         return check_log(reader, data=data, disk_bytes=disk_bytes, progress=progress)
 
 

@@ -26,6 +26,7 @@ from hvreplica.formats.hrl import (
     DISK_BYTES_MAX,
     ENTRY_BYTES,
     FILE_TYPE_HRL,
+    FILE_TYPE_UNDO,
     HEADER_BYTES,
     LOG_BYTES_MAX,
     LOG_FORMAT_VERSION_2,
@@ -82,6 +83,7 @@ class LogWriter:
 
     def __init__(self, files: FileSystem, file: BlockFile, header: LogHeader, clock: Clock) -> None:
         """Go on behind the header and the empty first block, which create() has written."""
+        self._ordered = True
         self._files = files
         self._file = file
         self._header = header
@@ -120,43 +122,59 @@ class LogWriter:
         system the search for new blocks. It may stay longer than the log. Raises: FileExistsError if the name
         is taken; FieldOutOfRange for an impossible metadata_bytes. Spec: [MS-HRL] 2.2.
         """
-        now = hrl_timestamp(clock.now_s())
-        header = LogHeader(
-            cookie=COOKIE,
-            log_format_version=LOG_FORMAT_VERSION_2,
-            time_stamp=now,
-            creator_application=CREATOR_APPLICATION,
-            creator_version=CREATOR_VERSION,
-            original_size=0,
-            current_size=0,
-            checksum=0,
-            eol_location=0,
-            error_code=0,
-            metadata_size=metadata_bytes,
-            unique_id=log_id,
-            previous_unique_id=previous_log_id or NIL_GUID,
-            last_modified_time_stamp=now,
-            total_metadata_entries=0,
-            file_type=FILE_TYPE_HRL,
-            flags=0,
-            vhd2_data_write_guid=data_write_guid or NIL_GUID,
-            reserved=b"",
-        ).sealed()
-        header.validate()
-        file = files.open(Path(path), create=True, exclusive=not recycle)
+        ids = (log_id, previous_log_id or NIL_GUID, data_write_guid or NIL_GUID)
+        header = _new_header(ids, FILE_TYPE_HRL, metadata_bytes, clock)
+        return cls._begin(files, Path(path), header, clock, recycle=recycle)
+
+    @classmethod
+    def create_undo(
+        cls,
+        files: FileSystem,
+        path: Path,
+        *,
+        part_id: UUID,
+        log_id: UUID | None,
+        data_write_guid: UUID | None,
+        clock: Clock,
+    ) -> LogWriter:
+        """Make an empty undo part at `path`: a log of another type, see docs/formats/hru.md.
+
+        For a file that gets its name once it is whole: nothing is durable before close(), which syncs once,
+        so that after a power cut the part may look closed and not be whole. Raises: FileExistsError.
+        """
+        ids = (part_id, log_id or NIL_GUID, data_write_guid or NIL_GUID)
+        header = _new_header(ids, FILE_TYPE_UNDO, METADATA_BYTES_DEFAULT, clock)
+        return cls._begin(files, Path(path), header, clock, ordered=False)
+
+    @classmethod
+    def _begin(
+        cls,
+        files: FileSystem,
+        path: Path,
+        header: LogHeader,
+        clock: Clock,
+        *,
+        recycle: bool = False,
+        ordered: bool = True,
+    ) -> LogWriter:
+        header.validate(file_type=header.file_type)
+        file = files.open(path, create=True, exclusive=not recycle)
         try:
             # An empty first block as Hyper-V writes it: an empty log can be closed, and recovery has an
             # anchor.
+            metadata_bytes = header.metadata_size
             first = pack_metadata_block(b"", previous_metadata_location=0, metadata_size=metadata_bytes)
             file.write(header.pack() + first, 0)
-            file.sync()
+            if ordered:
+                file.sync()
         except BaseException:
             file.close()
             with contextlib.suppress(OSError):
-                files.unlink(Path(path))
+                files.unlink(path)
             raise
         writer = cls(files, file, header, clock)
         writer._stale_bytes = file.size() if recycle else 0
+        writer._ordered = ordered
         return writer
 
     @property
@@ -258,7 +276,7 @@ class LogWriter:
             if self._summary is not None:
                 return self._summary
         with self._working():
-            self._flush()
+            self._flush(sync=self._ordered)
             header = self._header.sealed(
                 previous_unique_id=previous_log_id or self._header.previous_unique_id,
                 current_size=self._position,
@@ -387,11 +405,11 @@ class LogWriter:
             self._file.write(self._window[: self._filled_bytes], self._position - self._filled_bytes)
             self._filled_bytes = 0
 
-    def _flush(self) -> None:
+    def _flush(self, *, sync: bool = True) -> None:
         if self._pending:
             self._end_block()
         self._drain()
-        if self._durable != self._position:
+        if sync and self._durable != self._position:
             self._file.sync()
             self._durable = self._position
 
@@ -405,6 +423,32 @@ class LogWriter:
                 file.sync()
             finally:
                 file.close()
+
+
+def _new_header(ids: tuple[UUID, UUID, UUID], file_type: int, metadata_bytes: int, clock: Clock) -> LogHeader:
+    """Return the header of an open log. ids: its own, the one before it, the DataWriteGuid."""
+    now = hrl_timestamp(clock.now_s())
+    return LogHeader(
+        cookie=COOKIE,
+        log_format_version=LOG_FORMAT_VERSION_2,
+        time_stamp=now,
+        creator_application=CREATOR_APPLICATION,
+        creator_version=CREATOR_VERSION,
+        original_size=0,
+        current_size=0,
+        checksum=0,
+        eol_location=0,
+        error_code=0,
+        metadata_size=metadata_bytes,
+        unique_id=ids[0],
+        previous_unique_id=ids[1],
+        last_modified_time_stamp=now,
+        total_metadata_entries=0,
+        file_type=file_type,
+        flags=0,
+        vhd2_data_write_guid=ids[2],
+        reserved=b"",
+    ).sealed()
 
 
 def _checked(extents: NDArray[Any]) -> NDArray[np.int64]:
