@@ -498,6 +498,18 @@ def map_private(file: BlockFile, file_offset: int, length: int) -> mmap.mmap | N
     )
 
 
+def map_shared(file: BlockFile, length: int) -> mmap.mmap | None:
+    """Map the start of `file`, so that all processes see each other's changes; None without a descriptor.
+
+    The file has at least `length` bytes and never becomes shorter. Nothing is durable.
+    """
+    descriptor = file.fileno()
+    if descriptor is None:
+        return None
+    access = mmap.ACCESS_WRITE if file.writable else mmap.ACCESS_READ
+    return mmap.mmap(descriptor, length, access=access)
+
+
 def lock_open_file(file: BlockFile, *, shared: bool = False) -> None:
     """Make this the only open file of its name that holds this lock, until close; for a disk's one writer.
 

@@ -137,11 +137,24 @@ def intersection(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.int64
         return NO_EXTENTS
     edges = np.unique(np.concatenate((a[:, 0], a.sum(axis=1), b[:, 0], b.sum(axis=1))))
     starts = edges[:-1]
-    both = np.ones(len(starts), bool)
-    for rows in (a, b):
-        owner = np.searchsorted(rows[:, 0], starts, "right") - 1
-        both &= (owner >= 0) & (starts < rows.sum(axis=1)[owner])
+    both = _covers(a, starts) & _covers(b, starts)
     return merge(np.column_stack((starts, np.diff(edges)))[both])
+
+
+def difference(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the sorted disjoint extents that `a` covers and `b` does not; each is sorted and disjoint."""
+    if not len(a) or not len(b):
+        return a
+    edges = np.unique(np.concatenate((a[:, 0], a.sum(axis=1), b[:, 0], b.sum(axis=1))))
+    starts = edges[:-1]
+    left = _covers(a, starts) & ~_covers(b, starts)
+    return merge(np.column_stack((starts, np.diff(edges)))[left])
+
+
+def _covers(rows: NDArray[np.int64], starts: NDArray[np.int64]) -> NDArray[np.bool_]:
+    owner = np.searchsorted(rows[:, 0], starts, "right") - 1
+    covered: NDArray[np.bool_] = (owner >= 0) & (starts < rows.sum(axis=1)[owner])
+    return covered
 
 
 def runs_of(numbers: NDArray[np.int64]) -> Iterator[tuple[int, int]]:

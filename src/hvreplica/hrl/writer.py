@@ -55,6 +55,7 @@ CREATOR_APPLICATION = b"hvr\0"
 CREATOR_VERSION = 0x00010000
 _WINDOW_BYTES = 1 << 20
 _DIRECT_BYTES = 128 << 10  # from here on a copy into the window costs more than the call it saves
+_HOLE_BYTES_MIN = 16 << 10  # a smaller hole costs more in calls than its zeros do in writing
 _ZERO_ENTRIES_PER_BATCH = 1 << 14
 _ZEROS_CHECKSUM = 0xFFFFFFFF  # [MS-HRL] 2.6 over zeros of any length
 
@@ -207,11 +208,19 @@ class LogWriter:
         """The entries appended so far."""
         return self._entries
 
-    def append(self, extents: NDArray[Any], data: Buffer, *, time_s: float | None = None) -> None:
+    def append(
+        self,
+        extents: NDArray[Any],
+        data: Buffer,
+        *,
+        time_s: float | None = None,
+        holes: bool = False,
+    ) -> None:
         """Log writes in the order given; a later one wins over an earlier one.
 
         extents: (n, 2) int64 or uint64 rows (disk_offset, length), multiples of 512, length not 0. data:
         their bytes, concatenated; not kept. time_s: when they were written, Unix seconds; now by default.
+        holes: long runs of zeros in `data` are not written but left out, as by append_zeroes().
         Entries are split at ENTRY_DATA_BYTES_MAX. Raises: ValueError for extents that no log can hold;
         OSError, after which the writer is good for nothing but abort().
         """
@@ -226,7 +235,7 @@ class LogWriter:
         checksums = ~native.byte_sums(view, rows[:, 1])
         packed = native.pack_hrl_entries(rows, self._time_stamp(time_s), checksums)
         with self._working():
-            self._put(np.cumsum(rows[:, 1]), memoryview(packed), view)
+            self._put(np.cumsum(rows[:, 1]), memoryview(packed), view, holes=holes)
 
     def append_zeroes(self, disk_offset: int, length: int, *, time_s: float | None = None) -> None:
         """Log that a range was zeroed; its data is a hole in the file where the file system can.
@@ -337,7 +346,14 @@ class LogWriter:
     def _time_stamp(self, time_s: float | None) -> int:
         return hrl_timestamp(self._clock.now_s() if time_s is None else time_s)
 
-    def _put(self, ends: NDArray[np.int64], packed: memoryview, view: memoryview | None) -> None:
+    def _put(
+        self,
+        ends: NDArray[np.int64],
+        packed: memoryview,
+        view: memoryview | None,
+        *,
+        holes: bool = False,
+    ) -> None:
         """Log entries whose data ends at `ends`; view: their data, or None for zeros."""
         if self._position + int(ends[-1]) > LOG_BYTES_MAX:
             message = f"{self.path} would grow beyond {LOG_BYTES_MAX} bytes"
@@ -349,6 +365,8 @@ class LogWriter:
             end = int(ends[stop - 1])
             if view is None:
                 self._skip(end - at)
+            elif holes:
+                self._write_around_zeros(view[at:end])
             else:
                 self._write(view[at:end])
             self._pending += packed[done * ENTRY_BYTES : stop * ENTRY_BYTES]
@@ -392,6 +410,19 @@ class LogWriter:
             self._window[self._filled_bytes : self._filled_bytes + len(view)] = view
             self._filled_bytes += len(view)
         self._position += len(view)
+
+    def _write_around_zeros(self, view: memoryview) -> None:
+        done = 0
+        for start, length in native.data_runs(view).tolist():
+            if start - done >= _HOLE_BYTES_MIN:
+                self._skip(start - done)
+                done = start
+            self._write(view[done : start + length])
+            done = start + length
+        if len(view) - done >= _HOLE_BYTES_MIN:
+            self._skip(len(view) - done)
+        else:
+            self._write(view[done:])
 
     def _skip(self, length: int) -> None:
         """Leave a hole: what was never written reads as zeros once the file is longer."""

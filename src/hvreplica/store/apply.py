@@ -1,15 +1,18 @@
 """Bring a VM's disks to the newest point that was received, in steps that may be cut anywhere and repeated.
 
-    logs     point "spooled" -> commit "applying" -> disks flushed -> commit "complete" -> spool removed
-    initial  transfer "receiving" -> commit "renaming" -> .partial become the disks -> commit "complete"
+    logs     point "spooled" -> undo parts durable -> commit their rows and "applying" -> counter
+             -> disks flushed -> commit "complete" -> spool removed
+    initial  transfer "receiving" -> commit "renaming" -> old disks become parts, commit -> counter
+             -> .partial become the disks -> commit "complete"
 
 An initial replication of disks that changed meanwhile ends as "base": the disks are there, but show no single
 instant before the next logs were applied. One of disks that join the others adds no point: they belong to
 the first point whose logs say so.
 
-Until "applying" is committed the disks are whole on the point before, and that one is listed; from there on
-only the spool leads to a whole point, so it is kept, and applying it again gives the same disks. The same
-holds for "renaming" and the .partial files. All of it happens under the VM's exclusive lock.
+Until "applying" is committed the disks are whole on the point before; from there on that point is what its
+undo parts and the disks make together, and if it is not kept, only the spool leads to a whole point. So the
+spool is kept, and applying it again gives the same disks. The same holds for "renaming" and the .partial
+files. All of it happens under the VM's exclusive lock.
 """
 
 from __future__ import annotations
@@ -21,9 +24,12 @@ from hvreplica.disk import open_disk
 from hvreplica.errors import ReplicaDiverged
 from hvreplica.hrl import apply_log, verify_log
 from hvreplica.store.check import file_length, require_sound
+from hvreplica.store.counter import Counter
 from hvreplica.store.records import NIL, DiskRow, PointRow
 from hvreplica.store.resize import fit_disk
 from hvreplica.store.room import room
+from hvreplica.store.undo import record, write_parts
+from hvreplica.store.whole import keep_whole
 
 if TYPE_CHECKING:
     import uuid
@@ -86,6 +92,9 @@ def _rename_disks(home: VmHome, transfer: TransferRow) -> bool:
     catalog, vm_id = home.catalog, home.vm_id
     old_logs = [log for point in _waiting(home) for log in catalog.logs(vm_id, point.id)]
     rows = [row for row in catalog.disks(vm_id) if row.spec.index in transfer.disks]
+    if transfer.kind == "initial":
+        keep_whole(home, transfer, rows)
+    _count_change(home)
     for row in rows:
         partial = home.paths.partial_disk(row.spec.index)
         if home.files.exists(partial):
@@ -144,8 +153,11 @@ def _apply_point(home: VmHome, point: PointRow, progress: ProgressCallback | Non
     if point.state == "spooled":
         for row in rows:
             _require_undisturbed(home, row)
+        written = write_parts(home, rows, sizes, logs)
         with catalog.transaction():
+            record(home, written)
             catalog.set_point_state(vm_id, point.id, "applying")
+    _count_change(home)
     states = [
         _apply_to_disk(
             home,
@@ -161,6 +173,12 @@ def _apply_point(home: VmHome, point: PointRow, progress: ProgressCallback | Non
         catalog.delete_logs(vm_id, point.id)
     _remove_logs(home, logs)
     return point.id
+
+
+def _count_change(home: VmHome) -> None:
+    """Tell whoever reads the disks that what is in the catalog now must be looked at again."""
+    with Counter(home.files, home.paths.counter, writable=True) as counter:
+        counter.increment()
 
 
 def _verify(home: VmHome, logs: list[LogSpec], sizes: dict[int, int]) -> None:
@@ -232,12 +250,14 @@ def _complete(home: VmHome, point_id: uuid.UUID, states: list[DiskRow], state: s
     catalog, vm_id, now_s = home.catalog, home.vm_id, home.clock.now_s()
     for row in states:
         catalog.set_disk_state(vm_id, row)
-    listed = [point.id for point in catalog.points(vm_id)]
+    points = catalog.points(vm_id)
+    listed = [point.id for point in points]
     before = {index for known in listed[: listed.index(point_id)] for index in catalog.members(vm_id, known)}
     for disk_index in before - catalog.members(vm_id, point_id).keys():
         catalog.remove_disk(vm_id, disk_index, now_s)
-    for known in listed[: listed.index(point_id)]:
-        catalog.supersede_point(vm_id, known)
+    for point in points[: listed.index(point_id)]:
+        if not point.is_kept:
+            catalog.supersede_point(vm_id, point.id)
     catalog.complete_point(vm_id, point_id, state, now_s)
     catalog.prune_points(vm_id, POINTS_KEPT)
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from hvreplica.store.apply import is_cut
 from hvreplica.store.check import find_damage
 
 if TYPE_CHECKING:
@@ -19,9 +18,9 @@ if TYPE_CHECKING:
 class PointStatus(msgspec.Struct, frozen=True):
     """A recovery point. instant_s: the time that its disks show; received_s, applied_s: when; Unix seconds.
 
-    state: "complete" (can be exported), "spooled" (received, the disks are still on the point before) or
-    "applying". kind: "initial", "standard", "planned" or "manual". consistency: "crash" or "app". bytes: what
-    was received for it.
+    state: "complete" (it can be had), "damaged" (it could, but for what `damage` says), "spooled" (received,
+    the disks are still on the point before) or "applying". kind: "initial", "standard", "planned" or
+    "manual". consistency: "crash" or "app". bytes: what was received for it.
     """
 
     id: str
@@ -32,6 +31,7 @@ class PointStatus(msgspec.Struct, frozen=True):
     bytes: int
     received_s: float
     applied_s: float | None
+    damage: str | None = None
 
 
 class DiskStatus(msgspec.Struct, frozen=True):
@@ -151,17 +151,12 @@ def _disk_state(row: DiskRow, members: set[int]) -> str:
 
 
 def points_of(home: VmHome) -> list[PointStatus]:
-    """Return the points that the VM's disks are on or will be on, oldest first.
+    """Return the points that can be had, and those that wait to be applied, oldest first.
 
-    While the disks are being moved from one point to the next, the one before is not listed: it cannot be
-    had. Nor is a copy that shows no single instant.
+    A copy that shows no single instant is not listed, nor is a point that the disks have left and that is
+    not kept.
     """
-    with home.catalog.snapshot():
-        moving = is_cut(home)
-        rows = home.catalog.points(home.vm_id)
-    return [
-        _point_status(row) for row in rows if row.state != "base" and not (moving and row.state == "complete")
-    ]
+    return [_point_status(row) for row in home.catalog.points(home.vm_id) if row.state != "base"]
 
 
 def store_status(root: Path, free_bytes: int, homes: list[VmHome]) -> StoreStatus:
@@ -179,6 +174,7 @@ def _point_status(row: PointRow) -> PointStatus:
         bytes=row.bytes,
         received_s=row.received_s,
         applied_s=row.applied_s,
+        damage=row.damage,
     )
 
 

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Self
 
 import msgspec
 
-from hvreplica.errors import HvReplicaError, InvalidTransition, NoSuchPoint, StoreError, UnsupportedVersion
+from hvreplica.errors import (
+    HvReplicaError,
+    InvalidTransition,
+    Locked,
+    NoSuchPoint,
+    StoreError,
+    UnsupportedVersion,
+)
 from hvreplica.store.apply import finish
 from hvreplica.store.catalog import Catalog
 from hvreplica.store.fencing import validate_claim, validate_disks_follow
@@ -25,6 +32,7 @@ from hvreplica.store.layout import (
     validate_vm_name,
 )
 from hvreplica.store.points import ExportReport, Format, export_point
+from hvreplica.store.points_kept import sweep_points
 from hvreplica.store.records import DiskSpec, Owner, printable, validate_disks
 from hvreplica.store.replica import VmReplica
 from hvreplica.store.room import room
@@ -221,6 +229,8 @@ class Store:
             points = finish(home, progress=progress)
             with room(home.files, home.paths.folder):
                 sweep(home)
+                with contextlib.suppress(Locked), home.exclusive():
+                    sweep_points(home)
         except (HvReplicaError, OSError) as failure:
             error = str(failure)
         return RecoveredVm(home.name, [str(point) for point in points], error)

@@ -9,7 +9,13 @@ from hvreplica.store.database import Database
 from hvreplica.store.records import KeptLogRow, UndoRow
 
 _SELECT_UNDO = (
-    "SELECT point_id, place, disk_index, id, kind, file_bytes, covered_bytes, log_id, digest_change FROM undo"
+    "SELECT undo.point_id, undo.place, undo.disk_index, undo.id, undo.kind, undo.file_bytes,"
+    " undo.covered_bytes, undo.log_id, undo.digest_change FROM undo"
+)
+_CHAIN = (
+    " JOIN point ON point.vm_id = undo.vm_id AND point.id = undo.point_id"
+    " WHERE undo.vm_id = ? AND undo.disk_index = ? AND point.sequence >="
+    " (SELECT sequence FROM point WHERE vm_id = ? AND id = ?) ORDER BY point.sequence, undo.place"
 )
 _SELECT_KEPT_LOG = (
     "SELECT log_id, disk_index, previous_log_id, log_bytes, point_id, before_point_id, instant_s, is_ordered,"
@@ -29,6 +35,11 @@ class UndoRows(Database):
             " AND disk_index = coalesce(?, disk_index) ORDER BY point_id, disk_index, place",
             (vm_id, _text(point_id), disk_index),
         )
+        return [_undo(row) for row in rows]
+
+    def undo_chain(self, vm_id: int, point_id: uuid.UUID, disk_index: int) -> list[UndoRow]:
+        """Return the parts of a point and of all newer ones, for one disk, in the order of reading."""
+        rows = self.rows(f"{_SELECT_UNDO}{_CHAIN}", (vm_id, disk_index, vm_id, str(point_id)))
         return [_undo(row) for row in rows]
 
     def add_undo(self, vm_id: int, row: UndoRow) -> None:

@@ -1,0 +1,86 @@
+"""Read what a disk holds in many ranges and append it to an undo part, in the order of the disk.
+
+Short ranges are read many at a time, ahead of the writer and in two threads. Long ones are asked first where
+the disk holds data at all, so that terabytes of nothing cost entries and no reading. Memory is a few steps of
+STEP_BYTES, whatever was touched.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hvreplica.disk.extents import batches, clipped, data_windows, spans_of
+from hvreplica.disk.parallel import map_ordered
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from hvreplica.disk import Disk
+    from hvreplica.hrl import LogWriter
+
+STEP_BYTES = 4 << 20
+_LONG_BYTES = 16 << 20  # from here on a look at the disk's own map is cheaper than reading zeros
+
+_Step = tuple["NDArray[np.int64]", "NDArray[np.uint8]"]
+
+
+def append_old(writer: LogWriter, disk: Disk, extents: NDArray[np.int64]) -> None:
+    """Append what `disk` holds in `extents`, sorted and disjoint; beyond the end of the disk are zeros."""
+    inside, behind = clipped(spans_of(extents), disk.virtual_bytes)
+    _Appender(writer, disk).run(np.ascontiguousarray(inside[:, :2]))
+    for disk_offset, length in behind[:, :2].tolist():
+        writer.append_zeroes(disk_offset, length)
+
+
+class _Appender:
+    def __init__(self, writer: LogWriter, disk: Disk) -> None:
+        self._writer = writer
+        self._disk = disk
+        self._free: list[NDArray[np.uint8]] = []  # steps that nobody uses now; lists take many threads
+
+    def run(self, extents: NDArray[np.int64]) -> None:
+        is_long = extents[:, 1] >= _LONG_BYTES
+        first = 0
+        for at in np.flatnonzero(is_long).tolist():
+            self._append(extents[first:at])
+            start, length = extents[at].tolist()
+            self._append_long(start, start + length)
+            first = at + 1
+        self._append(extents[first:])
+
+    def _append_long(self, start: int, end: int) -> None:
+        done = start
+        for _, _, rows in data_windows(self._disk, start, end):
+            for disk_offset, length in rows.tolist():
+                self._append_zeroes(done, disk_offset)
+                self._append(np.array([[disk_offset, length]], np.int64))
+                done = disk_offset + length
+        self._append_zeroes(done, end)
+
+    def _append_zeroes(self, start: int, end: int) -> None:
+        if end > start:
+            self._writer.append_zeroes(start, end - start)
+
+    def _append(self, extents: NDArray[np.int64]) -> None:
+        for rows, buffer in self._read(extents):
+            self._writer.append(rows, memoryview(buffer)[: int(rows[:, 1].sum())], holes=True)
+            self._free.append(buffer)
+
+    def _read(self, extents: NDArray[np.int64]) -> Iterator[_Step]:
+        if not len(extents):
+            return iter(())
+        if int(extents[:, 1].sum()) <= STEP_BYTES:
+            return iter((self._read_step(extents),))
+        return map_ordered(self._read_step, batches(extents, STEP_BYTES))
+
+    def _read_step(self, rows: NDArray[np.int64]) -> _Step:
+        try:
+            buffer = self._free.pop()
+        except IndexError:
+            buffer = np.empty(STEP_BYTES, np.uint8)
+        self._disk.read_extents(rows, buffer[: int(rows[:, 1].sum())])
+        return rows, buffer
