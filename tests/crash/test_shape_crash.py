@@ -1,7 +1,8 @@
 """Power cuts and kills at every step of a store whose disks grow, shrink, come and go.
 
 As test_store_crash.py, over a life that begins with a copy that is no point: nothing acknowledged is lost, and no listed
-point shows a disk of another size, a disk that it does not have, or several instants.
+point shows a disk of another size, a disk that it does not have, or several instants. Every point is kept, so that
+older ones are read from undo parts over all those changes of shape.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import pytest
 
 from tests.store.history import open_store, put_catalog
 from tests.store.shape_history import ShapeHistory
-from tests.store.world import ram_folder
+from tests.store.world import EVERY, ram_folder
 from tests.support.fakeclock import FakeClock
 from tests.support.faultfile import FaultFiles, Killed, crash_states
 
@@ -53,7 +54,7 @@ def check_world(world: FaultFiles, history: ShapeHistory, root: Path) -> None:
 
 
 def test_power_cut_anywhere_loses_nothing_acknowledged(root: Path, seed: int) -> None:
-    history = ShapeHistory(seed)
+    history = ShapeHistory(seed, policy=EVERY)
     trace = record(history, root).trace()
     count = 0
     for _, world in crash_states(trace, seed=seed, subsets_per_prefix=4, limit=WORLDS_MAX):
@@ -64,7 +65,7 @@ def test_power_cut_anywhere_loses_nothing_acknowledged(root: Path, seed: int) ->
 
 
 def test_kill_anywhere_is_continued(root: Path, seed: int) -> None:
-    history = ShapeHistory(seed + 2)
+    history = ShapeHistory(seed + 2, policy=EVERY)
     steps = len(record(history, root).trace())
     rng = random.Random(seed)
     for step in sorted(rng.sample(range(1, steps), 25)):

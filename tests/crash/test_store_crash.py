@@ -1,7 +1,7 @@
 """Power cuts and kills at every step of a store's life: nothing acknowledged is lost, no listed point is wrong.
 
-One trace holds an initial replication of two disks, two cycles, and the applying of both. Beside each step of the
-file system stands the catalog as it was committed then, so that every prefix and every subset of unsynced writes
+One trace holds an initial replication of two disks, some cycles, and the applying of them, with older points kept in
+several ways. Beside each step of the file system stands the catalog as it was committed then, so that every prefix and every subset of unsynced writes
 is met by the catalog that survives with it.
 """
 
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from hvreplica.formats.messages import PointPolicy
 from tests.store.history import History, check_world, open_store, put_catalog
-from tests.store.world import ram_folder, read_replica
+from tests.store.world import EVERY, NO_OLDER, ram_folder, read_replica
 from tests.support.fakeclock import FakeClock
 from tests.support.faultfile import FaultFiles, Killed, crash_states
 
@@ -21,7 +22,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-WORLDS_MAX = 300
+WORLDS_MAX = 240
+HOURLY = PointPolicy(
+    recovery_point_every_s=3600
+)  # the first point stays, and those behind it give it their parts
+POLICIES = (EVERY, HOURLY, NO_OLDER)
 
 
 @pytest.fixture
@@ -47,8 +52,9 @@ def worlds(history: History, root: Path, seed: int, limit: int) -> Iterator[Faul
         yield world
 
 
-def test_power_cut_anywhere_loses_nothing_acknowledged(root: Path, seed: int) -> None:
-    history = History(seed)
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+def test_power_cut_anywhere_loses_nothing_acknowledged(root: Path, seed: int, policy: PointPolicy) -> None:
+    history = History(seed, cycles=3, policy=policy)
     count = 0
     for world in worlds(history, root, seed, WORLDS_MAX):
         check_world(world, history, root)
@@ -57,7 +63,7 @@ def test_power_cut_anywhere_loses_nothing_acknowledged(root: Path, seed: int) ->
 
 
 def test_power_cut_during_recovery_is_recovered_again(root: Path, seed: int) -> None:
-    history = History(seed + 1)
+    history = History(seed + 1, cycles=3, policy=EVERY)
     for index, world in enumerate(worlds(history, root, seed, 60)):
         if index % 6:
             continue
@@ -69,8 +75,9 @@ def test_power_cut_during_recovery_is_recovered_again(root: Path, seed: int) -> 
             check_world(second, history, root)
 
 
-def test_kill_anywhere_is_continued(root: Path, seed: int) -> None:
-    history = History(seed + 2)
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+def test_kill_anywhere_is_continued(root: Path, seed: int, policy: PointPolicy) -> None:
+    history = History(seed + 2, cycles=3, policy=policy)
     steps = len(record(history, root).trace())
     rng = random.Random(seed)
     for step in sorted(rng.sample(range(1, steps), 40)):

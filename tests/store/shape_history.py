@@ -25,10 +25,12 @@ from tests.store.world import (
     small_disk,
 )
 from tests.support.fakeclock import FakeClock
+from tests.support.points import read_point
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from hvreplica.formats.messages import PointPolicy
     from hvreplica.store import DiskSpec, Store, VmReplica
     from tests.support.faultfile import FaultFiles
 
@@ -52,10 +54,10 @@ class Step:
 class ShapeHistory:
     """What the primary sends and what each point must look like; see History."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, policy: PointPolicy | None = None) -> None:
         rng = random.Random(seed)
         self.clock = FakeClock(seed=seed)
-        self.primary = primary = Primary(self.clock, [small_disk(0, 1), small_disk(1, 1)])
+        self.primary = primary = Primary(self.clock, [small_disk(0, 1), small_disk(1, 1)], policy=policy)
         primary.scribble(rng, 6)
         self.steps: list[Step] = []
         self.images: dict[uuid.UUID, dict[int, bytes]] = {}
@@ -110,8 +112,10 @@ class ShapeHistory:
                 continue
             primary = copy.copy(self.primary)
             primary.specs, primary.removed = step.specs, step.removed
-            replica = primary.claim(store)
-            self.primary.generation, self.primary.has_claimed = primary.generation, True
+            try:
+                replica = primary.claim(store)
+            finally:  # a primary knows its generation before it claims
+                self.primary.generation, self.primary.has_claimed = primary.generation, True
             if step.cycle is None:
                 self._send_disks(files, replica, step)
             else:
@@ -163,10 +167,10 @@ class ShapeHistory:
         for vm in store.status().vms:
             assert vm.damage == [], files.story
             for point in store.points(vm.name):
+                assert point.state != "damaged", files.story
                 if point.state == "complete":
-                    assert self._read(files, root, uuid.UUID(point.id)) == self.images[uuid.UUID(point.id)], (
-                        files.story
-                    )
+                    found = read_point(files, root, point.id, self.clock)
+                    assert found == self.images[uuid.UUID(point.id)], files.story
 
     def check_end(self, files: FaultFiles, root: Path) -> None:
         """Refuse an end that is not the last point."""

@@ -25,6 +25,7 @@ from tests.store.world import (
     INSTANT_S,
     MIB,
     NIL,
+    NO_OLDER,
     NOTHING,
     Cycle,
     Primary,
@@ -63,7 +64,7 @@ def store(files: FaultFiles, root: Path) -> Iterator[Store]:
 
 @pytest.fixture
 def primary() -> Primary:
-    made = Primary(FakeClock(seed=1), [small_disk(0, 2), small_disk(1, 2)])
+    made = Primary(FakeClock(seed=1), [small_disk(0, 2), small_disk(1, 2)], policy=NO_OLDER)
     made.scribble(random.Random(3), 12)
     return made
 
@@ -187,7 +188,7 @@ def test_failed_apply_is_repeated(
     assert read_replica(files, root, primary) == primary.image()
 
 
-def test_point_before_is_not_listed_while_the_disks_are_between(
+def test_point_that_is_not_kept_is_not_listed_while_the_disks_are_between(
     store: Store, files: FaultFiles, primary: Primary, replica: VmReplica
 ) -> None:
     primary.ship(replica, next_cycle(primary, 1))
@@ -320,6 +321,7 @@ def test_unknown_files_are_swept_and_known_ones_kept(
         assert kept == {
             *strangers,
             "lock",
+            "applied",
             "disks/0.vhdx",
             "disks/1.vhdx",
             *(f"spool/{log.log_id}.hrl.partial" for log in under_way.logs),

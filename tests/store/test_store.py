@@ -24,6 +24,7 @@ from hvreplica.errors import (
 from hvreplica.files import OS_FILES
 from hvreplica.store import DiskSpec, Store
 from tests.store.world import (
+    EVERY,
     NOTHING,
     Primary,
     guid,
@@ -430,7 +431,7 @@ def test_unknown_vm_is_told_with_what_there_is(store: Store, root: Path) -> None
 
 def test_store_on_the_real_file_system_works_the_same(root: Path) -> None:
     clock = FakeClock(seed=3)
-    primary = Primary(clock, [small_disk(0), small_disk(1, 2)])
+    primary = Primary(clock, [small_disk(0), small_disk(1, 2)], policy=EVERY)
     rng = random.Random(7)
     primary.scribble(rng, 10)
     with Store.create_or_open(OS_FILES, root / "store", clock=clock) as store:
@@ -443,7 +444,15 @@ def test_store_on_the_real_file_system_works_the_same(root: Path) -> None:
     names = sorted(
         str(path.relative_to(root / "store")) for path in (root / "store").rglob("*") if path.is_file()
     )
-    assert names == ["catalog.db", "store.lock", "web01/disks/0.vhdx", "web01/disks/1.vhdx", "web01/lock"]
+    assert [name for name in names if not name.endswith(".hru")] == [
+        "catalog.db",
+        "store.lock",
+        "web01/applied",
+        "web01/disks/0.vhdx",
+        "web01/disks/1.vhdx",
+        "web01/lock",
+    ]
+    assert len([name for name in names if name.startswith("web01/points/")]) >= 3
 
 
 def test_every_refusal_has_a_hint(store: Store) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hvreplica.disk import open_disk
+from hvreplica.formats.messages import PointPolicy
 from hvreplica.hrl import LogWriter
 from hvreplica.store import AlreadyHave, DiskSpec, LogSpec, Store
 from tests.support.faultfile import FaultFiles
@@ -30,6 +31,8 @@ GRAIN_BYTES = 4096
 NIL = uuid.UUID(int=0)
 NOTHING = np.zeros((0, 2), np.int64), b""  # extents and data of a window of zeros
 INSTANT_S = 1_700_000_000.0
+NO_OLDER = PointPolicy(recovery_points=0)
+EVERY = PointPolicy(recovery_point_every_s=0)
 
 
 def guid(number: int) -> uuid.UUID:
@@ -85,6 +88,7 @@ class Primary:
     last_point: uuid.UUID | None = None
     has_claimed: bool = False
     removed: list[int] = field(default_factory=list)
+    policy: PointPolicy | None = None
 
     def __post_init__(self) -> None:
         """Begin with empty disks, or with copies of those that were given."""
@@ -105,6 +109,7 @@ class Primary:
             certificate="sha256:01",
             disks=self.specs,
             removed=self.removed,
+            policy=self.policy,
         )
 
     def resize(self, disk_index: int, virtual_bytes: int) -> None:

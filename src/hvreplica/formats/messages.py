@@ -18,13 +18,16 @@ Unknown fields are allowed, so that a newer peer may say more; lengths and range
 from __future__ import annotations
 
 import uuid  # noqa: TC003 - msgspec resolves the annotations at run time
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
 PROTOCOL_VERSION = 1
-REVISION = 2  # 2: copies made while the VM writes; disks that are resized, added and removed
+# 2: copies made while the VM writes; disks that are resized, added and removed. 3: what is kept of points,
+# their kinds and consistency.
+REVISION = 3
+RECOVERY_POINTS_MAX = 24  # as many as Hyper-V lets one choose
 VM_NAME_CHARS_MAX = 100  # Hyper-V's own limit for the name of a virtual machine
 DISKS_MAX = 64  # what one SCSI controller of a Hyper-V VM holds
 DISK_BYTES_MAX = 64 << 40  # [MS-VHDX] 2.6.2.4
@@ -80,11 +83,28 @@ class LogShape(msgspec.Struct, frozen=True):
     log_bytes: ByteCount
 
 
+class PointPolicy(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the primary wants kept of its points; None leaves what the replica has recorded.
+
+    recovery_points: how many older points. recovery_point_every_s: the first point of each such period stays,
+    0: each one. keep: a rule for what stays longer. budget_bytes: of what older points need. keep_logs_s: how
+    long applied logs stay. app_consistent: whether cuts are made with the guest's file systems standing
+    still.
+    """
+
+    recovery_points: Annotated[int, Meta(ge=0, le=RECOVERY_POINTS_MAX)] | None = None
+    recovery_point_every_s: Annotated[float, Meta(ge=0, le=1e9)] | None = None
+    keep: Annotated[str, Meta(max_length=TEXT_CHARS_MAX)] | None = None
+    budget_bytes: Annotated[int, Meta(ge=0, le=1 << 62)] | None = None
+    keep_logs_s: Annotated[float, Meta(ge=0, le=1e9)] | None = None
+    app_consistent: bool | None = None
+
+
 class Claim(Message, frozen=True, tag="claim"):
     """Ask to be the writer of a VM; first message of a control connection.
 
     disks: as they are now. removed: those that the VM does not have any more; one that is among `disks` too
-    may be in points that are still to come.
+    may be in points that are still to come. policy: what is to be kept from now on; None: as it is.
     """
 
     protocol: Annotated[int, Meta(ge=1, lt=1 << 16)]
@@ -94,6 +114,7 @@ class Claim(Message, frozen=True, tag="claim"):
     generation: Generation
     disks: Annotated[list[DiskShape], Meta(min_length=1, max_length=DISKS_MAX)]
     removed: Annotated[list[DiskIndex], Meta(max_length=DISKS_MAX)] = []
+    policy: PointPolicy | None = None
 
 
 class DiskState(msgspec.Struct, frozen=True):
@@ -168,6 +189,8 @@ class BeginLogs(Message, frozen=True, tag="logs"):
 
     positions: for each log, the bytes known to be durable. disks: those that the point has, with their sizes
     then; empty: those of the claim. What the replica has of a disk gets the size before its log is applied.
+    kind, consistency: of the point; "planned" is the last cut before a planned failover, "app" one for which
+    the guest's file systems stood still.
     """
 
     transfer_id: uuid.UUID
@@ -177,6 +200,8 @@ class BeginLogs(Message, frozen=True, tag="logs"):
     logs: Annotated[list[LogShape], Meta(min_length=1, max_length=DISKS_MAX)]
     positions: Annotated[list[ByteCount], Meta(min_length=1, max_length=DISKS_MAX)]
     disks: Annotated[list[DiskSize], Meta(max_length=DISKS_MAX)] = []
+    kind: Literal["standard", "planned"] = "standard"
+    consistency: Literal["crash", "app"] = "crash"
 
 
 class Attach(Message, frozen=True, tag="attach"):

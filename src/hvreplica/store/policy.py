@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 from msgspec import Meta
 
+from hvreplica.formats.messages import RECOVERY_POINTS_MAX
+
 if TYPE_CHECKING:
+    from hvreplica.formats.messages import PointPolicy
     from hvreplica.store.home import VmHome
     from hvreplica.store.records import PointRow
 
-RECOVERY_POINTS_MAX = 24  # as many as Hyper-V lets one choose
-RECOVERY_POINTS_DEFAULT = 24
+RECOVERY_POINTS_DEFAULT = RECOVERY_POINTS_MAX
 RECOVERY_POINT_EVERY_S_DEFAULT = 3600.0
 
 
@@ -43,6 +45,13 @@ def policy_of(home: VmHome) -> Policy:
     if row is None or row.policy is None:
         return Policy()
     return msgspec.json.decode(row.policy, type=Policy)
+
+
+def changed_policy(text: str | None, wish: PointPolicy) -> str:
+    """Return what the catalog holds once a primary has said what it wants; what it left out stays."""
+    policy = Policy() if text is None else msgspec.json.decode(text, type=Policy)
+    given = {name: value for name, value in msgspec.structs.asdict(wish).items() if value is not None}
+    return pack_policy(msgspec.structs.replace(policy, **given))
 
 
 def pack_policy(policy: Policy) -> str:

@@ -33,6 +33,7 @@ from hvreplica.store.layout import (
 )
 from hvreplica.store.points import ExportReport, Format, export_point
 from hvreplica.store.points_kept import sweep_points
+from hvreplica.store.policy import changed_policy
 from hvreplica.store.records import DiskSpec, Owner, printable, validate_disks
 from hvreplica.store.replica import VmReplica
 from hvreplica.store.room import room
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
     from hvreplica.clock import Clock
     from hvreplica.files import FileLock, FileSystem
+    from hvreplica.formats.messages import PointPolicy
     from hvreplica.progress import ProgressCallback
     from hvreplica.store.records import VmRow
 
@@ -136,14 +138,15 @@ class Store:
         certificate: str,
         disks: Sequence[DiskSpec],
         removed: Sequence[int] = (),
+        policy: PointPolicy | None = None,
     ) -> VmReplica:
         """Become the writer of a VM by the rule of store/fencing.py, and end the session that was.
 
         Durable on return. certificate: the identity that the trust list accepted; recorded. disks: as they
         are now. Once the replica holds a point they must include those that it holds, but for the indexes
         `removed`; their sizes may differ and further ones may be among them: logs will say so. One that is
-        in both may be in points that are still to come, and in no first copy. Raises: Fenced,
-        ReplicaDiverged, FieldOutOfRange, StoreFull.
+        in both may be in points that are still to come, and in no first copy. policy: what is to be kept of
+        the VM's points from now on. Raises: Fenced, ReplicaDiverged, FieldOutOfRange, StoreFull.
         """
         self._require_serving()
         validate_vm_name(vm)
@@ -151,7 +154,7 @@ class Store:
         owner.validate()
         validate_disks(disks)
         with self._claim_lock(vm):
-            row = self._register(vm, owner, disks, set(removed))
+            row = self._register(vm, owner, disks, set(removed), policy)
             home = self._home(row)
             with self._guard:
                 older = self._replicas.get(row.id)
@@ -235,7 +238,14 @@ class Store:
             error = str(failure)
         return RecoveredVm(home.name, [str(point) for point in points], error)
 
-    def _register(self, vm: str, owner: Owner, disks: Sequence[DiskSpec], removed: set[int]) -> VmRow:
+    def _register(
+        self,
+        vm: str,
+        owner: Owner,
+        disks: Sequence[DiskSpec],
+        removed: set[int],
+        policy: PointPolicy | None,
+    ) -> VmRow:
         """Decide the claim and record it, in one transaction."""
         catalog, now_s = self._parts.catalog, self._parts.clock.now_s()
         with catalog.transaction():
@@ -250,6 +260,8 @@ class Store:
                 validate_claim(row, owner)
                 self._keep_disks(row, disks, removed)
             catalog.set_owner(vm_id, owner, now_s)
+            if policy is not None:
+                catalog.set_policy(vm_id, changed_policy(row.policy if row else None, policy))
             for disk in disks:
                 catalog.name_disk(vm_id, disk.index, printable(disk.label), disk.virtual_disk_id)
         row = catalog.vm(vm)

@@ -143,7 +143,10 @@ def _known_point(home: VmHome, point_id: uuid.UUID) -> AlreadyHave | None:
     point = home.catalog.point(home.vm_id, point_id)
     if point is None:
         return None
-    if point.state == "superseded":
+    newer = home.catalog.points(home.vm_id)
+    if point.state == "superseded" or any(
+        other.sequence > point.sequence and other.applied_s is not None for other in newer
+    ):
         raise ChainBroken(
             f"point {point_id} of VM {home.name!r} was applied long ago",
             path=home.paths.folder,
