@@ -80,13 +80,13 @@ def test_power_cut_anywhere(seed: int, kind: str) -> None:
     report = compact_disk(files, path, clock=FakeClock(seed=seed))
     assert report.won_bytes > MIB
     assert report.moved_bytes > 0
-    for index, world in crash_states(files.trace(), seed=seed, limit=160):
+    for index, world in crash_states(files.trace(), seed=seed, limit=160, distinct=True):
         check(world, kind, numbers)
         if index % 4 == 0:
             again = compact_disk(world, path, clock=FakeClock(seed=index))
             assert again.file_bytes <= report.file_bytes, world.story
             check(world, kind, numbers)
-            for _, cut in crash_states(world.trace(), seed=index, limit=12):
+            for _, cut in crash_states(world.trace(), seed=index, limit=12, distinct=True):
                 check(cut, kind, numbers)
 
 
@@ -135,7 +135,7 @@ def test_compacting_after_a_growth_that_moved_the_table(seed: int, kind: str) ->
 
 
 def check_start(files: FaultFiles, path: Path, numbers: np.ndarray, seed: int) -> None:
-    for _, world in crash_states(files.trace(), seed=seed, limit=100):
+    for _, world in crash_states(files.trace(), seed=seed, limit=100, distinct=True):
         with open_disk(world, path, clock=FakeClock()) as disk:
             buffer = bytearray(len(numbers) * SECTOR)
             disk.read_into(buffer, 0)
@@ -149,7 +149,7 @@ def test_failed_sync_is_told_and_nothing_is_lost(seed: int) -> None:
         files.fail("sync", at=at, path=str(path))
         with pytest.raises((OSError, FormatError)):
             compact_disk(files, path, clock=FakeClock())
-        for _, world in crash_states(files.trace(), seed=seed, limit=20):
+        for _, world in crash_states(files.trace(), seed=seed, limit=20, distinct=True):
             check(world, "dynamic", numbers)
 
 

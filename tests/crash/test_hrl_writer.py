@@ -121,7 +121,7 @@ def test_power_cut_leaves_a_log_that_is_closed_and_whole_or_recoverable(
     appended: list[Write] = []
     run(files, seed, appended=appended, metadata_bytes=metadata_bytes)
     outcomes: dict[str, int] = {}
-    for index, world in crash_states(files.trace(), seed=seed, subsets_per_prefix=12):
+    for index, world in crash_states(files.trace(), seed=seed, subsets_per_prefix=12, distinct=True):
         try:
             outcome = check_world(world, appended)
         except BaseException as error:
@@ -166,7 +166,9 @@ def test_failed_call_anywhere_leaves_an_unclosed_log_that_keeps_its_promises(ope
         if files.exists(LOG):
             with pytest.raises((NotClosed, FormatError)):
                 LogReader(files, LOG)
-        for index, world in crash_states(files.trace(), seed=at, subsets_per_prefix=3, limit=60):
+        for index, world in crash_states(
+            files.trace(), seed=at, subsets_per_prefix=3, limit=60, distinct=True
+        ):
             try:
                 check_world(world, everything)
             except BaseException as error:
@@ -188,7 +190,7 @@ def test_recovery_that_is_cut_is_repeated(seed: int) -> None:
     batch(writer, rng, appended)
     writer.abort()
     files.sync_directory(FOLDER)
-    for _, world in crash_states(files.trace(), seed=seed, subsets_per_prefix=2, limit=20):
+    for _, world in crash_states(files.trace(), seed=seed, subsets_per_prefix=2, limit=20, distinct=True):
         if not world.exists(LOG) or world.open(LOG).size() < durable_bytes:
             continue
         try:
@@ -196,7 +198,7 @@ def test_recovery_that_is_cut_is_repeated(seed: int) -> None:
         except (LogError, FormatError):
             continue  # a world from before the flush
         world.acknowledge(report.entries)
-        for _, later in crash_states(world.trace(), seed=seed, subsets_per_prefix=6):
+        for _, later in crash_states(world.trace(), seed=seed, subsets_per_prefix=6, distinct=True):
             if later.acknowledged:
                 assert verify_log(later, LOG).entries == later.acknowledged[-1]
             recover_log(later, LOG, durable_bytes=durable_bytes)
@@ -218,7 +220,7 @@ def test_recovery_makes_durable_what_only_the_killed_writer_had_written(seed: in
     assert recover_log(files, LOG).entries == 15
     files.acknowledge("recovered")
     outcomes = set()
-    for _, world in crash_states(files.trace(), seed=seed, subsets_per_prefix=12, limit=240):
+    for _, world in crash_states(files.trace(), seed=seed, subsets_per_prefix=12, limit=240, distinct=True):
         try:
             LogReader(world, LOG).close()
         except (NotClosed, FormatError, FileNotFoundError) as error:

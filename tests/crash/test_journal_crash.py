@@ -159,7 +159,9 @@ def test_power_cut_leaves_a_superset_of_what_is_owed(history: list[tuple[str, An
     actual = History()
     for step, value in history:
         actual.do(step, value)
-    for index, world in crash_states(actual.files.trace(), seed=seed, subsets_per_prefix=4, limit=60):
+    for index, world in crash_states(
+        actual.files.trace(), seed=seed, subsets_per_prefix=4, limit=60, distinct=True
+    ):
         try:
             check(world, again=index % 4 == 0)
         except BaseException as error:
@@ -191,7 +193,7 @@ def test_cut_while_a_journal_is_made_leaves_the_old_one_or_the_new_one() -> None
     history.files.settle()
     IntentJournal.create(history.files, PATH, disk_index=1, virtual_bytes=512, clock=FakeClock(seed=1))
     found = set()
-    for _, world in crash_states(history.files.trace(), subsets_per_prefix=9):
+    for _, world in crash_states(history.files.trace(), subsets_per_prefix=9, distinct=True):
         header, extents = read_regions(world, PATH)
         assert covered(extents) == (set() if header.disk_index else {5})
         found.add(header.disk_index)
@@ -258,7 +260,9 @@ def test_no_write_between_racing_arms_and_cuts_is_ever_unmarked(seed: int, round
     cutter.join(60)
     assert not guest.errors
     counts = {"wrote": 0}
-    for _, world in crash_states(history.files.trace(), seed=seed, subsets_per_prefix=3, limit=600):
+    for _, world in crash_states(
+        history.files.trace(), seed=seed, subsets_per_prefix=3, limit=600, distinct=True
+    ):
         owed: set[int] = set()
         for label, value in world.notes:
             if label == "cut":
@@ -283,7 +287,9 @@ def test_failing_call_anywhere_never_loses_what_is_owed(operation: str) -> None:
         history.do("record", True)
         with contextlib.suppress(OSError, FormatError):
             IntentJournal.open(history.files, PATH, virtual_bytes=MIB).close()
-        for _, world in crash_states(history.files.trace(), seed=at, subsets_per_prefix=3, limit=40):
+        for _, world in crash_states(
+            history.files.trace(), seed=at, subsets_per_prefix=3, limit=40, distinct=True
+        ):
             check(world, again=False)
         if not fault.hits:
             return

@@ -76,7 +76,7 @@ def test_power_cut_anywhere_shows_the_same_and_is_finished_by_the_same_call(
     merge(files, ending, keep=keep)
     files.acknowledge("merged")
     paths = names(ending)
-    for index, world in crash_states(files.trace(), seed=seed, limit=150):
+    for index, world in crash_states(files.trace(), seed=seed, limit=150, distinct=True):
         assert "merged" not in world.acknowledged or world.exists(paths["child"]) == keep
         check(world, ending, expected, writable=index % 3 == 0)
         if world.exists(paths["child"]):
@@ -91,13 +91,13 @@ def test_power_cut_while_a_merge_is_finished(ending: str, seed: int) -> None:
     files = FaultFiles("/vm")
     expected = build(files, ending, seed)
     merge(files, ending)
-    worlds = [world for _, world in crash_states(files.trace(), seed=seed, limit=60)]
+    worlds = [world for _, world in crash_states(files.trace(), seed=seed, limit=60, distinct=True)]
     for number, world in enumerate(worlds[::4]):
         if not world.exists(names(ending)["child"]):
             continue
         world.settle()
         merge(world, ending, seed=80 + number)
-        for index, again in crash_states(world.trace(), seed=number, limit=20):
+        for index, again in crash_states(world.trace(), seed=number, limit=20, distinct=True):
             check(again, ending, expected, writable=index % 2 == 0)
 
 
@@ -106,7 +106,7 @@ def test_power_cut_while_a_shorter_child_is_merged(ending: str, seed: int) -> No
     files = FaultFiles("/vm")
     expected = build(files, ending, seed, child_bytes=3 * UNIT[ending] + SECTOR_BYTES)
     merge(files, ending)
-    for index, world in crash_states(files.trace(), seed=seed, limit=120):
+    for index, world in crash_states(files.trace(), seed=seed, limit=120, distinct=True):
         check(world, ending, expected, writable=index % 2 == 0)
 
 
@@ -119,7 +119,7 @@ def test_no_other_disk_takes_a_half_merged_parent_for_whole(seed: int) -> None:
         guid = disk.data_write_guid
     merge(files, "vhdx")
     seen = set()
-    for _, world in crash_states(files.trace(), seed=seed, limit=150):
+    for _, world in crash_states(files.trace(), seed=seed, limit=150, distinct=True):
         with open_layer(world, paths["parent"], clock=FakeClock()) as disk:
             is_same = disk.data_write_guid == guid
         seen.add(is_same)
@@ -160,5 +160,5 @@ def test_failed_syncs_leave_a_chain_that_shows_the_same(ending: str, seed: int) 
                 merge(files, ending)
             except OSError:
                 check(files.after_kill(), ending, expected, writable=True)
-            for _, world in crash_states(files.trace(), seed=seed, limit=10):
+            for _, world in crash_states(files.trace(), seed=seed, limit=10, distinct=True):
                 check(world, ending, expected, writable=True)

@@ -75,7 +75,7 @@ def test_power_cut_anywhere_shows_the_same_and_is_finished_by_the_same_call(
     assert rebase(files, ending, mode).by == mode
     files.acknowledge("rebased")
     parents = set()
-    for index, world in crash_states(files.trace(), seed=seed, limit=160):
+    for index, world in crash_states(files.trace(), seed=seed, limit=160, distinct=True):
         found = check(world, ending, expected, writable=index % 3 == 0)
         parents.add(found)
         assert found == parent or "rebased" not in world.acknowledged, world.story
@@ -106,7 +106,7 @@ def test_every_order_in_which_the_link_becomes_durable(ending: str, lacks: str, 
         files.settle()
     rebase(files, ending, "unsafe")
     parents = set()
-    for _, world in crash_states(files.trace(), seed=seed, subsets_per_prefix=40, limit=None):
+    for _, world in crash_states(files.trace(), seed=seed, subsets_per_prefix=40, limit=None, distinct=True):
         parents.add(check(world, ending, expected, writable=False))
     assert parents == {parent, names(ending)["parent"]}
 
@@ -142,7 +142,7 @@ def test_failed_syncs_and_a_full_file_system_leave_the_same_bytes(ending: str, s
             rebase(files, ending, "content")
         except OSError:
             refused += 1
-        for _, world in crash_states(files.trace(), seed=seed, limit=12):
+        for _, world in crash_states(files.trace(), seed=seed, limit=12, distinct=True):
             check(world, ending, expected, writable=True)
         world = files.after_kill()
         world.capacity_bytes = None

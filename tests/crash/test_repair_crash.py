@@ -58,7 +58,7 @@ def cut_repairs(harmed: bytes, seed: int, limit: int) -> Iterator[FaultFiles]:
     files = FaultFiles("/vm")
     files.load(DISK, harmed)
     assert repair_disk(files, DISK, backup=BACKUP, clock=FakeClock(seed=1)).status == 0
-    for _, world in crash_states(files.trace(), seed=seed, limit=limit):
+    for _, world in crash_states(files.trace(), seed=seed, limit=limit, distinct=True):
         yield world
 
 
@@ -80,7 +80,7 @@ def test_a_repair_cut_anywhere_is_undone_by_its_backup(harmed: bytes, seed: int)
         except (FileNotFoundError, FormatError):
             pass
         assert world.content_of(DISK) == harmed, world.story
-    assert undone > 30
+    assert undone > 8
 
 
 def test_the_second_repairs_backup_goes_first_and_then_the_first_ones(harmed: bytes, seed: int) -> None:
@@ -104,7 +104,7 @@ def test_an_undo_cut_anywhere_is_completed_by_the_next(harmed: bytes, seed: int)
     repair_disk(files, DISK, backup=BACKUP, clock=FakeClock(seed=1))
     files.settle()
     undo_repair(files, DISK, BACKUP)
-    for _, world in crash_states(files.trace(), seed=seed, limit=120):
+    for _, world in crash_states(files.trace(), seed=seed, limit=120, distinct=True):
         undo_repair(world, DISK, BACKUP)
         assert world.content_of(DISK) == harmed, world.story
 

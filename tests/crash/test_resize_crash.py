@@ -104,13 +104,13 @@ def cut_everywhere(
 ) -> None:
     path = path_of(kind)
     seen = set()
-    for index, world in crash_states(files.trace(), seed=seed, limit=140):
+    for index, world in crash_states(files.trace(), seed=seed, limit=140, distinct=True):
         seen.add(check(world, path, numbers, sizes))
         if index % 3 == 0:
             resize_disk(world, path, target, clock=FakeClock(seed=index))
             assert check(world, path, numbers, {target}) == target
             if index % 2 == 0:
-                for _, again in crash_states(world.trace(), seed=index, limit=15):
+                for _, again in crash_states(world.trace(), seed=index, limit=15, distinct=True):
                     check(again, path, numbers, sizes)
     assert seen == sizes
 
@@ -205,7 +205,7 @@ def test_sector_bitmaps_go_after_the_blocks_that_need_them(seed: int) -> None:
         disk.write_extents(extents, bytes(len(places) * 4096))
     files.settle()
     resize_disk(files, path, first, clock=FakeClock(seed=seed))
-    for _, world in crash_states(files.trace(), seed=seed, limit=200):
+    for _, world in crash_states(files.trace(), seed=seed, limit=200, distinct=True):
         with open_disk(world, path, clock=clock) as disk:
             if disk.virtual_bytes == size:
                 buffer = bytearray(len(places) * 4096)

@@ -47,7 +47,7 @@ def record(history: History, root: Path) -> FaultFiles:
 
 def worlds(history: History, root: Path, seed: int, limit: int) -> Iterator[FaultFiles]:
     trace = record(history, root).trace()
-    for _, world in crash_states(trace, seed=seed, subsets_per_prefix=4, limit=limit):
+    for _, world in crash_states(trace, seed=seed, subsets_per_prefix=4, limit=limit, distinct=True):
         put_catalog(root, world.last_note("catalog"))
         yield world
 
@@ -70,7 +70,9 @@ def test_power_cut_during_recovery_is_recovered_again(root: Path, seed: int) -> 
         snapshot = world.last_note("catalog")
         with open_store(world, root, FakeClock(seed=5)) as store:
             store.recover()
-        for _, second in crash_states(world.trace(), seed=index, subsets_per_prefix=2, limit=6):
+        for _, second in crash_states(
+            world.trace(), seed=index, subsets_per_prefix=2, limit=6, distinct=True
+        ):
             put_catalog(root, second.last_note("catalog", snapshot))
             check_world(second, history, root)
 

@@ -58,17 +58,17 @@ def record(seed: int, *, kind: str, steps: int) -> tuple[FaultFiles, History]:
 def test_power_cut_anywhere_keeps_what_was_flushed(seed: int, kind: str) -> None:
     for round_number in range(3):
         files, history = record(seed * 100 + round_number, kind=kind, steps=24)
-        for index, world in crash_states(files.trace(), seed=seed + round_number, limit=150):
+        for index, world in crash_states(files.trace(), seed=seed + round_number, limit=150, distinct=True):
             check_world(world, history, writable=index % 2 == 0)
 
 
 @pytest.mark.parametrize("kind", GROWING)
 def test_power_cut_while_the_footer_is_restored_is_recovered_again(seed: int, kind: str) -> None:
     files, history = record(seed, kind=kind, steps=16)
-    worlds = [world for _, world in crash_states(files.trace(), seed=seed, limit=60)]
+    worlds = [world for _, world in crash_states(files.trace(), seed=seed, limit=60, distinct=True)]
     for number, world in enumerate(worlds[::4]):
         open_disk(world, PATH, writable=True, clock=FakeClock(seed=number)).abandon()
-        for _, again in crash_states(world.trace(), seed=number, limit=25):
+        for _, again in crash_states(world.trace(), seed=number, limit=25, distinct=True):
             again.notes = list(world.notes)
             check_world(again, history, writable=True)
 
@@ -85,7 +85,7 @@ def test_session_after_power_cut_works(seed: int, kind: str) -> None:
             world.settle()
             perform(disk, world, history, random.Random(number), steps=8, unit_bytes=UNIT)
         world.acknowledge(len(history.states) - 1)
-        for _, again in crash_states(world.trace(), seed=number, limit=12):
+        for _, again in crash_states(world.trace(), seed=number, limit=12, distinct=True):
             check_world(again, history, writable=True)
         with open_disk(world, PATH, clock=clock) as disk:
             assert (read_numbers(disk) == history.states[-1]).all()
@@ -96,7 +96,7 @@ def test_power_cut_during_create_leaves_a_whole_disk_or_none(seed: int, kind: st
     files = FaultFiles("/vm")
     create_disk(files, PATH, virtual_bytes=SIZE, format="vhd", type=kind, clock=FakeClock())
     files.acknowledge(0)
-    for _, world in crash_states(files.trace(), seed=seed, limit=400):
+    for _, world in crash_states(files.trace(), seed=seed, limit=400, distinct=True):
         names = world.names(PATH.parent)
         if world.acknowledged:
             assert PATH.name in names, world.story
@@ -173,7 +173,7 @@ def test_failed_sync_ends_the_session(seed: int) -> None:
         with pytest.raises(OSError, match=r"."):
             call()
     files.note("step", 1)
-    for _, world in crash_states(files.trace(), seed=seed, limit=200):
+    for _, world in crash_states(files.trace(), seed=seed, limit=200, distinct=True):
         if world.acknowledged:
             world.note("step", 1)
             check_world(world, history, writable=True)
@@ -207,5 +207,5 @@ def test_blocks_given_back_are_used_again_and_only_after_the_flush(seed: int) ->
     disk.close()
     files.acknowledge(len(history.states) - 1)
     assert max(sizes) < 8 * (UNIT + 4096)
-    for index, world in crash_states(files.trace(), seed=seed, limit=200):
+    for index, world in crash_states(files.trace(), seed=seed, limit=200, distinct=True):
         check_world(world, history, writable=index % 2 == 0)

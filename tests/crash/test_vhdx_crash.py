@@ -48,7 +48,7 @@ def record(seed: int, *, kind: str, steps: int) -> tuple[FaultFiles, History]:
 def test_power_cut_anywhere_keeps_what_was_flushed(seed: int, kind: str) -> None:
     for round_number in range(3):
         files, history = record(seed * 100 + round_number, kind=kind, steps=24)
-        for index, world in crash_states(files.trace(), seed=seed + round_number, limit=150):
+        for index, world in crash_states(files.trace(), seed=seed + round_number, limit=150, distinct=True):
             check_world(world, history, writable=index % 2 == 0)
 
 
@@ -56,10 +56,10 @@ def test_power_cut_anywhere_keeps_what_was_flushed(seed: int, kind: str) -> None
 def test_power_cut_during_recovery_is_recovered_again(seed: int, kind: str) -> None:
     """Replay twice equals replay once: the cut comes while the log of an earlier cut is replayed."""
     files, history = record(seed, kind=kind, steps=16)
-    worlds = [world for _, world in crash_states(files.trace(), seed=seed, limit=60)]
+    worlds = [world for _, world in crash_states(files.trace(), seed=seed, limit=60, distinct=True)]
     for number, world in enumerate(worlds[::4]):
         open_disk(world, PATH, writable=True, clock=FakeClock(seed=number)).abandon()
-        for _, again in crash_states(world.trace(), seed=number, limit=25):
+        for _, again in crash_states(world.trace(), seed=number, limit=25, distinct=True):
             again.notes = list(world.notes)
             check_world(again, history, writable=True)
 
@@ -76,7 +76,7 @@ def test_session_after_power_cut_works_and_is_clean(seed: int, kind: str) -> Non
             world.settle()
             perform(disk, world, history, random.Random(number), steps=8, unit_bytes=MIB)
         world.acknowledge(len(history.states) - 1)
-        for _, again in crash_states(world.trace(), seed=number, limit=12):
+        for _, again in crash_states(world.trace(), seed=number, limit=12, distinct=True):
             check_world(again, history, writable=True)
         with open_disk(world, PATH, clock=clock) as disk:
             assert disk.info().log == "clean"
@@ -87,7 +87,7 @@ def test_power_cut_during_create_leaves_a_whole_disk_or_none(seed: int) -> None:
     files = FaultFiles("/vm")
     create_disk(files, PATH, virtual_bytes=SIZE, block_bytes=MIB, clock=FakeClock())
     files.acknowledge(0)
-    for _, world in crash_states(files.trace(), seed=seed, limit=400):
+    for _, world in crash_states(files.trace(), seed=seed, limit=400, distinct=True):
         names = world.names(PATH.parent)
         if world.acknowledged:
             assert PATH.name in names, world.story
@@ -139,7 +139,7 @@ def test_power_cut_in_a_flush_of_several_rounds(seed: int) -> None:
     files.acknowledge(2)
     disk.close()
     first, second = np.ones(300), np.zeros(300)
-    for _, world in crash_states(files.trace(), seed=seed, limit=300):
+    for _, world in crash_states(files.trace(), seed=seed, limit=300, distinct=True):
         acknowledged = world.acknowledged[-1] if world.acknowledged else 0
         with open_disk(world, PATH, writable=True, clock=clock) as disk:
             for shift, value in ((0, 1), (MIB, 2)):
@@ -204,7 +204,7 @@ def test_failed_sync_ends_the_session(seed: int) -> None:
     after_two[3 * MIB // SECTOR] = 2
     history = History([before, after_one, after_two])
     files.note("step", 1)
-    for _, world in crash_states(files.trace(), seed=seed, limit=200):
+    for _, world in crash_states(files.trace(), seed=seed, limit=200, distinct=True):
         if world.acknowledged:
             world.note("step", 1)
             check_world(world, history, writable=True)
@@ -228,7 +228,7 @@ def test_power_cut_in_a_flush_of_several_rounds_over_a_parent(seed: int) -> None
     disk.flush()
     files.acknowledge(1)
     disk.close()
-    for index, world in crash_states(files.trace(), seed=seed, limit=300):
+    for index, world in crash_states(files.trace(), seed=seed, limit=300, distinct=True):
         with open_disk(world, PATH, writable=index % 2 == 0, clock=clock) as disk:
             buffer = bytearray(count * 2 * SECTOR)
             disk.read_extents(extents, buffer)

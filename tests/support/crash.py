@@ -30,17 +30,26 @@ _KEEP = {"few": 0.1, "half": 0.5, "most": 0.9}
 
 
 def crash_states(
-    trace: Trace, *, seed: int = 0, subsets_per_prefix: int = 5, limit: int | None = 2000
+    trace: Trace,
+    *,
+    seed: int = 0,
+    subsets_per_prefix: int = 5,
+    limit: int | None = 2000,
+    distinct: bool = False,
 ) -> Iterator[tuple[int, FaultFiles]]:
     """Yield (index, world): power was lost after `index` events, 0..len(trace), and this came back.
 
     The same arguments give the same worlds. Where nothing was pending one world is given instead of
     `subsets_per_prefix`. limit: at most so many worlds; the prefixes are then a sample that prefers the
     places just before and after a sync, a rename and a note. world.story says how it came about.
+
+    distinct: leave out a world with the names, contents and notes of one that was given before, which is up to half
+    of them: for whoever does not look at the times of files, and does not count worlds.
     """
     chosen = _choose_prefixes(trace.events, seed, subsets_per_prefix, limit)
     replay = _Replay(trace.start.copy())
     notes: list[tuple[str, Any]] = list(trace.notes)
+    given: set[int] = set()
     for index in range(len(trace.events) + 1):
         if index > 0:
             event = trace.events[index - 1]
@@ -52,6 +61,11 @@ def crash_states(
         subsets = subsets_per_prefix if replay.is_pending() else 1
         for subset in range(subsets):
             world = replay.world(f"{seed}/{index}/{subset}", subset)
+            if distinct:
+                known = hash((world.digest(), len(notes)))
+                if known in given:
+                    continue
+                given.add(known)
             world.notes = list(notes)
             last = trace.events[index - 1] if index else "nothing"
             world.story = f"power lost after {index} of {len(trace.events)} events ({last}); {world.story}"

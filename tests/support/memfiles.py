@@ -245,6 +245,13 @@ class FaultFiles:
         with self.guard:
             return Trace(self._start.copy(), tuple(self._events), self._start_notes)
 
+    def digest(self) -> int:
+        """Return a hash of all folders, names, contents and holes."""
+        with self.guard:
+            contents = self._tree.contents
+            files = [(path, contents[inode].digest()) for path, inode in self._tree.names.items()]
+            return hash((frozenset(self._tree.folders), frozenset(files)))
+
     def note(self, label: str, value: Any = None) -> None:
         """Put an event of the test's own into the trace, such as the catalog's bytes at a commit."""
         with self.guard:

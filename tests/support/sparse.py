@@ -113,6 +113,12 @@ class SparseBytes:
         """Return whether both hold the same chunks; quick where they share most of them."""
         return self.size_bytes == other.size_bytes and self._chunks == other._chunks
 
+    def digest(self) -> int:
+        """Return a hash of size, chunks held and what they hold."""
+        return hash(
+            (self.size_bytes, frozenset((index, bytes(chunk)) for index, chunk in self._chunks.items()))
+        )
+
     def runs(self) -> Iterator[tuple[int, bytes]]:
         """Yield (offset, bytes) of the runs of held chunks, in order, within the size."""
         indexes = sorted(self._chunks)

@@ -9,6 +9,7 @@ import random
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -433,3 +434,25 @@ def test_recorder_is_quick_with_large_traces() -> None:
     count = sum(1 for _ in crash_states(trace, limit=200))
     assert count > 100
     assert time.monotonic() - start < 20  # a guard against quadratic costs, not a benchmark
+
+
+def test_crash_distinct_leaves_out_repeated_worlds_and_no_other() -> None:
+    files = FaultFiles("/s")
+    file = files.open(Path("/s/a"), create=True)
+    for number in range(1, 5):
+        file.write(bytes([number]) * 1024, 512 * number)
+        if number % 2:
+            file.sync()
+        files.note("step", number)
+    files.sync_directory(Path("/s"))
+
+    def looks(**options: Any) -> list[Any]:
+        return [
+            ({str(path): world.content_of(path) for path in world.files()}, world.notes)
+            for _, world in crash_states(files.trace(), subsets_per_prefix=9, **options)
+        ]
+
+    whole, distinct = looks(), looks(distinct=True)
+    assert len(distinct) < len(whole) / 2
+    assert all(look in distinct for look in whole)
+    assert all(distinct.count(look) == 1 for look in distinct)
