@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from hvreplica.formats.messages import PointPolicy
     from hvreplica.progress import Progress
     from hvreplica.replication.capture_verb import Capture
     from hvreplica.replication.disk_change import disk_compact, disk_resize
@@ -42,6 +43,7 @@ __all__ = [
     "CutLog",
     "CutResult",
     "DiskChange",
+    "PointPolicy",
     "Progress",
     "ReplicateResult",
     "ReplicationStatistics",
@@ -96,6 +98,7 @@ _HOMES = {
     "resume": "replication.live_verbs",
     "status": "replication.live_verbs",
     "DiskChange": "replication.results",
+    "PointPolicy": "formats.messages",
     "Progress": "progress",
     "ReplicateResult": "replication.results",
     "Server": "replication.serve",

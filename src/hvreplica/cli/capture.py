@@ -17,6 +17,7 @@ from hvreplica.cli.options import (
     disk_options,
     link_options,
     option,
+    point_options,
     verb,
     vm_option,
 )
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     help="The folder with the certificates for the replica, as `tls init` makes it.",
 )
 @cycle_options
+@point_options
 @link_options
 @option(
     "--log-budget",

@@ -41,6 +41,12 @@ _COMMAND_LIMIT_MAX_S = 86_400.0
     metavar="SECONDS",
     help="Longest that the guest may stand still; after it the guest goes on and the cut fails.",
 )
+@option(
+    "--app-consistent",
+    is_flag=True,
+    help="Call the point app-consistent: --before, or you, brought to rest what runs in the guest."
+    " --freeze does so by itself.",
+)
 @option("--before", metavar="COMMAND", help="A program to run first; the cut is not made if it fails.")
 @option("--after", metavar="COMMAND", help="A program to run as soon as the instant has passed, or failed.")
 @option(
@@ -59,6 +65,7 @@ def cut(
     state: Path,
     freeze: Path | None,
     freeze_limit_s: float,
+    app_consistent: bool,
     before: str | None,
     after: str | None,
     command_limit_s: float,
@@ -74,7 +81,13 @@ def cut(
     steps = _Steps(before, after, command_limit_s)
     try:
         steps.begin()
-        result = hvreplica.cut(state, freeze=freeze, freeze_limit_s=freeze_limit_s, on_instant=steps.end)
+        result = hvreplica.cut(
+            state,
+            freeze=freeze,
+            freeze_limit_s=freeze_limit_s,
+            app_consistent=app_consistent,
+            on_instant=steps.end,
+        )
     finally:
         steps.end()
     for warning in result.warnings:

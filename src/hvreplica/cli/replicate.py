@@ -16,6 +16,7 @@ from hvreplica.cli.options import (
     disk_options,
     link_options,
     option,
+    point_options,
     verb,
     vm_option,
 )
@@ -60,6 +61,7 @@ _HEADLINES = {"initial": "initial replication", "delta": "changes replicated"}
 )
 @option("--once", is_flag=True, help="Run one cycle and end.")
 @cycle_options
+@point_options
 @link_options
 @option("--resync", is_flag=True, help="Trust no record: compare every block with the replica's.")
 @option(

@@ -45,6 +45,8 @@ Text = Annotated[str, Meta(max_length=TEXT_CHARS_MAX)]
 VmName = Annotated[str, Meta(min_length=1, max_length=VM_NAME_CHARS_MAX)]
 Session = Annotated[bytes, Meta(min_length=SESSION_BYTES, max_length=SESSION_BYTES)]
 Generation = Annotated[int, Meta(ge=0, lt=1 << 53)]
+PointKind = Literal["standard", "planned"]
+Consistency = Literal["crash", "app"]
 SectorBytes = Annotated[int, Meta(ge=512, le=4096)]
 
 
@@ -200,8 +202,8 @@ class BeginLogs(Message, frozen=True, tag="logs"):
     logs: Annotated[list[LogShape], Meta(min_length=1, max_length=DISKS_MAX)]
     positions: Annotated[list[ByteCount], Meta(min_length=1, max_length=DISKS_MAX)]
     disks: Annotated[list[DiskSize], Meta(max_length=DISKS_MAX)] = []
-    kind: Literal["standard", "planned"] = "standard"
-    consistency: Literal["crash", "app"] = "crash"
+    kind: PointKind = "standard"
+    consistency: Consistency = "crash"
 
 
 class Attach(Message, frozen=True, tag="attach"):

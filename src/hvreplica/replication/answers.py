@@ -151,6 +151,7 @@ class AnswerSession:
                 for log in question.logs
             ],
             disks={disk.index: disk.virtual_bytes for disk in question.disks} or None,
+            nature=(question.kind, question.consistency),
         )
         return self._begin(question, sink)
 

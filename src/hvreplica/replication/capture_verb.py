@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from hvreplica.clock import Clock
     from hvreplica.disk import Disk
     from hvreplica.files import FileSystem
+    from hvreplica.formats.messages import PointPolicy
     from hvreplica.replication.state import CutLog
     from hvreplica.replication.work import Link
 
@@ -75,6 +76,7 @@ class Capture:
         interval_s: float | None = None,
         continuous: bool = False,
         remove_disks: Sequence[str | int] = (),
+        points: PointPolicy | None = None,
         compression: str = "auto",
         connections: int = CONNECTIONS_DEFAULT,
         log_budget_bytes: int | None = None,
@@ -89,8 +91,8 @@ class Capture:
         encrypted. to, tls: the replica, to which cycles run every interval_s seconds or back to back
         (`continuous`); without them cycles run only when asked for. log_budget_bytes: of each disk's log, a
         quarter of the disk by default; 0 keeps no log, and each cut reads what changed from the disk.
-        metrics: HOST:PORT to serve measurements. Raises: Locked where state, a disk or a socket is another
-        process's; Unreachable, HvReplicaError, OSError, ValueError.
+        points: as of replicate(). metrics: HOST:PORT to serve measurements. Raises: Locked where state, a
+        disk or a socket is another process's; Unreachable, HvReplicaError, OSError, ValueError.
         """
         check_vm(vm, disks)
         places = _places(socket, tcp)
@@ -103,6 +105,7 @@ class Capture:
             self._indexes = work.indexes
             machine = _track(work, stack, log_budget_bytes)
             work.machine = self.machine = machine
+            work.points = points
             forget_lost_cuts(work)
             work.sweep_logs()
             runner = CycleRunner(

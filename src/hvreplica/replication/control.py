@@ -15,6 +15,7 @@ from msgspec import Meta
 from hvreplica.capture.guest_agent import DEFAULT_FREEZE_LIMIT_S, FREEZE_LIMIT_MAX_S, GuestAgent
 from hvreplica.clock import iso_time
 from hvreplica.errors import FreezeFailed, ProtocolViolation, StateError, Unreachable
+from hvreplica.formats.messages import PointPolicy  # noqa: TC001 - msgspec resolves the annotations
 from hvreplica.replication.live import RecordedCut, cut_live
 from hvreplica.replication.results import CutLog, CutResult
 from hvreplica.replication.shape import removed_indexes
@@ -41,16 +42,20 @@ Text = Annotated[str, Meta(min_length=1, max_length=4096)]
 
 
 class CutRequest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
-    """freeze: the Unix socket of the guest's agent, an absolute path."""
+    """freeze: the Unix socket of the guest's agent, an absolute path.
+
+    app_consistent: whether what runs in the guest was brought to rest by other means.
+    """
 
     freeze: Text | None = None
     freeze_limit_s: Annotated[float, Meta(gt=0, le=FREEZE_LIMIT_MAX_S)] = DEFAULT_FREEZE_LIMIT_S
+    app_consistent: bool = False
 
 
 class ReplicateRequest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """vm, disks, remove_disks: checked against the state where they are given.
 
-    to, tls: None for the usual replica.
+    to, tls: None for the usual replica. points: None for what was said before.
     """
 
     vm: Text | None = None
@@ -62,6 +67,7 @@ class ReplicateRequest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults
     resync: bool = False
     takeover: bool = False
     remove_disks: list[Text] = []
+    points: PointPolicy | None = None
 
 
 class NoArguments(msgspec.Struct, forbid_unknown_fields=True):
@@ -107,14 +113,15 @@ class Control:
                     path=work.folder.folder,
                     hint="serve them with `hvreplica capture`",
                 )
-            return cut_result(work, self._runner.cut_compared())
+            return cut_result(work, self._runner.cut_compared(app_consistent=request.app_consistent))
         frozen: list[int] = []
         with contextlib.ExitStack() as held:
 
-            def freeze() -> None:
+            def freeze() -> bool:
                 if request.freeze is not None:
                     agent = GuestAgent(request.freeze, clock=work.clock)
                     frozen.append(held.enter_context(agent.frozen(limit_s=request.freeze_limit_s)))
+                return request.app_consistent or any(frozen)
 
             def go_on() -> None:
                 held.close()  # raises where the guest did not stand still until now
@@ -134,6 +141,7 @@ class Control:
             link=_link(request),
             with_resync=request.resync,
             takeover=request.takeover,
+            points=request.points,
             on_progress=tell,
         )
         if self._loop is not None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _COMPARE_WORKERS = 2
 
 
-def cut(work: Work) -> bool:
+def cut(work: Work, consistency: messages.Consistency = "crash") -> bool:
     """Compare every disk with its fingerprints; return whether logs were cut and wait to be shipped."""
     state = work.state
     transfer = Transfer(
@@ -40,6 +40,7 @@ def cut(work: Work) -> bool:
         point_id=work.clock.guid(),
         instant_s=work.clock.now_s(),
         positions=[],
+        consistency=consistency,
     )
     state.transfer = transfer
     work.save()
@@ -85,6 +86,8 @@ def ship(work: Work, session: ReplicaSession, transfer: Transfer) -> None:
         ],
         positions=transfer.positions,
         disks=transfer.disks or point_disks(work.state),
+        kind=transfer.point_kind,
+        consistency=transfer.consistency,
     )
     answer = session.ask_either(question, messages.Ready, messages.AlreadyHave)
     if isinstance(answer, messages.Ready):

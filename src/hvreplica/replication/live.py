@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hvreplica.capture.machine import ClosedLog, Cut
+    from hvreplica.formats.messages import Consistency
     from hvreplica.replication.work import Work
     from hvreplica.tracking.fingerprints import FingerprintTable
 
@@ -46,13 +47,14 @@ class RecordedCut:
 def cut_live(
     work: Work,
     *,
-    on_ready: Callable[[], None] = lambda: None,
+    on_ready: Callable[[], bool] = lambda: False,
     on_instant: Callable[[], None] | None = None,
 ) -> RecordedCut:
     """Cut all disks at one instant and record the logs behind those that wait; durable on return.
 
     on_ready: called when no other cut and nothing that takes long is left before the instant, to freeze the
-    guest; what it raises ends the call. on_instant: called as soon as the guest may write again; what it
+    guest, and returns whether that makes the cut consistent for what runs in it; what it raises ends the
+    call. on_instant: called as soon as the guest may write again; what it
     raises undoes the cut. Raises: InvalidTransition while the initial replication reads the disks, StateError
     where too much waits, OSError; what changed then counts as changed still.
     """
@@ -63,7 +65,7 @@ def cut_live(
         _check_cut(work)
         last = previous_log_ids(work.state)
         known = _known(work)
-        on_ready()
+        consistency: Consistency = "app" if on_ready() else "crash"
         cut = machine.cut([last[index] for index in work.indexes], known=known, on_instant=on_instant)
         in_point = {disk.index for disk in point_disks(work.state)}
         logs = [log for log in cut.logs if log.disk_index in in_point]
@@ -72,7 +74,7 @@ def cut_live(
             for log in cut.logs:
                 if log.disk_index not in in_point:
                     _mark_again(work, log.disk_index, log.path)  # for the first cut that has the disk
-            transfer = _record(work, cut, logs)
+            transfer = _record(work, cut, logs, consistency)
         except BaseException:
             machine.give_back(cut)
             raise
@@ -84,8 +86,10 @@ def cut_live(
         return RecordedCut(cut.instant_s, cut.held_us, transfer, entries or (0,) * (transfer is not None))
 
 
-def cut_compared(work: Work) -> RecordedCut:
+def cut_compared(work: Work, *, app_consistent: bool = False) -> RecordedCut:
     """Find what changed of disks at rest by comparison, and record it as a cut; durable on return.
+
+    app_consistent: whether whoever used the disks had brought them to rest.
 
     Raises: InvalidTransition before the replica has a copy, StateError while another cut waits: what it holds
     is in no fingerprint yet.
@@ -106,7 +110,8 @@ def cut_compared(work: Work) -> RecordedCut:
     work.open_tables()
     work.check_tables()
     instant_s = work.clock.now_s()
-    transfer = work.state.transfer if cycle.cut(work) else None
+    consistency: Consistency = "app" if app_consistent else "crash"
+    transfer = work.state.transfer if cycle.cut(work, consistency) else None
     entries = []
     for log in [] if transfer is None else transfer.logs:
         with LogReader(work.files, work.folder.log_path(log.log_id)) as reader:
@@ -236,7 +241,7 @@ def _check_cut(work: Work) -> None:
         )
 
 
-def _record(work: Work, cut: Cut, closed: Sequence[ClosedLog]) -> Transfer | None:
+def _record(work: Work, cut: Cut, closed: Sequence[ClosedLog], consistency: Consistency) -> Transfer | None:
     logs = [
         CutLog(log.disk_index, log.log_id, log.previous_log_id, log.log_bytes, log.changed_bytes)
         for log in closed
@@ -255,6 +260,7 @@ def _record(work: Work, cut: Cut, closed: Sequence[ClosedLog]) -> Transfer | Non
         positions=[0] * len(logs),
         logs=logs,
         disks=point_disks(work.state),
+        consistency=consistency,
     )
     work.append(transfer)
     return transfer

@@ -46,6 +46,7 @@ def cut(
     *,
     freeze: PathLike | None = None,
     freeze_limit_s: float = DEFAULT_FREEZE_LIMIT_S,
+    app_consistent: bool = False,
     on_instant: Callable[[], object] | None = None,
     files: FileSystem = OS_FILES,
     clock: Clock = SYSTEM,
@@ -53,9 +54,10 @@ def cut(
     """Cut the VM's disks at one instant; the logs wait in the state folder for the next replicate().
 
     freeze: the Unix socket of the guest's QEMU agent, whose file systems stand still for the instant, at most
-    freeze_limit_s seconds. on_instant: called once the guest goes on; the rest of the cut takes longer.
-    Disks that no process captures are compared with what was replicated, and must not change meanwhile.
-    Raises: HvReplicaError, OSError, ValueError.
+    freeze_limit_s seconds; the point is then an app-consistent one. app_consistent: it is one without,
+    because what runs in the guest was brought to rest by other means. on_instant: called once the guest goes
+    on; the rest of the cut takes longer. Disks that no process captures are compared with what was
+    replicated, and must not change meanwhile. Raises: HvReplicaError, OSError, ValueError.
     """
     checked_freeze_limit_s(freeze_limit_s)
     folder_path = _existing(files, state)
@@ -66,7 +68,8 @@ def cut(
             on_instant()
 
     if owner is not None:
-        request = CutRequest(None if freeze is None else str(Path(freeze).absolute()), freeze_limit_s)
+        socket = None if freeze is None else str(Path(freeze).absolute())
+        request = CutRequest(socket, freeze_limit_s, app_consistent)
         answer = owner.ask("cut", msgspec.to_builtins(request), on_progress=tell)
         return _converted(answer, CutResult)
     if freeze is not None:
@@ -92,7 +95,7 @@ def cut(
             tally=Tally("none", [0] * len(opened)),
         )
         stack.callback(work.close_tables)
-        result = cut_result(work, cut_compared(work))
+        result = cut_result(work, cut_compared(work, app_consistent=app_consistent))
     tell(result)
     return result
 

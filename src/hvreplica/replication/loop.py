@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
+    from hvreplica.formats.messages import PointPolicy
     from hvreplica.progress import ProgressCallback
     from hvreplica.replication.bookkeeping import Bookkeeper
     from hvreplica.replication.live import RecordedCut
@@ -66,17 +67,21 @@ class CycleRunner:
         link: Link | None = None,
         with_resync: bool = False,
         takeover: bool = False,
+        points: PointPolicy | None = None,
         is_due: Callable[[], bool] = lambda: False,
         on_progress: ProgressCallback = quiet,
     ) -> ReplicateResult:
         """Bring the replica up to date and count it.
 
-        link: instead of the usual one. is_due: whether the copy of an added disk has to make room for the
-        next cycle, which goes on with it. Raises: InvalidTransition while paused; StateError without a link
-        and when stopped; else as replicate().
+        link: instead of the usual one. points: what the replica shall keep from now on. is_due: whether the
+        copy of an added disk has to make room for the next cycle, which goes on with it. Raises:
+        InvalidTransition while paused; StateError without a link and when stopped; else as replicate().
         """
         with self._turn:
             self._check(link)
+            if points is not None and points != self.work.points:
+                self.work.points = points
+                self._close_standing()  # it is told with the claim that begins a session
             primary = self._primary(link, with_resync=with_resync, takeover=takeover)
             self._running = primary
             if self._stopping.is_set():
@@ -99,12 +104,12 @@ class CycleRunner:
             self.book.succeeded(result)
             return result
 
-    def cut_compared(self) -> RecordedCut:
+    def cut_compared(self, *, app_consistent: bool = False) -> RecordedCut:
         """Cut disks at rest, between two cycles."""
         with self._turn:
             self._check_running()
             with self._ready():
-                return cut_compared(self.work)
+                return cut_compared(self.work, app_consistent=app_consistent)
 
     def stop(self) -> None:
         """Make a cycle or a cut that runs fail soon, and refuse all others; from any thread."""

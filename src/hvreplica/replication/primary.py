@@ -188,7 +188,9 @@ class Primary:
             state.generation += 1
             self._work.save()
             removed = [index for index, disk in enumerate(state.disks) if not disk.is_here]
-            claimed = session.claim(state, shapes(state), removed, software=SOFTWARE)
+            claimed = session.claim(
+                state, shapes(state), removed, software=SOFTWARE, points=self._work.points
+            )
             self._met = True
             if self._with_resync:
                 self._resync(session, claimed)

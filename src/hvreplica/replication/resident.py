@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from hvreplica.clock import Clock
     from hvreplica.files import FileSystem
+    from hvreplica.formats.messages import PointPolicy
 
     PathLike = str | os.PathLike[str]
 
@@ -125,6 +126,7 @@ class Replicator:
         interval_s: float | None = None,
         continuous: bool = False,
         remove_disks: Sequence[str | int] = (),
+        points: PointPolicy | None = None,
         compression: str = "auto",
         connections: int = CONNECTIONS_DEFAULT,
         metrics: str | None = None,
@@ -155,6 +157,7 @@ class Replicator:
                 clock=clock,
                 on_progress=quiet,
                 tally=Tally("none", []),
+                points=points,
             )
             work.save()
 

@@ -181,6 +181,7 @@ class Server:
             certificate=f"{channel.peer.common_name} sha256:{channel.peer.fingerprint_sha256}",
             disks=[DiskSpec(**msgspec.structs.asdict(shape)) for shape in claim.disks],
             removed=claim.removed,
+            policy=claim.policy,
         )
 
     def _authorise(self, channel: Channel[messages.Question], vm: str) -> None:

@@ -42,11 +42,18 @@ class ReplicaSession:
         self._is_aborted = False
 
     def claim(
-        self, state: PrimaryState, shapes: list[messages.DiskShape], removed: list[int], *, software: str
+        self,
+        state: PrimaryState,
+        shapes: list[messages.DiskShape],
+        removed: list[int],
+        *,
+        software: str,
+        points: messages.PointPolicy | None = None,
     ) -> messages.Claimed:
-        """Become the VM's writer.
+        """Become the VM's writer. points: what is to be kept of its points, None for what was said before.
 
-        Raises: Fenced, AuthorizationRefused, ReplicaDiverged, … as the replica says.
+        Raises: UnsupportedVersion for a replica that keeps no older points and is asked to; Fenced,
+        AuthorizationRefused, ReplicaDiverged, … as the replica says.
         """
         question = messages.Claim(
             protocol=messages.PROTOCOL_VERSION,
@@ -56,6 +63,7 @@ class ReplicaSession:
             generation=state.generation,
             disks=shapes,
             removed=removed,
+            policy=points,
         )
         claimed = self.ask(question, messages.Claimed)
         if [disk.index for disk in claimed.disks] != [shape.index for shape in shapes]:
@@ -65,6 +73,8 @@ class ReplicaSession:
         self._token = claimed.session
         self._claimed = claimed
         self.connections_max = claimed.connections_max
+        if points is not None:
+            self.require_revision(3, "recovery points")
         return claimed
 
     def require_revision(self, revision: int, what: str) -> None:

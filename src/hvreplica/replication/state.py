@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from hvreplica.disk import Disk
     from hvreplica.files import FileSystem
 
-VERSION = 2
+VERSION = 3
 NIL = uuid.UUID(int=0)
 PENDING_MAX = 256  # cuts that wait to be shipped; more only cost room that one later cut would not
 _STATE_BYTES_MAX = 16 << 20  # twice what that many cuts of 64 disks take
-_VERSIONS_READ = (1, VERSION)  # version 1 had no cuts that wait
+_VERSIONS_READ = (1, 2, VERSION)  # 1 had no cuts that wait, 2 no kinds of points
 
 
 class TrackedDisk(msgspec.Struct, forbid_unknown_fields=True):
@@ -78,7 +78,7 @@ class Transfer(msgspec.Struct, forbid_unknown_fields=True):
     kind: "initial" or "logs". stage of logs: "cutting" until they are closed and durable, then "cut", then
     "acknowledged" once the replica has them durably; the fingerprints follow from there. tracked: whether
     every write since an initial transfer began is known to live tracking. disks: those that the point of the
-    logs has, with their sizes at the cut; the one that joins.
+    logs has, with their sizes at the cut; the one that joins. point_kind, consistency: of that point.
     """
 
     kind: Annotated[str, Meta(pattern="^(initial|join|logs)$")]
@@ -90,6 +90,8 @@ class Transfer(msgspec.Struct, forbid_unknown_fields=True):
     logs: list[CutLog] = []
     tracked: bool = False
     disks: list[messages.DiskSize] = []
+    point_kind: messages.PointKind = "standard"
+    consistency: messages.Consistency = "crash"
 
 
 class PrimaryState(msgspec.Struct, forbid_unknown_fields=True):

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from hvreplica.clock import Clock
     from hvreplica.files import FileSystem
+    from hvreplica.formats.messages import PointPolicy
     from hvreplica.progress import ProgressCallback
 
     PathLike = str | os.PathLike[str]
@@ -47,6 +48,7 @@ def replicate(  # noqa: PLR0913 - a verb with its options, all but two by keywor
     resync: bool = False,
     takeover: bool = False,
     remove_disks: Sequence[str | int] = (),
+    points: PointPolicy | None = None,
     progress: ProgressCallback | None = None,
     files: FileSystem = OS_FILES,
     clock: Clock = SYSTEM,
@@ -60,8 +62,9 @@ def replicate(  # noqa: PLR0913 - a verb with its options, all but two by keywor
     remove_disks: paths or indexes of disks that the VM does not have any more. to: HOST:PORT. tls: the folder
     with ca.pem, primary.pem and primary-key.pem. Both may be left out where capture knows its replica. state:
     a folder of this VM's own, made where absent. compression: auto, zstd, lz4 or none. connections: 1 to 16
-    for data. resync: trust no record, compare with the replica by fingerprints. takeover: become the primary
-    of a VM that another one owned (implies resync).
+    for data. points: what the replica shall keep of the VM's points from now on; by default what it was told
+    before, 24 hourly ones at first. resync: trust no record, compare with the replica by fingerprints.
+    takeover: become the primary of a VM that another one owned (implies resync).
 
     On return the replica has applied the point durably. After any failure the next call goes on from there.
     Raises: HvReplicaError, OSError, ValueError for an argument out of its range.
@@ -84,6 +87,7 @@ def replicate(  # noqa: PLR0913 - a verb with its options, all but two by keywor
             resync=resync,
             takeover=takeover,
             remove_disks=[str(name) for name in remove_disks],
+            points=points,
         )
         return _asked(owner, request, progress or quiet)
     if link is None:
@@ -104,6 +108,7 @@ def replicate(  # noqa: PLR0913 - a verb with its options, all but two by keywor
             clock=clock,
             on_progress=quiet,
             tally=Tally("none", [0] * len(ordered)),
+            points=points,
         )
         work.save()
         runner = CycleRunner(work, Bookkeeper(files, folder_path, clock=clock), link=link)

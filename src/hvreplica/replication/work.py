@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from hvreplica.disk import Disk
     from hvreplica.files import FileSystem
     from hvreplica.formats import messages
+    from hvreplica.formats.messages import PointPolicy
     from hvreplica.progress import ProgressCallback
     from hvreplica.replication.results import ShippedLog
     from hvreplica.replication.sources import FrameSource
@@ -89,6 +90,7 @@ class Work:
     the state in several steps that belong together; save() after each change. cutting: held while a cut is
     made, and to change what a cut uses: the set of open tables, files in logs/ that no state names. Whoever
     needs both takes `cutting` first. disks, tables: of those that the VM has now, in the order of `indexes`.
+    points: what the replica shall keep of the VM's points, None for what it was told before.
     is_due: whether a cycle should begin now; an added disk's first copy makes room for it.
     """
 
@@ -101,6 +103,7 @@ class Work:
     on_progress: ProgressCallback
     tally: Tally
     machine: Machine | None = None
+    points: PointPolicy | None = None
     is_due: Callable[[], bool] = lambda: False
     tables: list[FingerprintTable] = field(default_factory=list)
     lock: threading.RLock = field(default_factory=threading.RLock)

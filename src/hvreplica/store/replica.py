@@ -130,6 +130,7 @@ class VmReplica:
                 positions={},
                 disks=self._sizes(joining or self._present),
                 consistent=consistent,
+                point_kind="initial",
             )
             sink = begin_initial(self._home, self._owner, wanted, expected_bytes=expected_bytes)
             self._sink = sink if isinstance(sink, InitialSink) else None
@@ -144,15 +145,16 @@ class VmReplica:
         instant_s: float,
         logs: Sequence[LogSpec],
         disks: dict[int, int] | None = None,
+        nature: tuple[str, str] = ("standard", "crash"),
         expected_bytes: int = 0,
     ) -> LogSink | AlreadyHave:
         """Begin to receive one cycle's closed logs, or continue if `transfer_id` is unfinished.
 
         logs: in the order of applying; a target of the sink is a place in it. disks: index -> virtual bytes
-        of the disks that the point has; by default those announced. AlreadyHave: the point was received.
-        Raises: ChainBroken if previous_point_id is not the newest point or a log does not follow
-        the last one of its disk; InvalidTransition before the initial replication; ReplicaDiverged for a disk
-        of which no copy is here; Fenced, StoreFull, StoreError, FieldOutOfRange.
+        of the disks that the point has; by default those announced. nature: kind and consistency of it.
+        AlreadyHave: the point was received. Raises: ChainBroken if previous_point_id is not the newest point
+        or a log does not follow the last one of its disk; InvalidTransition before the initial replication;
+        ReplicaDiverged for a disk of which no copy is here; Fenced, StoreFull, StoreError, FieldOutOfRange.
         """
         with self._gate, self._lock, room(self._home.files, self._home.paths.folder):
             self._release()
@@ -167,6 +169,8 @@ class VmReplica:
                 positions={},
                 disks=self._present if disks is None else self._validated(disks),
                 logs=tuple(logs),
+                point_kind=nature[0],
+                consistency=nature[1],
             )
             sink = begin_logs(self._home, self._owner, wanted, expected_bytes=expected_bytes)
             self._sink = sink if isinstance(sink, LogSink) else None
