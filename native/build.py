@@ -35,6 +35,7 @@ SOURCES = (
     "runs",
     "scalar",
     "track",
+    "under",
     "xxh3",
 )
 FLAGS = ("-std=c11", "-O3", "-fvisibility=hidden", "-fno-strict-aliasing")

@@ -27,7 +27,8 @@ enum hvr_status {
     HVR_OUT_OF_RANGE = 3, /* an extent, block or bit lies outside of its table, or ends beyond 63 bits */
     HVR_LENGTH = 4,       /* lengths that must agree do not */
     HVR_CHECKSUM = 5,     /* a metadata entry does not have its checksum */
-    HVR_OPERATION = 6     /* a metadata entry is not a write */
+    HVR_OPERATION = 6,    /* a metadata entry is not a write */
+    HVR_STALE = 7         /* what was read may have changed meanwhile */
 };
 
 /* Return 1 where `variant` runs on this machine, 0 where the processor lacks something, -1 where this library
@@ -378,10 +379,35 @@ void hvr_grains_merge(uint8_t *bitmap, const uint8_t *other, const uint8_t *touc
 /* Clear the bits of a range of grains, atomically. */
 void hvr_grains_clear(uint8_t *bitmap, uint64_t first, uint64_t count);
 
+/* ---- what stands under a disk ---- */
+
+/* A disk of which extents are known to be elsewhere. Row i says that the bytes from starts[i] up to ends[i]
+ * stand at file_offsets[i] of descriptors[i], a file that does not change, or are zeros where that is
+ * negative; rows are sorted, disjoint and not empty. What no row covers is read from `descriptor` through
+ * `map`. counter: NULL where that file does not change either; else whoever changes it adds to *counter before
+ * the first byte, and what was read of it counts only where *counter is still `applied` afterwards. */
+struct hvr_under {
+    const uint64_t *starts;
+    const uint64_t *ends;
+    const uint64_t *file_offsets;
+    const int32_t *descriptors;
+    size_t count;
+    int descriptor;
+    const struct hvr_block_map *map;
+    const uint64_t *counter;
+    uint64_t applied;
+};
+
+/* Fill out[0 .. length). HVR_STALE where rows and map must be made anew; HVR_ABSENT for a block in state 7;
+ * HVR_OUT_OF_RANGE, HVR_TRUNCATED or -errno. out is undefined unless HVR_OK. */
+int hvr_under_read(const struct hvr_under *under, uint64_t disk_offset, uint8_t *out, uint64_t length);
+
 /* ---- the transmission phase of NBD ---- */
 
 /* A disk as it is exported. A block in state 6 of `map` is served here; without has_parent all others but
- * state 7 read as zeros here. map: NULL for a raw file. track: NULL where nothing is tracked. */
+ * state 7 read as zeros here. Where a connection has an `under`, that has what a block in state 0 has not.
+ * descriptor: negative for a disk of which nothing stands anywhere but under it. map: NULL for a raw file.
+ * track: NULL where nothing is tracked. */
 struct hvr_nbd_export {
     int descriptor;
     int read_only;
@@ -398,7 +424,8 @@ enum hvr_nbd_event {
     HVR_NBD_BROKEN = 1,  /* it closed inside of a request, or sent no request: see `error`, errno or 0 */
     HVR_NBD_COMMAND = 2, /* the request is the caller's: it answers it */
     HVR_NBD_PIECE = 3,   /* a piece of a write cannot be done here: see `reason` */
-    HVR_NBD_FLUSH = 4    /* a write with FUA is done but for the flush; the caller flushes and answers it */
+    HVR_NBD_FLUSH = 4,   /* a write with FUA is done but for the flush; the caller flushes and answers it */
+    HVR_NBD_REFRESH = 5  /* `under` is stale: the caller gives a new one, and the read is done again */
 };
 
 enum hvr_nbd_reason {
@@ -407,12 +434,14 @@ enum hvr_nbd_reason {
     HVR_NBD_PLACE = 3    /* a block has no place, or only part of it counts */
 };
 
-/* One connection, of one thread. input, output: buffers of at least 1 MiB. spin_ns: how long to look for the
+/* One connection, of one thread. under: NULL, or what the disk has under it, changed by the caller between
+ * two calls only. input, output: buffers of at least 1 MiB. spin_ns: how long to look for the
  * next request before the thread sleeps. Below `type` is the request that an event speaks of, as it came;
  * cookie in the client's bytes. done: bytes of its payload before the piece. failed: 0, or the NBD error that
  * it will be answered with. phase: for hvr_nbd_serve() alone. */
 struct hvr_nbd {
     const struct hvr_nbd_export *exported;
+    const struct hvr_under *under;
     int descriptor;
     int structured;
     uint64_t spin_ns;

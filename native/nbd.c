@@ -49,8 +49,11 @@ enum {
 /* Beside the events: go on with the next request. */
 enum { GO_ON = -1 };
 
+/* Beside errno: what was read does not count. */
+enum { STALE = -1 };
+
 /* hvr_nbd.phase */
-enum { BETWEEN = 0, IN_SMALL = 1, IN_PAYLOAD = 2 };
+enum { BETWEEN = 0, IN_SMALL = 1, IN_PAYLOAD = 2, IN_READ = 3 };
 
 static uint16_t big16(const uint8_t *at)
 {
@@ -263,39 +266,77 @@ static int write_range(const struct hvr_nbd_export *e, uint64_t offset, const ui
     return 0;
 }
 
-/* Whether a range can be read here; *all_zero: no block of it holds anything. */
-static int is_readable(const struct hvr_nbd_export *e, uint64_t offset, uint64_t length, int *all_zero)
+/* Returns 0, errno or STALE. */
+static int read_under(const struct hvr_nbd *c, uint64_t offset, uint8_t *out, uint64_t length)
 {
+    int status = hvr_under_read(c->under, offset, out, length);
+    if (status <= 0) {
+        return -status;
+    }
+    return status == HVR_STALE ? STALE : EIO;
+}
+
+/* Whether a block has nothing of its own, not even that it is zero: then what is under it counts. Asked before
+ * the block's place is: one that gets its place meanwhile holds what was under it until that is written. */
+static int is_open(const struct hvr_block_map *map, uint64_t offset)
+{
+    if (map == NULL) {
+        return 0;
+    }
+    uint64_t block = offset / map->block_bytes;
+    uint64_t index = block + (map->chunk_ratio > 0 ? block / map->chunk_ratio : 0);
+    return index < map->entry_count && (map->entries[index] & BAT_STATE_MASK) == 0;
+}
+
+/* Whether a range can be read here; *all_zero: no block of it holds anything. */
+static int is_readable(const struct hvr_nbd *c, uint64_t offset, uint64_t length, int *all_zero)
+{
+    const struct hvr_nbd_export *e = c->exported;
     struct hvr_place place;
     struct piece piece = {0, 0, 0, 0};
-    *all_zero = 1;
+    *all_zero = c->under == NULL;
+    if (e->descriptor < 0) {
+        return c->under != NULL;
+    }
     for (; length > 0; offset += piece.length, length -= piece.length) {
         if (hvr_piece_at(e->map, offset, length, &piece, &place) != HVR_OK) {
             return 0;
         }
         if (piece.present) {
             *all_zero = 0;
-        } else if (piece.has_place || e->has_parent) {
+        } else if (piece.has_place || (e->has_parent && c->under == NULL)) {
             return 0;
         }
     }
     return 1;
 }
 
-/* Reads a range that is readable. Returns 0 or errno. */
-static int read_range(const struct hvr_nbd_export *e, uint64_t offset, uint8_t *out, uint64_t length)
+/* Reads a range that is readable. Returns 0, errno or STALE. */
+static int read_range(const struct hvr_nbd *c, uint64_t offset, uint8_t *out, uint64_t length)
 {
+    const struct hvr_nbd_export *e = c->exported;
     struct hvr_place place;
+    if (e->descriptor < 0) {
+        return read_under(c, offset, out, length);
+    }
     struct piece piece = {0, 0, 0, 0};
     for (; length > 0; offset += piece.length, length -= piece.length, out += piece.length) {
+        int open = is_open(e->map, offset);
         if (hvr_piece_at(e->map, offset, length, &piece, &place) != HVR_OK) {
             return EIO;
         }
         if (!piece.present) {
-            if (piece.has_place || e->has_parent) {
+            if (piece.has_place || (e->has_parent && c->under == NULL)) {
                 return EIO;
             }
-            memset(out, 0, (size_t)piece.length);
+            if (c->under != NULL && open) {
+                int error = read_under(c, offset, out, piece.length);
+                if (error != 0) {
+                    return error;
+                }
+            } else {
+                memset(out, 0, (size_t)piece.length);
+            }
             continue;
         }
         uint64_t done = 0;
@@ -508,13 +549,43 @@ static int command(struct hvr_nbd *c)
     return c->output_end > 0 && flush_output(c) != GO_ON ? HVR_NBD_BROKEN : HVR_NBD_COMMAND;
 }
 
-/* Reads `length` bytes into room that is there, counted in. Returns 0 or errno. */
-static int read_counted(const struct hvr_nbd_export *e, uint64_t offset, uint8_t *out, uint64_t length)
+/* Reads `length` bytes into room that is there, counted in. Returns 0, errno or STALE. */
+static int read_counted(const struct hvr_nbd *c, uint64_t offset, uint8_t *out, uint64_t length)
 {
-    hvr_read_enter(e->gate);
-    int error = read_range(e, offset, out, length);
-    hvr_read_leave(e->gate);
+    hvr_read_enter(c->exported->gate);
+    int error = read_range(c, offset, out, length);
+    hvr_read_leave(c->exported->gate);
     return error;
+}
+
+/* Asks for another `under`; `done` says from where on the read is to be done again. */
+static int ask_to_refresh(struct hvr_nbd *c)
+{
+    c->phase = IN_READ;
+    return c->output_end > 0 && flush_output(c) != GO_ON ? HVR_NBD_BROKEN : HVR_NBD_REFRESH;
+}
+
+/* Sends what the output buffer had no room for. */
+static int stream_read(struct hvr_nbd *c)
+{
+    while (c->done < c->length) {
+        if (flush_output(c) != GO_ON) {
+            return HVR_NBD_BROKEN;
+        }
+        uint64_t rest = c->length - c->done;
+        uint64_t part = rest < c->output_bytes ? rest : c->output_bytes;
+        int error = read_counted(c, c->offset + c->done, c->output, part);
+        if (error == STALE) {
+            return ask_to_refresh(c);
+        }
+        if (error != 0) {
+            c->error = error;
+            return HVR_NBD_BROKEN; /* the head has promised bytes: only the line can say that they fail */
+        }
+        c->output_end = part;
+        c->done += part;
+    }
+    return GO_ON;
 }
 
 static int do_read(struct hvr_nbd *c)
@@ -523,7 +594,7 @@ static int do_read(struct hvr_nbd *c)
     int all_zero = 0;
     if ((c->flags & ~(FLAG_FUA | FLAG_DF)) != 0 || c->length == 0 || c->length > PAYLOAD_BYTES_MAX
         || !is_inside(e, c->offset, c->length)
-        || !is_readable(e, c->offset, c->length, &all_zero)) {
+        || !is_readable(c, c->offset, c->length, &all_zero)) {
         return command(c);
     }
     uint8_t *at = output_room(c, CHUNK_BYTES + 12);
@@ -545,7 +616,11 @@ static int do_read(struct hvr_nbd *c)
     /* The first part is read before its head is believed: an error of it can still be told. */
     uint64_t room = c->output_bytes - c->output_end - head;
     uint64_t part = c->length < room ? c->length : room;
-    if (read_counted(e, c->offset, at + head, part) != 0) {
+    int error = read_counted(c, c->offset, at + head, part);
+    if (error == STALE) {
+        return ask_to_refresh(c);
+    }
+    if (error != 0) {
         return command(c); /* the caller reads again, and tells the error */
     }
     if (c->structured) {
@@ -556,19 +631,15 @@ static int do_read(struct hvr_nbd *c)
         c->output_end -= SIMPLE_REPLY_BYTES;
     }
     c->output_end += head + part;
-    for (c->done = part; c->done < c->length; c->done += part) {
-        if (flush_output(c) != GO_ON) {
-            return HVR_NBD_BROKEN;
-        }
-        uint64_t rest = c->length - c->done;
-        part = rest < c->output_bytes ? rest : c->output_bytes;
-        c->error = read_counted(e, c->offset + c->done, c->output, part);
-        if (c->error != 0) {
-            return HVR_NBD_BROKEN; /* the head has promised bytes: only the line can say that they fail */
-        }
-        c->output_end = part;
-    }
-    return GO_ON;
+    c->done = part;
+    return stream_read(c);
+}
+
+/* Does the current read again, from where it was stale. */
+static int resume_read(struct hvr_nbd *c)
+{
+    c->phase = BETWEEN;
+    return c->done > 0 ? stream_read(c) : do_read(c);
 }
 
 static int begin_write(struct hvr_nbd *c)
@@ -649,7 +720,12 @@ static int resume(struct hvr_nbd *c, int written)
 int hvr_nbd_serve(struct hvr_nbd *c, int written)
 {
     c->error = 0;
-    int event = c->reason != 0 ? resume(c, written) : GO_ON;
+    int event = GO_ON;
+    if (c->phase == IN_READ) {
+        event = resume_read(c);
+    } else if (c->reason != 0) {
+        event = resume(c, written);
+    }
     while (event == GO_ON) {
         event = step(c);
     }

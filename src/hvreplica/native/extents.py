@@ -69,7 +69,7 @@ def read_extents(file: BlockFile, block_map: BlockMap | None, extents: Array, ou
         reference.read_extents(file, block_map, extents, out)
         return
     rows, view, place = checked_extents(extents), writable_octets(out), ffi.new("struct hvr_place *")
-    table, kept = _table(block_map)
+    table, kept = map_table(block_map)
     status = lib.hvr_read_extents(descriptor, table, u64s(rows), len(rows), view, len(view), place)
     del kept
     if status != lib.HVR_OK:
@@ -105,7 +105,7 @@ def write_extents(file: BlockFile, block_map: BlockMap | None, extents: Array, d
         reference.write_extents(file, block_map, extents, data)
         return
     rows, view, place = checked_extents(extents), octets(data), ffi.new("struct hvr_place *")
-    table, kept = _table(block_map)
+    table, kept = map_table(block_map)
     status = lib.hvr_write_extents(descriptor, table, u64s(rows), len(rows), view, len(view), place)
     del kept
     if status != lib.HVR_OK:
@@ -131,7 +131,7 @@ def copy_extents(
         message = f"{len(rows)} extents need as many source offsets, not {len(offsets)}"
         raise ValueError(message)
     window = np.empty(max(min(int(rows[:, 1].sum(dtype=np.float64)), WINDOW_BYTES), 1), np.uint8)
-    place, (table, kept) = ffi.new("struct hvr_place *"), _table(block_map)
+    place, (table, kept) = ffi.new("struct hvr_place *"), map_table(block_map)
     target, length = writable_octets(window), len(window)
     status = lib.hvr_copy_extents(
         source_descriptor, u64s(offsets), descriptor, table, u64s(rows), len(rows), target, length, place
@@ -141,7 +141,7 @@ def copy_extents(
         _fail(status, place, "copy", (file, source))
 
 
-def _table(block_map: BlockMap | None) -> tuple[Any, Any]:
+def map_table(block_map: BlockMap | None) -> tuple[Any, Any]:
     """Return the C view of a block map and what keeps it alive."""
     if block_map is None:
         return ffi.NULL, None

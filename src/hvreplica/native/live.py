@@ -7,11 +7,14 @@ native/hvr.h says which thread may do what.
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hvreplica.native.extents import map_table
 from hvreplica.native.library import CHOSEN_VARIANT, VARIANTS, ffi, lib, octets, u64s, writable_octets
 from hvreplica.units import align_up
 
@@ -55,6 +58,7 @@ class NbdEvent(IntEnum):
     COMMAND = lib.HVR_NBD_COMMAND
     PIECE = lib.HVR_NBD_PIECE
     FLUSH = lib.HVR_NBD_FLUSH
+    REFRESH = lib.HVR_NBD_REFRESH
 
 
 class NbdReason(IntEnum):
@@ -284,8 +288,64 @@ def clear_grains(bitmap: npt.NDArray[np.uint8], first: int, count: int) -> None:
     lib.hvr_grains_clear(writable_octets(bitmap), first, count)
 
 
+class Under:
+    """What stands under a served disk: extents in files that never change, and the rest in a disk's file.
+
+    starts, ends: uint64, of sorted disjoint extents. descriptors: int32, the file of each, -1 where it reads
+    as zeros; file_offsets: uint64, where it begins there. descriptor, block_map: of the disk. counter: a
+    buffer of 8 bytes that whoever changes that disk adds to before, None where nobody does; applied: what it
+    was when all of this was found. kept: what must live as long, such as the open files.
+    """
+
+    def __init__(  # noqa: PLR0913 - the fields of a structure
+        self,
+        starts: npt.NDArray[np.uint64],
+        ends: npt.NDArray[np.uint64],
+        file_offsets: npt.NDArray[np.uint64],
+        descriptors: npt.NDArray[np.int32],
+        *,
+        descriptor: int,
+        block_map: BlockMap | None,
+        counter: Octets | None,
+        applied: int,
+        kept: object,
+    ) -> None:
+        if not len(starts) == len(ends) == len(file_offsets) == len(descriptors):
+            message = "the columns of the extents differ in length"
+            raise ValueError(message)
+        self.applied = applied
+        self.c: Any = ffi.new("struct hvr_under *")
+        table, kept_map = map_table(block_map)
+        columns = [ffi.from_buffer("uint64_t[]", each) for each in (starts, ends, file_offsets)]
+        columns.append(ffi.from_buffer("int32_t[]", descriptors))
+        self._kept = [table, kept_map, columns]
+        self.c.starts, self.c.ends, self.c.file_offsets, self.c.descriptors = columns
+        self.c.count = len(starts)
+        self.c.descriptor, self.c.map = descriptor, table
+        if counter is not None:
+            watched = ffi.from_buffer("uint64_t[1]", counter)
+            self._kept.append(watched)
+            self.c.counter = watched
+        self.c.applied = applied
+        self.kept = kept  # the last attribute goes last: what it owns can be closed then
+
+    def read_into(self, buffer: Octets, disk_offset: int) -> bool:
+        """Fill `buffer`; return False where extents and map are to be found anew first.
+
+        Raises: OSError.
+        """
+        view = writable_octets(buffer)
+        status = lib.hvr_under_read(self.c, disk_offset, view, len(view))
+        if status == lib.HVR_STALE:
+            return False
+        if status != lib.HVR_OK:
+            code = -status if status < 0 else errno.EIO
+            raise OSError(code, os.strerror(code))
+        return True
+
+
 class NbdExport:
-    """A disk as the transmission loop sees it."""
+    """A disk as the transmission loop sees it. descriptor: -1 for one that has nothing but its `Under`s."""
 
     def __init__(
         self,
@@ -328,11 +388,22 @@ class NbdConnection:
         self._input = np.empty(_BUFFER_BYTES, np.uint8)
         self._output = np.empty(_BUFFER_BYTES, np.uint8)
         self._kept = [writable_octets(self._input), writable_octets(self._output)]
+        self._under: Under | None = None
         self.c: Any = ffi.new("struct hvr_nbd *")
         self.c.exported, self.c.descriptor, self.c.structured = exported.c, descriptor, structured
         self.c.spin_ns = _SPIN_NS
         self.c.input, self.c.output = self._kept
         self.c.input_bytes = self.c.output_bytes = _BUFFER_BYTES
+
+    @property
+    def under(self) -> Under | None:
+        """What the disk has under it, for this connection; it lives until another is set."""
+        return self._under
+
+    @under.setter
+    def under(self, under: Under | None) -> None:
+        self.c.under = ffi.NULL if under is None else under.c
+        self._under = under
 
     def serve(self, *, written: bool = False) -> NbdEvent:
         """Serve until something needs the caller. written: the piece of the last event is in the disk."""
