@@ -154,9 +154,12 @@ def _apply_point(home: VmHome, point: PointRow, progress: ProgressCallback | Non
         for row in rows:
             _require_undisturbed(home, row)
         written = write_parts(home, rows, sizes, logs)
-        with catalog.transaction():
-            record(home, written)
-            catalog.set_point_state(vm_id, point.id, "applying")
+        try:
+            with catalog.transaction():
+                record(home, written)
+                catalog.set_point_state(vm_id, point.id, "applying")
+        finally:
+            written.keeping.release()
     _count_change(home)
     states = [
         _apply_to_disk(

@@ -27,6 +27,7 @@ from hvreplica.formats.hrl import FILE_TYPE_HRL, FILE_TYPE_UNDO
 from hvreplica.hrl import LogReader, LogWriter
 from hvreplica.store.check import file_length
 from hvreplica.store.old_data import append_old
+from hvreplica.store.point_use import hold_alone
 from hvreplica.store.points_kept import kept_points, part_path, spoiled_points
 from hvreplica.store.policy import is_worth_keeping, policy_of
 from hvreplica.store.records import UndoRow
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hvreplica.disk import Disk
+    from hvreplica.files import FileLock
     from hvreplica.store.home import VmHome
     from hvreplica.store.records import DiskRow, LogSpec, PointRow
 
@@ -49,12 +51,19 @@ class Keeping:
     """What happens to the newest point when the disks move on.
 
     keeper: the point that the parts belong to, None where no older point is kept. leaving: the point that can
-    be had no more from then on. longest: for each disk of kept points, its greatest length at any of them.
+    be had no more from then on; lock: of it, so that nobody begins to read it. longest: for each disk of kept
+    points, its greatest length at any of them.
     """
 
     keeper: PointRow | None
     leaving: PointRow | None
     longest: dict[int, int]
+    lock: FileLock | None = None
+
+    def release(self) -> None:
+        """Let readers come to the point that was to leave, once it has left or stays."""
+        if self.lock is not None:
+            self.lock.release()
 
 
 @dataclass(slots=True)
@@ -69,7 +78,8 @@ class Written:
 def choose_keeping(home: VmHome) -> Keeping:
     """Decide by the VM's policy whether the newest point stays, and who keeps it or the one before it.
 
-    Only the point that the disks are on can leave; once it has, the answer stays the same.
+    Only the point that the disks are on can leave, and not while somebody reads it; once it has, the answer
+    stays the same. The caller calls release() once what was decided is in the catalog, or will not be.
     """
     points = kept_points(home)
     applied = [
@@ -78,16 +88,17 @@ def choose_keeping(home: VmHome) -> Keeping:
         if point.applied_s is not None and point.state not in {"spooled", "applying"}
     ]
     newest = points[-1] if points else None
-    leaving = None
+    leaving, lock = None, None
     if newest is not None and applied[-1].id == newest.id:
         older = points[-2] if len(points) > 1 else None
         if not is_worth_keeping(policy_of(home), newest, older):
-            leaving = points.pop()
+            lock = hold_alone(home, newest.id)
+            leaving = None if lock is None else points.pop()
     longest: dict[int, int] = {}
     for point in points:
         for disk_index, virtual_bytes in home.catalog.members(home.vm_id, point.id).items():
             longest[disk_index] = max(virtual_bytes, longest.get(disk_index, 0))
-    return Keeping(points[-1] if points else None, leaving, longest)
+    return Keeping(points[-1] if points else None, leaving, longest, lock)
 
 
 def write_parts(
@@ -119,6 +130,7 @@ def write_parts(
 
 def discard(home: VmHome, written: Written) -> None:
     """Remove what write_parts() wrote and nothing speaks of."""
+    written.keeping.release()
     for part in written.parts:
         with contextlib.suppress(OSError):
             home.files.unlink(home.paths.undo(part.id))

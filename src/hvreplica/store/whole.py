@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from hvreplica.store.home import VmHome
     from hvreplica.store.records import DiskRow, PointRow, TransferRow
+    from hvreplica.store.undo import Keeping
 
 
 def keep_whole(home: VmHome, transfer: TransferRow, rows: Sequence[DiskRow]) -> None:
@@ -32,8 +33,15 @@ def keep_whole(home: VmHome, transfer: TransferRow, rows: Sequence[DiskRow]) -> 
     Durable on return, and repeatable. A point that is not to be kept is superseded by it. A disk that is
     missing, or that somebody else has written to, spoils the points that need it: they become damaged.
     """
-    catalog, vm_id = home.catalog, home.vm_id
     keeping = choose_keeping(home)
+    try:
+        _keep_whole(home, keeping, transfer, rows)
+    finally:
+        keeping.release()
+
+
+def _keep_whole(home: VmHome, keeping: Keeping, transfer: TransferRow, rows: Sequence[DiskRow]) -> None:
+    catalog, vm_id = home.catalog, home.vm_id
     parts: list[UndoRow] = []
     spoiled: dict[int, str] = {}
     for row in rows:
