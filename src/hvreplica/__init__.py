@@ -28,12 +28,13 @@ if TYPE_CHECKING:
     from hvreplica.replication.log_qemu import log_from_qemu
     from hvreplica.replication.log_sources import log_from_child
     from hvreplica.replication.log_verbs import log_apply, log_dump, log_info, log_recover, log_verify
+    from hvreplica.replication.point_server import PointServer
     from hvreplica.replication.resident import Replicator
     from hvreplica.replication.results import CutLog, CutResult, DiskChange, ReplicateResult, ShippedLog
     from hvreplica.replication.serve import Server
     from hvreplica.replication.statistics import ReplicationStatistics
     from hvreplica.replication.status import ReplicationStatus
-    from hvreplica.replication.store_verbs import point_export, point_list, store_status
+    from hvreplica.replication.store_verbs import point_diff, point_export, point_list, store_status
     from hvreplica.replication.tls_verbs import tls_init, tls_trust
     from hvreplica.replication.verbs import replicate
     from hvreplica.replication.version import VERSION as __version__  # noqa: N811 - the name that Python tools look for
@@ -44,6 +45,7 @@ __all__ = [
     "CutResult",
     "DiskChange",
     "PointPolicy",
+    "PointServer",
     "Progress",
     "ReplicateResult",
     "ReplicationStatistics",
@@ -74,6 +76,7 @@ __all__ = [
     "log_recover",
     "log_verify",
     "pause",
+    "point_diff",
     "point_export",
     "point_list",
     "replicate",
@@ -89,6 +92,7 @@ _HOMES = {
     "Capture": "replication.capture_verb",
     "CutLog": "replication.results",
     "CutResult": "replication.results",
+    "PointServer": "replication.point_server",
     "Replicator": "replication.resident",
     "ReplicationStatistics": "replication.statistics",
     "ReplicationStatus": "replication.status",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import random
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from hvreplica.errors import Locked, NoSuchPoint, StoreError, StoreFull
+from hvreplica.errors import NoSuchPoint, StoreError, StoreFull
 from hvreplica.files import OS_FILES
 from hvreplica.store import Store
 from tests.store.world import Primary, guid, ram_folder, read_disk, small_disk
@@ -105,12 +106,13 @@ def test_cut_apply_is_finished_by_whoever_exports(
 
 
 @pytest.mark.usefixtures("replica")
-def test_export_waits_for_nobody(store: Store, files: FaultFiles, root: Path, out: Path) -> None:
+def test_export_waits_for_nobody_who_changes_the_disks(
+    store: Store, files: FaultFiles, root: Path, primary: Primary, out: Path
+) -> None:
     lock = files.lock(root / "web01" / "lock")
-    with pytest.raises(Locked):
-        store.export_point("web01", None, 0, out)
+    store.export_point("web01", None, 0, out, "raw")
+    assert files.content_of(out) == primary.image()[0]
     lock.release()
-    store.export_point("web01", None, 0, out)
 
 
 @pytest.mark.usefixtures("replica")
@@ -122,15 +124,45 @@ def test_export_refuses_what_it_does_not_have(store: Store, out: Path) -> None:
         store.export_point("web01", None, 0, out, "qcow2")  # type: ignore[arg-type]
 
 
-def test_older_point_is_not_given_out_as_if_it_were_there(
-    store: Store, primary: Primary, replica: VmReplica, out: Path
+def test_older_points_are_given_out_as_they_were(
+    store: Store, files: FaultFiles, primary: Primary, replica: VmReplica, out: Path
 ) -> None:
+    images = {guid(100): primary.image()[0]}
+    with contextlib.ExitStack() as held:
+        for seed in (5, 6, 7):
+            primary.scribble(random.Random(seed), 9)
+            primary.ship(replica, primary.cut())
+            replica.apply()
+            opened = held.enter_context(
+                store.open_point("web01", "latest")
+            )  # all but the first of an hour go
+            images[opened.id] = primary.image()[0]
+        assert len(images) == 4
+    for point_id, image in images.items():
+        store.export_point("web01", point_id, 0, out, "raw", overwrite=True)
+        assert files.content_of(out) == image
+
+
+def test_point_that_is_read_stays_when_the_disks_move_on(
+    store: Store, primary: Primary, replica: VmReplica
+) -> None:
+    """The rule lets all but the first point of an hour go, and no reader loses what it reads."""
     primary.scribble(random.Random(5), 9)
     primary.ship(replica, primary.cut())
     replica.apply()
-    with pytest.raises(NoSuchPoint) as caught:
-        store.export_point("web01", guid(100), 0, out)
-    assert caught.value.expected == primary.last_point
+    expected = primary.image()[0]
+    assert primary.last_point is not None
+    with store.open_point("web01", "latest") as opened:
+        assert opened.id == primary.last_point
+        for seed in (6, 7):
+            primary.scribble(random.Random(seed), 9)
+            primary.ship(replica, primary.cut())
+            replica.apply()
+            data = bytearray(len(expected))
+            opened.disks[0].read_into(data, 0)
+            assert data == expected
+    ids = [point.id for point in store.points("web01")]
+    assert ids == [str(guid(100)), str(opened.id), str(primary.last_point)]  # the one between has left
 
 
 def test_vm_without_a_point_has_nothing_to_export(store: Store, primary: Primary, out: Path) -> None:
@@ -171,7 +203,7 @@ def test_full_disk_leaves_nothing_half_exported(
         store.export_point("web01", None, 0, out)
     assert str(out) in str(caught.value)
     if operation != "sync_directory":
-        assert files.files() == before
+        assert [path for path in files.files() if path.suffix != ".use"] == before
     store.export_point("web01", None, 0, out, overwrite=True)
     assert read_disk(files, out, primary.clock) == primary.image()[0]
     assert "exported disk" in caught.value.message

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hvreplica.disk.compact import CompactReport, compact_disk
 from hvreplica.disk.compare import CompareReport, compare_disks, compare_open_disks
-from hvreplica.disk.convert import ConvertReport, convert_disk, copy_data
+from hvreplica.disk.convert import ConvertReport, convert_disk, convert_open_disk, copy_data
 from hvreplica.disk.create import create_disk
 from hvreplica.disk.disk import Disk, DiskInfo, MapEntry
 from hvreplica.disk.extents import data_windows
@@ -30,6 +30,7 @@ __all__ = [
     "compare_disks",
     "compare_open_disks",
     "convert_disk",
+    "convert_open_disk",
     "copy_data",
     "create_disk",
     "data_windows",

@@ -75,42 +75,80 @@ def convert_disk(  # noqa: PLR0913 - each is a choice that a user may make
     target's format does not allow.
     """
     target = Path(target)
+    _require_free_name(files, target, overwrite=overwrite)
+    with open_disk(files, source, format=source_format, parent=parent, shared=True, clock=clock) as reader:
+        return convert_open_disk(
+            files,
+            reader,
+            target,
+            source_name=str(source),
+            format=format,
+            type=type,
+            block_bytes=block_bytes,
+            logical_sector_bytes=logical_sector_bytes,
+            clock=clock,
+            progress=progress,
+            overwrite=overwrite,
+        )
+
+
+def convert_open_disk(  # noqa: PLR0913 - as above
+    files: FileSystem,
+    reader: Disk,
+    target: Path,
+    *,
+    source_name: str,
+    format: Format = "vhdx",  # noqa: A002 - the word that users type
+    type: DiskType = "dynamic",  # noqa: A002 - the word that users type
+    block_bytes: int | None = None,
+    logical_sector_bytes: int | None = None,
+    clock: Clock,
+    progress: ProgressCallback | None = None,
+    overwrite: bool = False,
+) -> ConvertReport:
+    """Write what `reader` shows, which nobody changes meanwhile, into a new file; see convert_disk().
+
+    source_name: how the report calls it.
+    """
+    _require_free_name(files, target, overwrite=overwrite)
+    temporary = target.with_name(f".{target.name}.{clock.guid().hex[:8]}.partial")
+    # The source and its parents are locked by now, so that none of them can be the target.
+    require_unused(files, target)
+    try:
+        create_disk(
+            files,
+            temporary,
+            virtual_bytes=align_up(reader.virtual_bytes, max(reader.logical_sector_bytes, _SECTOR_BYTES)),
+            format=format,
+            type=type,
+            block_bytes=block_bytes,
+            logical_sector_bytes=logical_sector_bytes or reader.logical_sector_bytes,
+            physical_sector_bytes=reader.physical_sector_bytes,
+            clock=clock,
+        )
+        with open_disk(files, temporary, writable=True, format=format, clock=clock) as writer:
+            read_bytes, written_bytes = copy_data(reader, writer, progress)
+        files.replace(temporary, target)
+    except BaseException as error:
+        files.unlink(temporary)
+        if isinstance(error, HvReplicaError) and error.path == temporary:
+            error.path = target  # the name that the user knows
+        raise
+    files.sync_directory(target.parent)
+    return ConvertReport(
+        source=source_name,
+        target=str(target),
+        format=format,
+        virtual_bytes=reader.virtual_bytes,
+        read_bytes=read_bytes,
+        written_bytes=written_bytes,
+    )
+
+
+def _require_free_name(files: FileSystem, target: Path, *, overwrite: bool) -> None:
     if not overwrite and files.exists(target):
         raise FileExistsError(17, "a file of this name exists; it was not touched", str(target))
     require_folder(files, target)
-    temporary = target.with_name(f".{target.name}.{clock.guid().hex[:8]}.partial")
-    with open_disk(files, source, format=source_format, parent=parent, shared=True, clock=clock) as reader:
-        # The source and its parents are locked by now, so that none of them can be the target.
-        require_unused(files, target)
-        try:
-            create_disk(
-                files,
-                temporary,
-                virtual_bytes=align_up(reader.virtual_bytes, max(reader.logical_sector_bytes, _SECTOR_BYTES)),
-                format=format,
-                type=type,
-                block_bytes=block_bytes,
-                logical_sector_bytes=logical_sector_bytes or reader.logical_sector_bytes,
-                physical_sector_bytes=reader.physical_sector_bytes,
-                clock=clock,
-            )
-            with open_disk(files, temporary, writable=True, format=format, clock=clock) as writer:
-                read_bytes, written_bytes = copy_data(reader, writer, progress)
-            files.replace(temporary, target)
-        except BaseException as error:
-            files.unlink(temporary)
-            if isinstance(error, HvReplicaError) and error.path == temporary:
-                error.path = target  # the name that the user knows
-            raise
-        files.sync_directory(target.parent)
-        return ConvertReport(
-            source=str(source),
-            target=str(target),
-            format=format,
-            virtual_bytes=reader.virtual_bytes,
-            read_bytes=read_bytes,
-            written_bytes=written_bytes,
-        )
 
 
 def copy_data(source: Disk, target: Disk, progress: ProgressCallback | None = None) -> tuple[int, int]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from hvreplica.clock import SYSTEM
-from hvreplica.errors import NoSuchPoint
 from hvreplica.files import OS_FILES
 from hvreplica.store import Store
 
@@ -16,7 +14,7 @@ if TYPE_CHECKING:
     import os
 
     from hvreplica.progress import ProgressCallback
-    from hvreplica.store import ExportReport, PointStatus, StoreStatus
+    from hvreplica.store import ExportReport, PointDiff, PointStatus, StoreStatus
 
     PathLike = str | os.PathLike[str]
     DiskFormat = Literal["raw", "vhd", "vhdx"]
@@ -47,21 +45,25 @@ def point_export(
 ) -> ExportReport:
     """Write one disk of a recovery point to a file of its own;
 
-    whole under that name on return, or nothing of it.
+    whole under that name on return, or nothing of it. point: its id, "latest" (as None) or "latest-app".
+    Replication goes on meanwhile.
     """
-    try:
-        point_id = None if point is None else uuid.UUID(point)
-    except ValueError:
-        raise NoSuchPoint(
-            "this is not the id of a recovery point", actual=point, hint="see `point list`"
-        ) from None
     with contextlib.closing(Store.open_reading(OS_FILES, Path(store), clock=SYSTEM)) as opened:
         return opened.export_point(
             vm,
-            point_id,
+            point,
             disk,
             Path(output),
             format=format,
             overwrite=overwrite,
             progress=progress,
         )
+
+
+def point_diff(store: PathLike, vm: str, a: str, b: str, *, coarse: bool = False) -> PointDiff:
+    """Return the ranges in which two recovery points of a VM differ, whichever is older.
+
+    coarse: what was written between them, without comparing any bytes.
+    """
+    with contextlib.closing(Store.open_reading(OS_FILES, Path(store), clock=SYSTEM)) as opened:
+        return opened.diff_points(vm, a, b, coarse=coarse)

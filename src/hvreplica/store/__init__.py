@@ -1,5 +1,7 @@
 """The replica store: what was received, what it means, and who may change it. Start at store.Store."""
 
+from hvreplica.store.open_point import OpenPoint
+from hvreplica.store.point_diff import DiskDiff, PointDiff
 from hvreplica.store.points import ExportReport
 from hvreplica.store.records import AlreadyHave, DiskRow, DiskSpec, LogSpec
 from hvreplica.store.replica import VmReplica
@@ -16,6 +18,7 @@ from hvreplica.store.store import RecoveredVm, Store
 
 __all__ = [
     "AlreadyHave",
+    "DiskDiff",
     "DiskRow",
     "DiskSpec",
     "DiskStatus",
@@ -23,7 +26,9 @@ __all__ = [
     "InitialSink",
     "LogSink",
     "LogSpec",
+    "OpenPoint",
     "OwnerStatus",
+    "PointDiff",
     "PointStatus",
     "RecoveredVm",
     "Store",

@@ -31,6 +31,8 @@ from hvreplica.store.layout import (
     folder_name,
     validate_vm_name,
 )
+from hvreplica.store.open_point import OpenPoint, open_point
+from hvreplica.store.point_diff import PointDiff, diff_points
 from hvreplica.store.points import ExportReport, Format, export_point
 from hvreplica.store.points_kept import sweep_points
 from hvreplica.store.policy import changed_policy
@@ -42,7 +44,7 @@ from hvreplica.store.transfers import sweep
 
 if TYPE_CHECKING:
     import uuid
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     from hvreplica.clock import Clock
@@ -182,10 +184,20 @@ class Store:
         """Return a VM's points, oldest first; "complete" ones can be exported. Raises: NoSuchPoint."""
         return points_of(self._known(vm))
 
+    def open_point(self, vm: str, which: uuid.UUID | str, *, disks: Iterable[int] | None = None) -> OpenPoint:
+        """Return a point of a VM with its disks, for reading while replication goes on: see open_point.py."""
+        return open_point(self._known(vm), which, disks=disks)
+
+    def diff_points(
+        self, vm: str, a: uuid.UUID | str, b: uuid.UUID | str, *, coarse: bool = False
+    ) -> PointDiff:
+        """Return the ranges in which two points of a VM differ: see point_diff.py."""
+        return diff_points(self._known(vm), a, b, coarse=coarse)
+
     def export_point(
         self,
         vm: str,
-        point_id: uuid.UUID | None,
+        point_id: uuid.UUID | str | None,
         disk_index: int,
         output: Path,
         format: Format = "vhdx",  # noqa: A002  # the word that every disk tool uses
