@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -34,13 +34,15 @@ from hvreplica.units import GIB, MIB
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     import numpy.typing as npt
+    from typing_extensions import Buffer
 
     from hvreplica.capture.tracked import TrackedDisk
     from hvreplica.clock import Clock
-    from hvreplica.disk import Disk
-    from hvreplica.native.live import Gate
+    from hvreplica.disk.disk import Direct, Disk
+    from hvreplica.native.live import Gate, Under
 
 _LOG = logging.getLogger("hvreplica.capture")
 _STATUS_BYTES_MAX = 64 * GIB  # what is looked at for one block status; a client asks on from where it ends
@@ -59,14 +61,87 @@ _FLAGS = {
 }
 
 
+class ServedDisk(Protocol):
+    """The part of disk.Disk that is needed to serve one."""
+
+    @property
+    def path(self) -> Path:
+        """What to call it."""
+        ...
+
+    @property
+    def virtual_bytes(self) -> int:
+        """The guest's size of the disk."""
+        ...
+
+    @property
+    def block_bytes(self) -> int:
+        """The unit of allocation; 0 where there is none."""
+        ...
+
+    @property
+    def parent(self) -> Disk | None:
+        """The disk below a differencing disk."""
+        ...
+
+    def read_into(self, buffer: Buffer, disk_offset: int) -> None:
+        """See disk.Disk."""
+        ...
+
+    def write(self, buffer: Buffer, disk_offset: int) -> None:
+        """See disk.Disk."""
+        ...
+
+    def write_zeroes(self, disk_offset: int, length: int) -> None:
+        """See disk.Disk."""
+        ...
+
+    def extents(self, start: int, end: int) -> npt.NDArray[np.int64]:
+        """See disk.Disk."""
+        ...
+
+    def direct(self) -> Direct:
+        """See disk.Disk."""
+        ...
+
+    def changed(self) -> None:
+        """See disk.Disk."""
+        ...
+
+    def flush(self) -> None:
+        """See disk.Disk."""
+        ...
+
+    def publish(self) -> None:
+        """See disk.Disk."""
+        ...
+
+
+class UnderSource(Protocol):
+    """What finds the `Under` of a disk, and finds it anew once that is stale."""
+
+    def under(self, stale: Under | None = None) -> Under:
+        """Return one that is newer than `stale`; any thread. Raises: HvReplicaError, OSError."""
+        ...
+
+
 class DiskService:
     """One exported disk, for any number of clients at once.
 
-    tracked: None serves it without tracking. gate: shared by all disks that are cut together.
+    tracked: None serves it without tracking. gate: shared by all disks that are cut together. under: has what
+    the disk has not. is_bare: it has no file of its own, and nothing but what is under it.
     """
 
     def __init__(
-        self, disk: Disk, gate: Gate, tracked: TrackedDisk | None, *, read_only: bool, clock: Clock
+        self,
+        disk: ServedDisk,
+        gate: Gate,
+        tracked: TrackedDisk | None,
+        *,
+        read_only: bool,
+        clock: Clock,
+        under: UnderSource | None = None,
+        is_bare: bool = False,
     ) -> None:
         self.disk = disk
         self._gate = gate
@@ -75,18 +150,19 @@ class DiskService:
         self._read_only = read_only
         self._flushing = threading.Lock()
         self._flush_failed = False
-        direct = disk.direct()
-        descriptor = direct.file.fileno()
+        self._under = under
+        direct = None if is_bare else disk.direct()
+        descriptor = -1 if direct is None else direct.file.fileno()
         if descriptor is None:
             message = f"{disk.path} cannot be served: it has no descriptor"
             raise TypeError(message)
         self._exported = NbdExport(
             descriptor,
-            direct.block_map,
+            None if direct is None else direct.block_map,
             gate,
             None if tracked is None else tracked.track,
             virtual_bytes=disk.virtual_bytes,
-            has_parent=direct.has_parent,
+            has_parent=direct is not None and direct.has_parent,
             read_only=read_only,
         )
 
@@ -95,10 +171,12 @@ class DiskService:
 
         structured, base_allocation: what it has negotiated.
 
-        Raises: ConnectionError if it breaks.
+        Raises: ConnectionError if it breaks; HvReplicaError, OSError where what is under the disk is lost.
         """
         connection = NbdConnection(self._exported, descriptor, structured=structured)
         connection.base_allocation = base_allocation
+        if self._under is not None:
+            connection.under = self._under.under()
         written = False
         while True:
             event = connection.serve(written=written)
@@ -107,7 +185,9 @@ class DiskService:
                 return
             if event is NbdEvent.BROKEN:
                 raise ConnectionError(connection.error, f"the client of {self.disk.path} broke off")
-            if event is NbdEvent.PIECE:
+            if event is NbdEvent.REFRESH and self._under is not None:
+                connection.under = self._under.under(connection.under)
+            elif event is NbdEvent.PIECE:
                 written = self._piece(connection)
             else:
                 self._answer(connection, event, structured=structured)

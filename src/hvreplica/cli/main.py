@@ -23,6 +23,7 @@ from hvreplica.cli.disk_check import check, repair
 from hvreplica.cli.disk_merge import merge, rebase
 from hvreplica.cli.log import log
 from hvreplica.cli.point import point
+from hvreplica.cli.point_open import diff, serve_point
 from hvreplica.cli.render import Output, nobody_reads, silence_output, write_error
 from hvreplica.cli.replicate import replicate
 from hvreplica.cli.serve import serve
@@ -182,6 +183,8 @@ def cli() -> None:
 
 for _verb in (check, repair, resize, compact, merge, rebase):
     disk.add_command(_verb)
+for _verb in (serve_point, diff):
+    point.add_command(_verb)
 for _command in (
     demo,
     tls,

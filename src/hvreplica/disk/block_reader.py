@@ -127,6 +127,11 @@ class BlockReader(ABC):
         """Return whether a block has a place in the file."""
         return bool(self._table.placed(np.array([block]))[0])
 
+    def is_whole(self, block: int) -> bool:
+        """Return whether all of a block is said here: nothing of it is the parent's."""
+        state = int(self._table.states(np.array([block]))[0])
+        return state != PARTIAL and not self._has_parent_below[state]
+
     # ---- reading
 
     def read_into(self, buffer: Buffer, disk_offset: int) -> None:

@@ -100,6 +100,31 @@ def create_disk(  # noqa: PLR0913 - each is a choice that a user may make
             below.close()
 
 
+def create_child(
+    files: FileSystem, path: Path, below: Disk, *, block_bytes: int | None = None, clock: Clock
+) -> None:
+    """Create an empty differencing VHDX on top of an open disk, which has a DataWriteGuid and no file
+    perhaps.
+
+    After any crash it is there as a whole or not at all. Raises: FileExistsError, FileNotFoundError naming a
+    missing folder.
+    """
+    if files.exists(path):
+        raise FileExistsError(17, "a file of this name exists; it was not touched", str(path))
+    require_folder(files, path)
+    write = _vhdx_writer(
+        path,
+        below,
+        virtual_bytes=below.virtual_bytes,
+        type="differencing",
+        block_bytes=block_bytes,
+        logical_sector_bytes=below.logical_sector_bytes,
+        physical_sector_bytes=below.physical_sector_bytes,
+        clock=clock,
+    )
+    _write_under_name(files, path, write, clock=clock)
+
+
 def _require_type(path: Path, type: DiskType, *, has_parent: bool) -> None:  # noqa: A002 - as above
     if (type == "differencing" and not has_parent) or (type == "fixed" and has_parent):
         raise FieldOutOfRange(
