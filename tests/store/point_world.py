@@ -15,7 +15,6 @@ from hvreplica.clock import SYSTEM
 from hvreplica.disk import create_disk, open_disk, resize_disk
 from hvreplica.disk.extents import merge
 from hvreplica.files import OS_FILES
-from hvreplica.formats.hrl import FILE_TYPE_UNDO
 from hvreplica.hrl import LogWriter
 from hvreplica.store.catalog import Catalog
 from hvreplica.store.counter import Counter
@@ -31,11 +30,6 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 PAGE = 4096
 VM = "web01"
-
-
-def image_of(data: bytes | bytearray) -> bytes:
-    """Return a copy."""
-    return bytes(data)
 
 
 @dataclass
@@ -150,14 +144,8 @@ class PointWorld:
         ends = np.minimum(-(-(table[:, 0] + table[:, 1]) // PAGE) * PAGE, len(disk))
         part_id, covered = SYSTEM.guid(), 0
         path = self.home.paths.undo(part_id)
-        with LogWriter.create(
-            OS_FILES,
-            path,
-            log_id=part_id,
-            previous_log_id=None,
-            data_write_guid=None,
-            clock=SYSTEM,
-            file_type=FILE_TYPE_UNDO,
+        with LogWriter.create_undo(
+            OS_FILES, path, part_id=part_id, log_id=None, data_write_guid=None, clock=SYSTEM
         ) as writer:
             for start, length in merge(np.column_stack((starts, ends - starts))).tolist():
                 covered += length

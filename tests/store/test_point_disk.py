@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvreplica.errors import FormatError, NoSuchPoint, StoreError
@@ -83,6 +83,7 @@ def test_index_names_the_first_part_of_the_walk(seed: int) -> None:
     assert covered == size
 
 
+@settings(max_examples=max(settings.default.max_examples // 4, 1))
 @given(seed=st.integers(0, 1 << 32))
 def test_points_of_any_history_are_what_they_were(
     tmp_path_factory: pytest.TempPathFactory, seed: int
@@ -173,7 +174,7 @@ def test_reader_never_sees_a_wrong_byte_while_points_are_applied(
     threads = [threading.Thread(target=read, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
-    for step in range(40):
+    for step in range(20):
         sizes = {0: SIZE + (step % 3) * MIB} if step % 5 == 0 else None
         world.cut({0: random_writes(rng, SIZE, 10)}, sizes=sizes)
     stopping.set()
