@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import threading
 import urllib.error
 import urllib.request
@@ -25,8 +27,10 @@ from hvreplica.replication import control, live, live_verbs, primary
 from hvreplica.replication.bookkeeping import Bookkeeper
 from hvreplica.replication.control import Control
 from hvreplica.replication.loop import CycleLoop, CycleRunner
+from hvreplica.replication.metrics import exposition
 from hvreplica.replication.resident import Replicator
 from hvreplica.replication.work import make_link
+from hvreplica.store import LogSink
 from hvreplica.transport.exposition import PageServer
 from tests.replication.live_site import MIB, STATE, VM, LiveSite
 from tests.support.fakeclock import FakeClock
@@ -94,6 +98,31 @@ def test_loop_backs_off_while_the_replica_is_away(owned: Owned, served: Served) 
     assert status.statistics.replication_health == "Critical"
     assert status.statistics.network_failure_count == 7
     assert status.statistics.replication_miss_count >= (60 + 120 + 240 + 480 + 600 + 1800) // 30 - 7
+
+
+def _no_room(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_full_replica_suspends_the_loop_and_room_resumes_it(
+    owned: Owned, served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    owned.loop.step()
+    owned.site.write(4096)
+    with monkeypatch.context() as patch:
+        patch.setattr(LogSink, "_put", _no_room)
+        for _ in range(9):
+            owned.clock.advance(owned.loop.wait_s() or 0)
+            assert owned.loop.step() == pytest.approx(60), "no backing off: room may be there any time"
+    status = owned.ask("status")
+    assert (status.replication_state, status.paused) == ("Suspended", False)
+    assert "waits for room at the replica" in status.statistics.replication_health_issues[0]
+    assert "replication waits for room at the replica, again in 60 s" in caplog.text
+    assert "\nhvreplica_replica_full{" in exposition(status)
+    owned.clock.advance(60)
+    assert owned.loop.step() == pytest.approx(30)
+    assert owned.site.equals(served)
+    assert owned.ask("status").replication_state == "Replicating"
 
 
 def test_fatal_error_stops_the_loop_until_resumed(

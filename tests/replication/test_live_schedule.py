@@ -8,6 +8,7 @@ from itertools import pairwise
 import msgspec
 import pytest
 
+from hvreplica.clock import iso_time
 from hvreplica.errors import PeerClosed, ReplicaDiverged, StoreFull, Unreachable
 from hvreplica.replication import bookkeeping, statistics
 from hvreplica.replication.bookkeeping import FATAL, Bookkeeper, load_statistics
@@ -62,6 +63,19 @@ def test_errors_are_waited_out_longer_and_longer() -> None:
     schedule.begin(schedule.start_s)
     schedule.fail(schedule.start_s, is_fatal=False)
     assert schedule.start_s == pytest.approx(now_s + 900 + 60)
+
+
+@pytest.mark.parametrize(("interval_s", "wait_s"), [(900, 60), (30, 60), (None, 30)])
+def test_room_at_the_replica_is_asked_for_at_one_pace(interval_s: float | None, wait_s: float) -> None:
+    schedule = Schedule(interval_s, now_s=0)
+    now_s = 0.0
+    for _ in range(20):
+        schedule.begin(now_s)
+        schedule.fail(now_s, is_fatal=False, waits_for_room=True)
+        assert schedule.start_s - now_s == wait_s
+        assert schedule.is_failing
+        assert not schedule.is_stopped
+        now_s = schedule.start_s
 
 
 def test_cycles_that_were_due_while_an_error_was_waited_out_are_missed() -> None:
@@ -175,6 +189,21 @@ def test_health_follows_what_happened(book: Bookkeeper, clock: FakeClock) -> Non
     assert "over an hour ago" in health(book, clock)[1]
     book.succeeded(result(seconds=10_000.0))
     assert "five minutes" in health(book, clock)[1]
+
+
+def test_waiting_for_room_is_a_state_of_its_own_with_its_own_beginning(
+    book: Bookkeeper, clock: FakeClock
+) -> None:
+    book.failed(Unreachable("no answer"))
+    clock.advance(100)
+    full_s = clock.now_s()
+    book.failed(StoreFull("no room left for the replica"))
+    clock.advance(100)
+    book.failed(StoreFull("no room left for the replica"))
+    told = f"waits for room at the replica since {iso_time(full_s)}, and goes on by itself: no room left"
+    assert told in health(book, clock)[1]
+    book.failed(Unreachable("no answer"))
+    assert f"has failed since {iso_time(clock.now_s())}" in health(book, clock)[1]
 
 
 def test_statistics_count_sizes_latencies_and_failures(book: Bookkeeper, clock: FakeClock) -> None:

@@ -11,7 +11,7 @@ import threading
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from hvreplica.errors import HvReplicaError, InvalidTransition, StateError, kept
+from hvreplica.errors import HvReplicaError, InvalidTransition, StateError, StoreFull, kept
 from hvreplica.progress import quiet
 from hvreplica.replication.bookkeeping import FATAL
 from hvreplica.replication.live import cut_compared
@@ -245,12 +245,15 @@ class CycleLoop:
         return self.wait_s()
 
     def _failed(self, error: Exception) -> None:
-        is_fatal = isinstance(error, FATAL)
+        is_fatal, is_full = isinstance(error, FATAL), isinstance(error, StoreFull)
         with self._lock:
-            count = self._schedule.fail(self._clock.monotonic_s(), is_fatal=is_fatal)
+            now_s = self._clock.monotonic_s()
+            count = self._schedule.fail(now_s, is_fatal=is_fatal, waits_for_room=is_full)
         self._runner.book.missed(count)
         wait_s = self.wait_s()
-        if isinstance(error, (HvReplicaError, OSError)):
+        if is_full:
+            _LOG.error("replication waits for room at the replica, again in %.0f s: %s", wait_s or 0, error)
+        elif isinstance(error, (HvReplicaError, OSError)):
             again = "it stopped until it is resumed" if wait_s is None else f"again in {wait_s:.0f} s"
             _LOG.error("replication failed, %s: %s", again, error)
         else:

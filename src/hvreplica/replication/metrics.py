@@ -32,6 +32,8 @@ def _families(status: ReplicationStatus) -> Iterator[str]:
         one(HEALTH.index(record.replication_health)),
     )  # fmt: skip
     yield _family("replication_paused", "1 while paused", one(status.paused))
+    waits = status.replication_state == "Suspended" and not status.paused
+    yield _family("replica_full", "1 while replication waits for room at the replica", one(waits))
     for name, text, value in (
         ("cycles_total", "Cycles that ended well", record.replication_success_count),
         ("cycles_missed_total", "Cycles that could not begin when due", record.replication_miss_count),

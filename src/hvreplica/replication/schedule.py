@@ -4,6 +4,8 @@ due ── begin ── end       in time: the next one is due one interval afte
                 end late  every time at which one was due meanwhile is missed, the next begins at once
                 error     again after 1, 2, 4, 8, 10 minutes, then every 30; what is due meanwhile is missed
                           (back to back: after 1, 2, 4, 8, 15, 30 seconds, then every minute)
+                no room   at the replica: again every minute (back to back: every half a minute), for room
+                          comes back without a sign
                 fatal     never, until somebody resumes
 """
 
@@ -15,6 +17,8 @@ RETRY_EVERY_S = 1800.0
 # Where a point is meant to be a second old, a line that blinked must not cost a minute.
 CONTINUOUS_RETRY_AFTER_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 CONTINUOUS_RETRY_EVERY_S = 60.0
+ROOM_RETRY_S = 60.0
+CONTINUOUS_ROOM_RETRY_S = 30.0
 
 
 class Schedule:
@@ -56,21 +60,25 @@ class Schedule:
             self._due_s = now_s
         return count
 
-    def fail(self, now_s: float, *, is_fatal: bool) -> int:
+    def fail(self, now_s: float, *, is_fatal: bool, waits_for_room: bool = False) -> int:
         """Take note that the cycle failed; return how many were missed while it ran."""
         self.is_stopped = is_fatal
-        is_continuous = self._interval_s is None
-        ladder: tuple[float, ...] = CONTINUOUS_RETRY_AFTER_S if is_continuous else RETRY_AFTER_S
-        every_s = CONTINUOUS_RETRY_EVERY_S if is_continuous else RETRY_EVERY_S
-        wait_s = ladder[self._failure_count] if self._failure_count < len(ladder) else every_s
-        self._failure_count += 1
-        self._retry_s = now_s + wait_s
+        self._retry_s = now_s + self._wait_s(waits_for_room=waits_for_room)
+        self._failure_count = 1 if waits_for_room else self._failure_count + 1
         return self._advance(now_s)
 
     def resume(self, now_s: float) -> None:
         """Forget what went wrong; the next cycle is due now, and none was missed."""
         self._failure_count, self._retry_s, self.is_stopped = 0, None, False
         self._due_s = now_s
+
+    def _wait_s(self, *, waits_for_room: bool) -> float:
+        is_continuous = self._interval_s is None
+        if waits_for_room:
+            return CONTINUOUS_ROOM_RETRY_S if is_continuous else ROOM_RETRY_S
+        ladder: tuple[float, ...] = CONTINUOUS_RETRY_AFTER_S if is_continuous else RETRY_AFTER_S
+        every_s = CONTINUOUS_RETRY_EVERY_S if is_continuous else RETRY_EVERY_S
+        return ladder[self._failure_count] if self._failure_count < len(ladder) else every_s
 
     def _advance(self, now_s: float) -> int:
         if self._interval_s is None:

@@ -14,6 +14,7 @@ from msgspec import Meta
 from msgspec.structs import replace
 
 from hvreplica.clock import iso_time
+from hvreplica.errors import StoreFull
 
 VERSION = 1
 MONITORING_INTERVAL_S = 12 * 3600.0
@@ -33,6 +34,11 @@ class Trouble(msgspec.Struct, frozen=True):
     message: str
     since_s: float
     is_fatal: bool
+
+    @property
+    def waits_for_room(self) -> bool:
+        """Whether replication goes on by itself as soon as the replica's store has room."""
+        return self.kind == StoreFull.__name__
 
 
 class Statistics(msgspec.Struct, frozen=True):
@@ -116,12 +122,14 @@ def failed(
     record: Statistics, *, kind: str, message: str, now_s: float, is_network: bool, is_fatal: bool
 ) -> Statistics:
     """Count a cycle that failed."""
-    since_s = now_s if record.trouble is None else record.trouble.since_s
+    trouble, before = Trouble(kind, message[:_TEXT_CHARS_MAX], now_s, is_fatal), record.trouble
+    if before is not None and before.waits_for_room == trouble.waits_for_room:  # a state of its own
+        trouble = replace(trouble, since_s=before.since_s)
     return replace(
         record,
         replication_failure_count=record.replication_failure_count + 1,
         network_failure_count=record.network_failure_count + is_network,
-        trouble=Trouble(kind, message[:_TEXT_CHARS_MAX], since_s, is_fatal),
+        trouble=trouble,
     )
 
 
@@ -187,6 +195,9 @@ def _critical_issues(record: Statistics) -> list[str]:
     if trouble is None:
         return []
     since = iso_time(trouble.since_s)
+    if trouble.waits_for_room:
+        what = f"replication waits for room at the replica since {since}, and goes on by itself"
+        return [f"{what}: {trouble.message}"]
     if trouble.is_fatal:
         return [f"replication stopped at {since} and waits to be resumed: {trouble.message}"]
     return [f"replication has failed since {since}: {trouble.message}"]

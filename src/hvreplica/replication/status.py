@@ -74,8 +74,9 @@ class Cycles(msgspec.Struct, frozen=True):
 class ReplicationStatus(msgspec.Struct, frozen=True):
     """One VM at its primary. running: "capture" or "replicate" for a living process, else None.
 
-    replication_state: ReadyForInitialReplication, InitialReplicationInProgress, Replicating, Suspended or
-    Error. last_point: that the replica acknowledged. pending: cuts that it does not have, oldest first.
+    replication_state: ReadyForInitialReplication, InitialReplicationInProgress, Replicating, Suspended
+    (paused here, or the replica has no room) or Error. last_point: that the replica acknowledged. pending:
+    cuts that it does not have, oldest first.
     cycles: None where none are scheduled. statistics: see ReplicationStatistics.
     """
 
@@ -135,8 +136,11 @@ def make_status(
 def _state_name(state: PrimaryState, record: Statistics) -> str:
     if state.paused:
         return "Suspended"
-    if record.trouble is not None and record.trouble.is_fatal:
+    trouble = record.trouble
+    if trouble is not None and trouble.is_fatal:
         return "Error"
+    if trouble is not None and trouble.waits_for_room:
+        return "Suspended"
     names = {"new": "ReadyForInitialReplication", "initial": "InitialReplicationInProgress"}
     return names.get(state.phase, "Replicating")
 
