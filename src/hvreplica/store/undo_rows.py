@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import uuid
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hvreplica.store.database import Database
 from hvreplica.store.records import KeptLogRow, UndoRow
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _SELECT_UNDO = (
     "SELECT undo.point_id, undo.place, undo.disk_index, undo.id, undo.kind, undo.file_bytes,"
@@ -45,7 +48,9 @@ class UndoRows(Database):
     def add_undo(self, vm_id: int, row: UndoRow) -> None:
         """Add a part behind the others of its point and disk; its place is given here."""
         key = (vm_id, str(row.point_id), row.disk_index)
-        place = self._free_place(*key)
+        self._insert_undo(vm_id, row, self._free_place(*key))
+
+    def _insert_undo(self, vm_id: int, row: UndoRow, place: int) -> None:
         sizes = (row.file_bytes, row.covered_bytes)
         self.change(
             "INSERT INTO undo VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -54,6 +59,12 @@ class UndoRows(Database):
                 *(*sizes, _text(row.log_id), row.digest_change),
             ),
         )
+
+    def replace_undo(self, vm_id: int, old: Sequence[UndoRow], new: UndoRow) -> None:
+        """Let one part stand for others of its point and disk, at its own place, which is one of theirs."""
+        for row in old:
+            self.delete_undo(vm_id, row.id)
+        self._insert_undo(vm_id, new, new.place)
 
     def move_undo(self, vm_id: int, *, point_id: uuid.UUID, target_id: uuid.UUID, disk_index: int) -> None:
         """Make the parts of one point and disk those of another point, in their order behind its own."""
