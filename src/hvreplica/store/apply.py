@@ -153,7 +153,7 @@ def _apply_point(home: VmHome, point: PointRow, progress: ProgressCallback | Non
     if point.state == "spooled":
         for row in rows:
             _require_undisturbed(home, row)
-        written = write_parts(home, rows, sizes, logs)
+        written = write_parts(home, point, rows, sizes, logs)
         try:
             with catalog.transaction():
                 record(home, written)

@@ -45,6 +45,8 @@ class VmHome:
         self.name = row.name
         self.paths = VmPaths.of(parts.root, row.folder)
         self.verified_logs: set[uuid.UUID] = set()  # checked from end to end by this process
+        self.part_bytes: dict[uuid.UUID, int] = {}  # what the files of undo parts take, looked up once
+        self.warned_of: tuple[uuid.UUID | None] | None = None  # the point of the last warning of the budget
         self._work = threading.RLock()
         self._depth = 0
 

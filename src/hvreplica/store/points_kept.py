@@ -79,8 +79,8 @@ def forget_point(home: VmHome, point_id: uuid.UUID) -> list[UndoRow]:
     gone: list[UndoRow] = []
     own = catalog.undo_rows(vm_id, point_id=point_id)
     for disk_index in sorted({part.disk_index for part in own}):
-        heirs = [point for point in older if disk_index in catalog.members(vm_id, point.id)]
-        heir = heirs[-1] if heirs else None
+        having = (point for point in reversed(older) if disk_index in catalog.members(vm_id, point.id))
+        heir = next(having, None)
         if heir is None or _ends_whole(home, heir.id, disk_index):
             gone += [part for part in own if part.disk_index == disk_index]
         else:

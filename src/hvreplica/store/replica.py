@@ -13,6 +13,7 @@ from hvreplica.store.check import find_damage
 from hvreplica.store.fencing import fenced
 from hvreplica.store.gate import Gate
 from hvreplica.store.records import DiskSpec, TransferRow, validate_disks
+from hvreplica.store.retain import Retained, retain
 from hvreplica.store.room import room
 from hvreplica.store.sinks import InitialSink, LogSink
 from hvreplica.store.transfers import begin_initial, begin_logs, last_logs, last_point
@@ -43,6 +44,7 @@ class VmReplica:
         self._lock = threading.RLock()
         self._sink: InitialSink | LogSink | None = None
         self._reader: BlockReader | None = None
+        self.retained = Retained()
 
     @property
     def vm(self) -> str:
@@ -179,12 +181,14 @@ class VmReplica:
     def apply(self, *, progress: ProgressCallback | None = None) -> uuid.UUID:
         """Bring the disks to the newest point received and return it. Durable on return, repeatable.
 
-        Goes on although a newer session claims the VM: what was acknowledged belongs to the replica.
+        What the VM's policy does not keep goes then: see `retained`. Goes on although a newer session claims
+        the VM: what was acknowledged belongs to the replica.
         Raises: Locked while another process reads the disks (what waits stays durable; apply again later).
         """
         with self._gate, self._lock:
             self._drop_reader()
         finish(self._home, progress=progress)
+        self.retained = retain(self._home)
         point_id = self.last_point
         if point_id is None:
             raise InvalidTransition(

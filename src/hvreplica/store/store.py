@@ -38,6 +38,7 @@ from hvreplica.store.points_kept import sweep_points
 from hvreplica.store.policy import changed_policy
 from hvreplica.store.records import DiskSpec, Owner, printable, validate_disks
 from hvreplica.store.replica import VmReplica
+from hvreplica.store.retain import retain
 from hvreplica.store.room import room
 from hvreplica.store.status import PointStatus, StoreStatus, points_of, store_status
 from hvreplica.store.transfers import sweep
@@ -246,6 +247,7 @@ class Store:
                 sweep(home)
                 with contextlib.suppress(Locked), home.exclusive():
                     sweep_points(home)
+                retain(home)
         except (HvReplicaError, OSError) as failure:
             error = str(failure)
         return RecoveredVm(home.name, [str(point) for point in points], error)

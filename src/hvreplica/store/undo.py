@@ -29,9 +29,10 @@ from hvreplica.store.check import file_length
 from hvreplica.store.old_data import append_old
 from hvreplica.store.point_use import hold_alone
 from hvreplica.store.points_kept import kept_points, part_path, spoiled_points
-from hvreplica.store.policy import is_worth_keeping, policy_of
+from hvreplica.store.policy import policy_of
 from hvreplica.store.records import UndoRow
 from hvreplica.store.room import room
+from hvreplica.store.verdicts import candidate, verdicts
 
 if TYPE_CHECKING:
     import uuid
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from hvreplica.files import FileLock
     from hvreplica.store.home import VmHome
     from hvreplica.store.records import DiskRow, LogSpec, PointRow
+    from hvreplica.store.retention import Candidate
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +77,12 @@ class Written:
     spoiled: list[tuple[UndoRow, str]] = field(default_factory=list)
 
 
-def choose_keeping(home: VmHome) -> Keeping:
+def choose_keeping(home: VmHome, coming: Candidate) -> Keeping:
     """Decide by the VM's policy whether the newest point stays, and who keeps it or the one before it.
 
-    Only the point that the disks are on can leave, and not while somebody reads it; once it has, the answer
-    stays the same. The caller calls release() once what was decided is in the catalog, or will not be.
+    coming: the point that the disks move on to. Only the point that the disks are on can leave, and not while
+    somebody reads it; once it has, the answer stays the same. The caller calls release() once what was
+    decided is in the catalog, or will not be.
     """
     points = kept_points(home)
     applied = [
@@ -90,8 +93,10 @@ def choose_keeping(home: VmHome) -> Keeping:
     newest = points[-1] if points else None
     leaving, lock = None, None
     if newest is not None and applied[-1].id == newest.id:
-        older = points[-2] if len(points) > 1 else None
-        if not is_worth_keeping(policy_of(home), newest, older):
+        stays = {
+            verdict.point.id for verdict in verdicts(home, policy_of(home), coming=coming) if verdict.is_kept
+        }
+        if newest.id not in stays:
             lock = hold_alone(home, newest.id)
             leaving = None if lock is None else points.pop()
     longest: dict[int, int] = {}
@@ -102,14 +107,15 @@ def choose_keeping(home: VmHome) -> Keeping:
 
 
 def write_parts(
-    home: VmHome, rows: Sequence[DiskRow], sizes: dict[int, int], logs: Sequence[LogSpec]
+    home: VmHome, point: PointRow, rows: Sequence[DiskRow], sizes: dict[int, int], logs: Sequence[LogSpec]
 ) -> Written:
-    """Write down what the disks of `rows` hold where `logs`, or their new `sizes`, will change them.
+    """Write down what the disks of `rows` hold where `logs` of `point`, or their new `sizes`, will change
+    them.
 
     Files and names are durable on return; record() makes them count. Raises: StoreFull, and what a disk or
     log that cannot be read raises; then nothing is left behind.
     """
-    written = Written(choose_keeping(home))
+    written = Written(choose_keeping(home, candidate(point)))
     keeper = written.keeping.keeper
     if keeper is None:
         return written

@@ -17,6 +17,7 @@ from hvreplica.errors import HvReplicaError
 from hvreplica.store.check import file_length
 from hvreplica.store.points_kept import chain, kept_points
 from hvreplica.store.records import UndoRow
+from hvreplica.store.retention import Candidate
 from hvreplica.store.undo import choose_keeping
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from hvreplica.store.records import DiskRow, PointRow, TransferRow
     from hvreplica.store.undo import Keeping
 
+_SEQUENCE_LAST = 1 << 62  # of a point that has no row yet
+
 
 def keep_whole(home: VmHome, transfer: TransferRow, rows: Sequence[DiskRow]) -> None:
     """Make the disks of `rows` parts of the newest kept point, where .partial files are to replace them.
@@ -33,7 +36,7 @@ def keep_whole(home: VmHome, transfer: TransferRow, rows: Sequence[DiskRow]) -> 
     Durable on return, and repeatable. A point that is not to be kept is superseded by it. A disk that is
     missing, or that somebody else has written to, spoils the points that need it: they become damaged.
     """
-    keeping = choose_keeping(home)
+    keeping = choose_keeping(home, _coming(transfer))
     try:
         _keep_whole(home, keeping, transfer, rows)
     finally:
@@ -60,6 +63,16 @@ def _keep_whole(home: VmHome, keeping: Keeping, transfer: TransferRow, rows: Seq
                 catalog.damage_point(vm_id, point.id, sentence)
         for part in parts:
             catalog.add_undo(vm_id, part)
+
+
+def _coming(transfer: TransferRow) -> Candidate:
+    return Candidate(
+        transfer.point_id,
+        _SEQUENCE_LAST,
+        transfer.instant_s,
+        kind="initial",
+        consistency=transfer.consistency,
+    )
 
 
 def whole_id(transfer: TransferRow, disk_index: int) -> uuid.UUID:

@@ -1,0 +1,149 @@
+"""Let points go that the VM's policy does not keep, keep their parts few, and hold the budget.
+
+    after each applied point   rule: what decide() does not keep goes, the oldest first
+                               parts: those of each point that have become many are written as one
+                               budget: while more is used than allowed, the first in decide()'s order goes,
+                               see store/budget.py
+
+Nothing goes silently: each point that goes is logged and returned, to be told to the primary. Before one goes
+for the budget, a warning says so; only a cycle that brings more than was left may be faster than it. What
+cannot be done now (a point that is read, a part that is damaged, no room for a new part) is left for the next
+time and never fails the cycle.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from hvreplica.clock import iso_time
+from hvreplica.errors import HvReplicaError, StoreError
+from hvreplica.store.budget import budget_limit, budget_warning, used_bytes
+from hvreplica.store.compact_parts import Compacted, compact_parts
+from hvreplica.store.part_plan import choose_merge
+from hvreplica.store.points_kept import drop_point, kept_points
+from hvreplica.store.policy import policy_of
+from hvreplica.store.verdicts import next_to_go, verdicts
+from hvreplica.units import format_size
+
+if TYPE_CHECKING:
+    import uuid
+
+    from hvreplica.store.home import VmHome
+    from hvreplica.store.policy import Policy
+    from hvreplica.store.retention import Candidate
+
+_LOG = logging.getLogger("hvreplica.serve")
+
+
+class GonePoint(msgspec.Struct, frozen=True):
+    """A point that was let go. instant: the time it showed, ISO 8601 in UTC. reason: a sentence."""
+
+    id: str
+    instant: str
+    kind: str
+    consistency: str
+    reason: str
+
+
+class Retained(msgspec.Struct, frozen=True):
+    """What retain() did. gone: in the order in which they went. warning: what the budget makes go next."""
+
+    gone: list[GonePoint] = []
+    warning: str | None = None
+
+
+def retain(home: VmHome) -> Retained:
+    """Do what the policy asks after the disks have moved on; return the points that went.
+
+    Never raises for what can be left for the next time. Raises: FieldOutOfRange for a rule that is none.
+    """
+    policy = policy_of(home)
+    gone = []
+    for verdict in verdicts(home, policy):
+        if not verdict.is_kept:
+            gone += _let_go(home, verdict.point, "no rule keeps it")
+    compact_many(home)
+    gone += _hold_budget(home, policy)
+    return Retained(gone, _warn(home, policy))
+
+
+def _hold_budget(home: VmHome, policy: Policy) -> list[GonePoint]:
+    limit_bytes = budget_limit(home, policy)
+    if limit_bytes is None:
+        return []
+    gone: list[GonePoint] = []
+    while (taken_bytes := used_bytes(home)) > limit_bytes:
+        point = next_to_go(verdicts(home, policy))
+        if point is None:
+            break
+        reason = f"points take {format_size(taken_bytes)}, the budget is {format_size(limit_bytes)}"
+        told = _let_go(home, point, reason)
+        if not told:
+            break
+        gone += told
+    return gone
+
+
+def let_go(home: VmHome, point_id: uuid.UUID) -> Compacted:
+    """Drop a point and write its heirs' parts anew where that is worth it. Raises: as drop_point()."""
+    points = kept_points(home)
+    place = next((place for place, point in enumerate(points) if point.id == point_id), 0)
+    disks = home.catalog.members(home.vm_id, point_id)
+    drop_point(home, point_id)
+    done = Compacted()
+    for point in reversed(points[:place]):
+        inherited = disks.keys() & home.catalog.members(home.vm_id, point.id).keys()
+        for disk_index in sorted(inherited):
+            del disks[disk_index]
+            done = done.plus(_compact(home, point.id, disk_index, look=True))
+        if not disks:
+            break
+    return done
+
+
+def compact_many(home: VmHome) -> Compacted:
+    """Write parts as one where a point has many of a disk."""
+    sizes: dict[tuple[uuid.UUID, int], list[int]] = {}
+    for row in home.catalog.undo_rows(home.vm_id):
+        sizes.setdefault((row.point_id, row.disk_index), []).append(row.covered_bytes)
+    done = Compacted()
+    for (point_id, disk_index), covered in sizes.items():
+        if choose_merge(covered) is not None:
+            done = done.plus(_compact(home, point_id, disk_index, look=False))
+    return done
+
+
+def _warn(home: VmHome, policy: Policy) -> str | None:
+    if budget_limit(home, policy) is None:
+        return None
+    following = next_to_go(verdicts(home, policy))
+    warning = budget_warning(home, policy, following)
+    told = None if warning is None or following is None else following.id
+    if warning is not None and home.warned_of != (told,):  # once for each point, not at each cycle
+        _LOG.warning("VM %r: %s", home.name, warning)
+    home.warned_of = None if warning is None else (told,)
+    return warning
+
+
+def _let_go(home: VmHome, point: Candidate, reason: str) -> list[GonePoint]:
+    """Drop a point and tell; an empty list where it cannot go now."""
+    try:
+        let_go(home, point.id)
+    except (StoreError, OSError) as error:
+        _LOG.warning("VM %r: point %s stays for now: %s", home.name, point.id, error)
+        return []
+    told = GonePoint(str(point.id), iso_time(point.instant_s), point.kind, point.consistency, reason)
+    _LOG.info("VM %r: point %s of %s went: %s", home.name, told.id, told.instant, reason)
+    return [told]
+
+
+def _compact(home: VmHome, point_id: uuid.UUID, disk_index: int, *, look: bool) -> Compacted:
+    try:
+        with home.exclusive():
+            return compact_parts(home, point_id, disk_index, look=look)
+    except (HvReplicaError, OSError) as error:
+        _LOG.warning("VM %r: undo parts of point %s stay as they are: %s", home.name, point_id, error)
+        return Compacted()
