@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from hvreplica.replication.point_server import PointServer
     from hvreplica.replication.resident import Replicator
     from hvreplica.replication.results import CutLog, CutResult, DiskChange, ReplicateResult, ShippedLog
+    from hvreplica.replication.retention_verbs import point_delete, point_plan, store_policy
     from hvreplica.replication.serve import Server
     from hvreplica.replication.statistics import ReplicationStatistics
     from hvreplica.replication.status import ReplicationStatus
@@ -76,13 +77,16 @@ __all__ = [
     "log_recover",
     "log_verify",
     "pause",
+    "point_delete",
     "point_diff",
     "point_export",
     "point_list",
+    "point_plan",
     "replicate",
     "reset_statistics",
     "resume",
     "status",
+    "store_policy",
     "store_status",
     "tls_init",
     "tls_trust",
@@ -118,6 +122,9 @@ _HOMES = {
     "log_from_child": "replication.log_sources",
     "log_from_qemu": "replication.log_qemu",
     "log_import": "replication.log_import",
+    "point_delete": "replication.retention_verbs",
+    "point_plan": "replication.retention_verbs",
+    "store_policy": "replication.retention_verbs",
     "replicate": "replication.verbs",
 }
 _FAMILIES = {

@@ -88,16 +88,17 @@ class LogShape(msgspec.Struct, frozen=True):
 class PointPolicy(msgspec.Struct, frozen=True, omit_defaults=True):
     """What the primary wants kept of its points; None leaves what the replica has recorded.
 
-    recovery_points: how many older points. recovery_point_every_s: the first point of each such period stays,
-    0: each one. keep: a rule for what stays longer. budget_bytes: of what older points need. keep_logs_s: how
-    long applied logs stay. app_consistent: whether cuts are made with the guest's file systems standing
-    still.
+    recovery_points: how many older points. recovery_point_every_s: one of each such period stays, 0: each
+    one. keep: a rule in words, empty for none. budget_bytes: of what older points need, 0 for no bound;
+    budget_percent: the same in percent of what the disks need. keep_logs_s: how long applied logs stay.
+    app_consistent: whether cuts are made with the guest's file systems standing still.
     """
 
     recovery_points: Annotated[int, Meta(ge=0, le=RECOVERY_POINTS_MAX)] | None = None
     recovery_point_every_s: Annotated[float, Meta(ge=0, le=1e9)] | None = None
     keep: Annotated[str, Meta(max_length=TEXT_CHARS_MAX)] | None = None
     budget_bytes: Annotated[int, Meta(ge=0, le=1 << 62)] | None = None
+    budget_percent: Annotated[float, Meta(ge=0, le=1e6)] | None = None
     keep_logs_s: Annotated[float, Meta(ge=0, le=1e9)] | None = None
     app_consistent: bool | None = None
 

@@ -62,7 +62,7 @@ def drop_point(home: VmHome, point_id: uuid.UUID) -> None:
     """
     with _unused(home, point_id):
         with home.catalog.transaction():
-            _require_droppable(home, point_id)
+            _require_older(home, point_id)
             gone = forget_point(home, point_id)
         remove_parts(home, gone)
         home.files.unlink(home.paths.use(point_id))
@@ -148,7 +148,14 @@ def _unused(home: VmHome, point_id: uuid.UUID) -> Iterator[None]:
         lock.release()
 
 
-def _require_droppable(home: VmHome, point_id: uuid.UUID) -> None:
+def require_droppable(home: VmHome, point_id: uuid.UUID) -> None:
+    """Refuse what drop_point() would refuse now. Raises: NoSuchPoint, InvalidTransition, PointInUse."""
+    _require_older(home, point_id)
+    with _unused(home, point_id):
+        pass
+
+
+def _require_older(home: VmHome, point_id: uuid.UUID) -> None:
     point = home.catalog.point(home.vm_id, point_id)
     if point is None or not point.is_kept:
         raise NoSuchPoint(

@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from hvreplica.formats.messages import RECOVERY_POINTS_MAX
+from hvreplica.store.keep_rule import parse_keep_rule
 
 if TYPE_CHECKING:
     from hvreplica.formats.messages import PointPolicy
@@ -21,10 +22,9 @@ class Policy(msgspec.Struct, frozen=True, omit_defaults=True):
     """What to keep of a VM.
 
     recovery_points: how many older points, None where `keep` alone counts. recovery_point_every_s: one
-    point of each such period, 0: each one. keep: a rule in words
-    for what stays longer. budget_bytes: of what older points need, budget_percent: the same in percent
-    of what the disks need; where both are said, the lesser counts. keep_logs_s: how long applied logs stay.
-    app_consistent: whether cuts are made with the guest's file systems standing still.
+    point of each such period, 0: each one. keep: a rule in words, see store/keep_rule.py. budget_bytes: of
+    what older points need; budget_percent: the same in percent of what the disks need. keep_logs_s: how long
+    applied logs stay. app_consistent: whether cuts are made with the guest's file systems standing still.
     """
 
     recovery_points: Annotated[int, Meta(ge=0, le=RECOVERY_POINTS_MAX)] | None = RECOVERY_POINTS_DEFAULT
@@ -45,10 +45,33 @@ def policy_of(home: VmHome) -> Policy:
 
 
 def changed_policy(text: str | None, wish: PointPolicy) -> str:
-    """Return what the catalog holds once a primary has said what it wants; what it left out stays."""
-    policy = Policy() if text is None else msgspec.json.decode(text, type=Policy)
+    """Return what the catalog holds once somebody has said what is wanted. Raises: as follow()."""
+    return pack_policy(follow(Policy() if text is None else msgspec.json.decode(text, type=Policy), wish))
+
+
+def follow(policy: Policy, wish: PointPolicy) -> Policy:
+    """Return the policy once somebody has said what is wanted; what was left out stays.
+
+    A number of recovery points and a rule in words stand for each other: who names one means that one alone,
+    who names both means both. So do a budget in bytes and one in percent. An empty rule and a budget of 0
+    take theirs away. Raises: FieldOutOfRange for a rule that is none.
+    """
     given = {name: value for name, value in msgspec.structs.asdict(wish).items() if value is not None}
-    return pack_policy(msgspec.structs.replace(policy, **given))
+    if "keep" in given:
+        given["keep"] = str(parse_keep_rule(given["keep"])) if given["keep"] else None
+        default = None if given["keep"] else RECOVERY_POINTS_DEFAULT
+        given.setdefault(
+            "recovery_points", default if policy.keep or given["keep"] else policy.recovery_points
+        )
+    elif "recovery_points" in given:
+        given["keep"] = None
+    if "budget_bytes" in given:
+        given["budget_bytes"] = given["budget_bytes"] or None
+        given.setdefault("budget_percent", None)
+    elif "budget_percent" in given:
+        given["budget_percent"] = given["budget_percent"] or None
+        given["budget_bytes"] = None
+    return msgspec.structs.replace(policy, **given)
 
 
 def pack_policy(policy: Policy) -> str:

@@ -23,13 +23,14 @@ from hvreplica.errors import HvReplicaError, StoreError
 from hvreplica.store.budget import budget_limit, budget_warning, used_bytes
 from hvreplica.store.compact_parts import Compacted, compact_parts
 from hvreplica.store.part_plan import choose_merge
-from hvreplica.store.points_kept import drop_point, kept_points
+from hvreplica.store.points_kept import drop_point, kept_points, require_droppable
 from hvreplica.store.policy import policy_of
-from hvreplica.store.verdicts import next_to_go, verdicts
+from hvreplica.store.verdicts import candidate, next_to_go, verdicts
 from hvreplica.units import format_size
 
 if TYPE_CHECKING:
     import uuid
+    from collections.abc import Sequence
 
     from hvreplica.store.home import VmHome
     from hvreplica.store.policy import Policy
@@ -104,6 +105,22 @@ def let_go(home: VmHome, point_id: uuid.UUID) -> Compacted:
     return done
 
 
+def delete_points(home: VmHome, point_ids: Sequence[uuid.UUID]) -> list[GonePoint]:
+    """Drop points that a person named; durable on return.
+
+    Nothing is done unless all of them can go. Raises: NoSuchPoint, InvalidTransition for the newest one,
+    PointInUse, StoreFull.
+    """
+    for point_id in point_ids:
+        require_droppable(home, point_id)
+    gone = []
+    for point in kept_points(home):
+        if point.id in point_ids:
+            let_go(home, point.id)
+            gone.append(_told(home, candidate(point), "a person deleted it"))
+    return gone
+
+
 def compact_many(home: VmHome) -> Compacted:
     """Write parts as one where a point has many of a disk."""
     sizes: dict[tuple[uuid.UUID, int], list[int]] = {}
@@ -135,9 +152,13 @@ def _let_go(home: VmHome, point: Candidate, reason: str) -> list[GonePoint]:
     except (StoreError, OSError) as error:
         _LOG.warning("VM %r: point %s stays for now: %s", home.name, point.id, error)
         return []
+    return [_told(home, point, reason)]
+
+
+def _told(home: VmHome, point: Candidate, reason: str) -> GonePoint:
     told = GonePoint(str(point.id), iso_time(point.instant_s), point.kind, point.consistency, reason)
     _LOG.info("VM %r: point %s of %s went: %s", home.name, told.id, told.instant, reason)
-    return [told]
+    return told
 
 
 def _compact(home: VmHome, point_id: uuid.UUID, disk_index: int, *, look: bool) -> Compacted:

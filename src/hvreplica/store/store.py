@@ -32,13 +32,14 @@ from hvreplica.store.layout import (
     validate_vm_name,
 )
 from hvreplica.store.open_point import OpenPoint, open_point
+from hvreplica.store.plan import PointPlan, plan_points
 from hvreplica.store.point_diff import PointDiff, diff_points
 from hvreplica.store.points import ExportReport, Format, export_point
 from hvreplica.store.points_kept import sweep_points
-from hvreplica.store.policy import changed_policy
+from hvreplica.store.policy import changed_policy, follow, policy_of
 from hvreplica.store.records import DiskSpec, Owner, printable, validate_disks
 from hvreplica.store.replica import VmReplica
-from hvreplica.store.retain import retain
+from hvreplica.store.retain import GonePoint, delete_points, retain
 from hvreplica.store.room import room
 from hvreplica.store.status import PointStatus, StoreStatus, points_of, store_status
 from hvreplica.store.transfers import sweep
@@ -194,6 +195,27 @@ class Store:
     ) -> PointDiff:
         """Return the ranges in which two points of a VM differ: see point_diff.py."""
         return diff_points(self._known(vm), a, b, coarse=coarse)
+
+    def plan_points(self, vm: str, wish: PointPolicy | None = None) -> PointPlan:
+        """Return what the VM's policy, as `wish` would change it, makes of its points; changes nothing.
+
+        Raises: NoSuchPoint for an unknown VM, FieldOutOfRange for a rule that is none.
+        """
+        home = self._known(vm)
+        policy = policy_of(home)
+        return plan_points(home, policy if wish is None else follow(policy, wish))
+
+    def set_policy(self, vm: str, wish: PointPolicy) -> PointPlan:
+        """Change what is kept of a VM from the next cycle on; durable on return. Raises: as plan_points()."""
+        home = self._known(vm)
+        with home.catalog.transaction():
+            row = home.catalog.vm(vm)
+            home.catalog.set_policy(home.vm_id, changed_policy(row.policy if row else None, wish))
+        return self.plan_points(vm)
+
+    def delete_points(self, vm: str, point_ids: Sequence[uuid.UUID]) -> list[GonePoint]:
+        """Let points go that a person named. See retain.delete_points()."""
+        return delete_points(self._known(vm), point_ids)
 
     def export_point(
         self,
