@@ -77,12 +77,12 @@ class Written:
     spoiled: list[tuple[UndoRow, str]] = field(default_factory=list)
 
 
-def choose_keeping(home: VmHome, coming: Candidate) -> Keeping:
+def choose_keeping(home: VmHome, coming: Candidate | None) -> Keeping:
     """Decide by the VM's policy whether the newest point stays, and who keeps it or the one before it.
 
-    coming: the point that the disks move on to. Only the point that the disks are on can leave, and not while
-    somebody reads it; once it has, the answer stays the same. The caller calls release() once what was
-    decided is in the catalog, or will not be.
+    coming: the point that the disks move on to, None where it is none that can be had. Only the point that
+    the disks are on can leave, and not while somebody reads it; once it has, the answer stays the same. The
+    caller calls release() once what was decided is in the catalog, or will not be.
     """
     points = kept_points(home)
     applied = [

@@ -65,7 +65,10 @@ def _keep_whole(home: VmHome, keeping: Keeping, transfer: TransferRow, rows: Seq
             catalog.add_undo(vm_id, part)
 
 
-def _coming(transfer: TransferRow) -> Candidate:
+def _coming(transfer: TransferRow) -> Candidate | None:
+    """Return the point that takes the newest one's place; a copy of no single instant is none."""
+    if not transfer.consistent:
+        return None
     return Candidate(
         transfer.point_id,
         _SEQUENCE_LAST,
