@@ -17,10 +17,10 @@ from hvreplica.cli.options import (
     disk_options,
     link_options,
     option,
-    point_options,
     verb,
     vm_option,
 )
+from hvreplica.cli.policy_options import point_options
 from hvreplica.cli.render import plain
 from hvreplica.cli.replicate import check_disks
 from hvreplica.cli.serve import run_until_signal

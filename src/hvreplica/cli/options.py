@@ -225,38 +225,6 @@ def cycle_options(function: Callable[P, R]) -> Callable[P, R]:
     return function
 
 
-def point_options(function: Callable[P, R]) -> Callable[P, R]:
-    """Add what the replica keeps: --recovery-points and --recovery-point-every, given on as `points`."""
-
-    @functools.wraps(function)
-    def with_points(*args: P.args, **kwargs: P.kwargs) -> R:
-        from hvreplica.formats.messages import PointPolicy  # noqa: PLC0415 - the start-up time of --help
-
-        names = ("recovery_points", "recovery_point_every_s")
-        given: dict[str, Any] = {name: value for name in names if (value := kwargs.pop(name)) is not None}
-        kwargs["points"] = PointPolicy(**given) if given else None
-        return function(*args, **kwargs)
-
-    wrapped: Callable[P, R] = with_points
-    for decorate in (
-        option(
-            "--recovery-point-every",
-            "recovery_point_every_s",
-            type=click.FloatRange(0, 1e9),
-            metavar="SECONDS",
-            help="The first point of each such period stays as an older one; 0: every point."
-            "  [default: as before, at first 3600]",
-        ),
-        option(
-            "--recovery-points",
-            type=click.IntRange(0, 24),
-            help="Older points that the replica keeps beside the newest.  [default: as before, at first 24]",
-        ),
-    ):
-        wrapped = decorate(wrapped)
-    return wrapped
-
-
 def link_options(function: Callable[P, R]) -> Callable[P, R]:
     """Add how data travels: --compression and --connections."""
     for decorate in (

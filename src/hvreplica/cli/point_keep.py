@@ -138,4 +138,4 @@ def _period(seconds: float) -> str:
 
 def _show_gone(output: Output, gone: list[GonePoint]) -> None:
     for point in gone:
-        output.line(f"{point.id} of {point.instant} went")
+        output.line(f"{point.id} of {moment(point.instant_s)} went")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import functools
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
 
@@ -10,11 +11,9 @@ from hvreplica.cli.options import TextParameter, option
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import ParamSpec, TypeVar
 
-    P = ParamSpec("P")
-    R = TypeVar("R")
-
+P = ParamSpec("P")
+R = TypeVar("R")
 _NONE = "none"
 
 
@@ -72,14 +71,31 @@ def policy_options(function: Callable[P, R]) -> Callable[P, R]:
             "--recovery-point-every",
             type=click.FloatRange(0),
             metavar="SECONDS",
-            help="One of the recovery points for each such period, 0 for each point.",
+            help="One of them for each such period, 0 for each point.  [default: as before, at first 3600]",
         ),
         option(
             "--recovery-points",
             type=click.IntRange(0, 24),
             metavar="0-24",
-            help="How many points stay beside the newest one.",
+            help="How many points stay beside the newest one.  [default: as before, at first 24]",
         ),
     ):
         function = decorate(function)
     return function
+
+
+def point_options(function: Callable[P, R]) -> Callable[P, R]:
+    """Add policy_options() to a verb of the primary, given on as `points`, None where nothing is said."""
+
+    @functools.wraps(function)
+    def with_points(*args: P.args, **kwargs: P.kwargs) -> R:
+        names = ("recovery_points", "recovery_point_every", "keep", "points_budget")
+        given: list[Any] = [kwargs.pop(name) for name in names]
+        kwargs["points"] = None
+        if any(value is not None for value in given):
+            from hvreplica.replication.retention_verbs import make_wish  # noqa: PLC0415 - start-up time of --help
+
+            kwargs["points"] = make_wish(*given)
+        return function(*args, **kwargs)
+
+    return policy_options(with_points)

@@ -16,10 +16,10 @@ from hvreplica.cli.options import (
     disk_options,
     link_options,
     option,
-    point_options,
     verb,
     vm_option,
 )
+from hvreplica.cli.policy_options import point_options
 from hvreplica.cli.progress import progress_shown
 from hvreplica.cli.render import plain, ratio
 from hvreplica.cli.serve import run_until_signal
@@ -167,7 +167,7 @@ def show_result(output: Output, result: ReplicateResult) -> None:
     """Show a result to a person: what was done, the point, and the disks where something was shipped."""
     if result.kind == "none":
         output.line(f"{plain(result.vm)}: nothing changed · {result.seconds:.1f} s")
-        output.line(f"recovery point {result.point}")
+        _show_points(output, result)
         return
     changed = sum(disk.changed_bytes for disk in result.disks)
     shrunk = ratio(changed, result.wire_bytes)
@@ -176,7 +176,7 @@ def show_result(output: Output, result: ReplicateResult) -> None:
         f"{plain(result.vm)}: {words} in {result.seconds:.1f} s · {format_size(changed)} changed"
         f" · {format_size(result.wire_bytes)} sent" + (f" ({shrunk})" if shrunk else "")
     )
-    output.line(f"recovery point {result.point}")
+    _show_points(output, result)
     output.line()
     output.table(
         ("disk", ">size", ">changed"),
@@ -185,3 +185,11 @@ def show_result(output: Output, result: ReplicateResult) -> None:
             for disk in result.disks
         ],
     )
+
+
+def _show_points(output: Output, result: ReplicateResult) -> None:
+    output.line(f"recovery point {result.point}")
+    for point in result.gone:
+        output.line(f"the replica let point {point.id} of {point.instant} go: {plain(point.reason)}")
+    if result.warning is not None:
+        output.line(f"at the replica {plain(result.warning)}")

@@ -34,6 +34,7 @@ DISK_BYTES_MAX = 64 << 40  # [MS-VHDX] 2.6.2.4
 LOG_BYTES_MAX = 1 << 50
 FINGERPRINT_BLOCKS_MAX = 32_768  # 512 KiB of fingerprints, half of the largest message
 TEXT_CHARS_MAX = 2_000
+GONE_MAX = 4_096  # points told of in one answer; a message has at most 1 MiB
 SESSION_BYTES = 16
 
 DiskIndex = Annotated[int, Meta(ge=0, lt=DISKS_MAX)]
@@ -261,10 +262,23 @@ class Committed(Message, frozen=True, tag="committed"):
     point_id: uuid.UUID
 
 
-class Applied(Message, frozen=True, tag="applied"):
-    """The point is listed and its disks are on it."""
+class GonePoint(msgspec.Struct, frozen=True):
+    """A point that the replica let go. instant_s: the time it showed. reason: a sentence."""
 
     point_id: uuid.UUID
+    instant_s: Instant
+    reason: Text
+
+
+class Applied(Message, frozen=True, tag="applied", omit_defaults=True):
+    """The point is listed and its disks are on it.
+
+    gone: points that went by the VM's policy, or for its budget. warning: what the budget makes go next.
+    """
+
+    point_id: uuid.UUID
+    gone: Annotated[list[GonePoint], Meta(max_length=GONE_MAX)] = []
+    warning: Text | None = None
 
 
 class Working(Message, frozen=True, tag="working"):

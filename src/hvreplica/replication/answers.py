@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import uuid
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -24,7 +25,6 @@ from hvreplica.formats import messages
 from hvreplica.store import AlreadyHave, LogSpec
 
 if TYPE_CHECKING:
-    import uuid
     from collections.abc import Callable
 
     from hvreplica.store import InitialSink, LogSink, VmReplica
@@ -203,7 +203,12 @@ class AnswerSession:
         point_id = self._replica.apply()
         if point_id != question.point_id:
             raise StateError("the replica is on another point", expected=question.point_id, actual=point_id)
-        return messages.Applied(point_id)
+        retained = self._replica.retained
+        gone = [
+            messages.GonePoint(uuid.UUID(point.id), point.instant_s, point.reason[: messages.TEXT_CHARS_MAX])
+            for point in retained.gone[: messages.GONE_MAX]
+        ]
+        return messages.Applied(point_id, gone, retained.warning)
 
     def _fingerprints(self, question: messages.FingerprintsRequest) -> messages.Fingerprints:
         data = self._replica.fingerprints(

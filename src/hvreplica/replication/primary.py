@@ -15,6 +15,7 @@ import logging
 import threading
 from typing import TYPE_CHECKING
 
+from hvreplica.clock import iso_time
 from hvreplica.errors import Fenced, FormatError, HvReplicaError, Locked, LogError, ReplicaDiverged, kept
 from hvreplica.formats import messages
 from hvreplica.progress import Progress
@@ -22,6 +23,7 @@ from hvreplica.replication import cycle
 from hvreplica.replication.initial import prepare_initial, replicate_initially, settle_initial
 from hvreplica.replication.joining import send_joining
 from hvreplica.replication.live import cut_live, drop_damaged
+from hvreplica.replication.results import GonePoint
 from hvreplica.replication.resync import resync
 from hvreplica.replication.shape import agree
 from hvreplica.replication.state import NIL, shapes
@@ -283,10 +285,21 @@ class Primary:
         session.begin(messages.Apply(point_id))
         yield
         try:
-            session.finish(messages.Applied)
+            applied = session.finish(messages.Applied)
         except Locked as error:
             # An export holds the disks. The point is durable in the spool, further ones queue up behind it.
             _LOG.warning("the replica has the point and applies it later: %s", error)
         else:
             self._applied = point_id
+            self._tell_gone(applied)
         work.on_progress(Progress("apply", 1, 1))
+
+    def _tell_gone(self, applied: messages.Applied) -> None:
+        """Say what the replica let go, and what it will: nothing goes silently."""
+        for point in applied.gone:
+            instant = iso_time(point.instant_s)
+            self._work.tally.gone.append(GonePoint(str(point.point_id), instant, point.reason))
+            _LOG.info("the replica let point %s of %s go: %s", point.point_id, instant, point.reason)
+        self._work.tally.warning = applied.warning
+        if applied.warning is not None:
+            _LOG.warning("at the replica %s", applied.warning)

@@ -33,12 +33,21 @@ class ShippedLog(msgspec.Struct, frozen=True):
     path: str
 
 
+class GonePoint(msgspec.Struct, frozen=True):
+    """A recovery point that the replica let go. instant: the time it showed, ISO 8601 in UTC."""
+
+    id: str
+    instant: str
+    reason: str
+
+
 class ReplicateResult(msgspec.Struct, frozen=True):
     """The outcome of one replicate call.
 
     kind: "initial" (the whole disks were shipped), "delta" (logs were shipped) or "none" (nothing differed).
     wire_bytes: bytes that this side put on the network, all connections and TLS included. seconds: wall time.
-    point: the id of the recovery point that the replica now holds.
+    point: the id of the recovery point that the replica now holds. gone: older ones that it let go. warning:
+    which one it lets go next for the budget of older points.
     """
 
     vm: str
@@ -48,6 +57,8 @@ class ReplicateResult(msgspec.Struct, frozen=True):
     seconds: float
     logs: list[ShippedLog]
     point: str
+    gone: list[GonePoint] = []
+    warning: str | None = None
 
 
 class CutLog(msgspec.Struct, frozen=True):
@@ -93,4 +104,6 @@ def make_result(work: Work, seconds: float) -> ReplicateResult:
         seconds=round(seconds, 3),
         logs=work.tally.shipped,
         point=str(work.state.last_point),
+        gone=work.tally.gone,
+        warning=work.tally.warning,
     )

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from hvreplica.formats import messages
     from hvreplica.formats.messages import PointPolicy
     from hvreplica.progress import ProgressCallback
-    from hvreplica.replication.results import ShippedLog
+    from hvreplica.replication.results import GonePoint, ShippedLog
     from hvreplica.replication.sources import FrameSource
     from hvreplica.replication.state import PrimaryState, StateFolder, Transfer
 
@@ -80,6 +80,8 @@ class Tally:
     changed_bytes: list[int]
     wire_bytes: int = 0
     shipped: list[ShippedLog] = field(default_factory=list)
+    gone: list[GonePoint] = field(default_factory=list)
+    warning: str | None = None
 
 
 @dataclass(slots=True)

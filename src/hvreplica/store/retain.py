@@ -40,10 +40,10 @@ _LOG = logging.getLogger("hvreplica.serve")
 
 
 class GonePoint(msgspec.Struct, frozen=True):
-    """A point that was let go. instant: the time it showed, ISO 8601 in UTC. reason: a sentence."""
+    """A point that was let go. instant_s: the time it showed, Unix seconds. reason: a sentence."""
 
     id: str
-    instant: str
+    instant_s: float
     kind: str
     consistency: str
     reason: str
@@ -156,8 +156,8 @@ def _let_go(home: VmHome, point: Candidate, reason: str) -> list[GonePoint]:
 
 
 def _told(home: VmHome, point: Candidate, reason: str) -> GonePoint:
-    told = GonePoint(str(point.id), iso_time(point.instant_s), point.kind, point.consistency, reason)
-    _LOG.info("VM %r: point %s of %s went: %s", home.name, told.id, told.instant, reason)
+    told = GonePoint(str(point.id), point.instant_s, point.kind, point.consistency, reason)
+    _LOG.info("VM %r: point %s of %s went: %s", home.name, told.id, iso_time(told.instant_s), reason)
     return told
 
 
