@@ -158,6 +158,7 @@ def _apply_point(home: VmHome, point: PointRow, progress: ProgressCallback | Non
             with catalog.transaction():
                 record(home, written)
                 catalog.set_point_state(vm_id, point.id, "applying")
+            written.keeping.note(home)
         finally:
             written.keeping.release()
     _count_change(home)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hvreplica.clock import Clock
     from hvreplica.files import FileSystem
     from hvreplica.store.catalog import Catalog
-    from hvreplica.store.records import Owner, VmRow
+    from hvreplica.store.records import Owner, PointRow, VmRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,7 @@ class VmHome:
         self.name = row.name
         self.paths = VmPaths.of(parts.root, row.folder)
         self.verified_logs: set[uuid.UUID] = set()  # checked from end to end by this process
+        self.left: list[PointRow] = []  # points that went as the disks moved on, until somebody is told
         self.part_bytes: dict[uuid.UUID, int] = {}  # what the files of undo parts take, looked up once
         self.warned_of: tuple[uuid.UUID | None] | None = None  # the point of the last warning of the budget
         self._work = threading.RLock()

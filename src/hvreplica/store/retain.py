@@ -62,7 +62,8 @@ def retain(home: VmHome) -> Retained:
     Never raises for what can be left for the next time. Raises: FieldOutOfRange for a rule that is none.
     """
     policy = policy_of(home)
-    gone = []
+    left, home.left = home.left, []
+    gone = [_told(home, candidate(point), "the next point took its place") for point in left]
     for verdict in verdicts(home, policy):
         if not verdict.is_kept:
             gone += _let_go(home, verdict.point, "no rule keeps it")

@@ -62,6 +62,10 @@ class Keeping:
     longest: dict[int, int]
     lock: FileLock | None = None
 
+    def note(self, home: VmHome) -> None:
+        """Remember that the point has left, once the catalog says so, to be told: see store/retain.py."""
+        home.left += [] if self.leaving is None else [self.leaving]
+
     def release(self) -> None:
         """Let readers come to the point that was to leave, once it has left or stays."""
         if self.lock is not None:

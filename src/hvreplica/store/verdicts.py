@@ -59,12 +59,17 @@ def verdicts(home: VmHome, policy: Policy, *, coming: Candidate | None = None) -
     coming: a point that will be the newest one.
     """
     retention = retention_of(policy)
+    has_budget = policy.budget_bytes is not None or policy.budget_percent is not None
     points = kept_points(home)
     used: set[uuid.UUID] = set()
     while True:
         known = [candidate(point, used=used) for point in points]
         found = decide(known if coming is None else [*known, coming], retention)
-        asked = {verdict.point.id for verdict in found if not verdict.is_kept or verdict.budget_place}
+        asked = {
+            verdict.point.id
+            for verdict in found
+            if not verdict.is_kept or (has_budget and verdict.budget_place)
+        }
         more = {point_id for point_id in asked if is_used(home, point_id)}
         if not more:
             return found

@@ -63,6 +63,7 @@ def _keep_whole(home: VmHome, keeping: Keeping, transfer: TransferRow, rows: Seq
                 catalog.damage_point(vm_id, point.id, sentence)
         for part in parts:
             catalog.add_undo(vm_id, part)
+    keeping.note(home)
 
 
 def _coming(transfer: TransferRow) -> Candidate | None:
