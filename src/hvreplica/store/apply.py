@@ -254,12 +254,12 @@ def _complete(home: VmHome, point_id: uuid.UUID, states: list[DiskRow], state: s
     catalog, vm_id, now_s = home.catalog, home.vm_id, home.clock.now_s()
     for row in states:
         catalog.set_disk_state(vm_id, row)
-    points = catalog.points(vm_id)
-    listed = [point.id for point in points]
-    before = {index for known in listed[: listed.index(point_id)] for index in catalog.members(vm_id, known)}
+    points = catalog.points(vm_id, superseded=True)
+    older = points[: [point.id for point in points].index(point_id)]
+    before = {index for point in older for index in catalog.members(vm_id, point.id)}
     for disk_index in before - catalog.members(vm_id, point_id).keys():
         catalog.remove_disk(vm_id, disk_index, now_s)
-    for point in points[: listed.index(point_id)]:
+    for point in older:
         if not point.is_kept:
             catalog.supersede_point(vm_id, point.id)
     catalog.complete_point(vm_id, point_id, state, now_s)

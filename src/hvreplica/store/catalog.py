@@ -299,11 +299,14 @@ class Catalog(UndoRows):
 
     def prune_points(self, vm_id: int, kept_count: int) -> None:
         """Forget superseded points but for the newest `kept_count`."""
+        newest = self.rows("SELECT coalesce(max(sequence), 0) FROM point WHERE vm_id = ?", (vm_id,))[0][0]
+        key = (vm_id, newest - kept_count)
         self.change(
-            "DELETE FROM point WHERE vm_id = ? AND state = 'superseded' AND sequence <="
-            " (SELECT max(sequence) FROM point WHERE vm_id = ?) - ?",
-            (vm_id, vm_id, kept_count),
+            "DELETE FROM member WHERE vm_id = ?1 AND point_id IN (SELECT id FROM point"
+            " WHERE vm_id = ?1 AND state = 'superseded' AND sequence <= ?2)",
+            key,
         )
+        self.change("DELETE FROM point WHERE vm_id = ? AND state = 'superseded' AND sequence <= ?", key)
 
 
 def _guid(text: str | None) -> uuid.UUID | None:

@@ -89,10 +89,9 @@ class UndoRows(Database):
         return int(found[0][0])
 
     def supersede_point(self, vm_id: int, point_id: uuid.UUID) -> None:
-        """Record that a point can be had no more; it is remembered until prune_points()."""
+        """Record that a point can be had no more; it and its disks are remembered until prune_points()."""
         key = (vm_id, str(point_id))
         self.change("UPDATE point SET state = 'superseded', damage = NULL WHERE vm_id = ? AND id = ?", key)
-        self.change("DELETE FROM member WHERE vm_id = ? AND point_id = ?", key)
 
     def damage_point(self, vm_id: int, point_id: uuid.UUID, sentence: str) -> None:
         """Record why a complete point cannot be trusted; the first reason stays."""
