@@ -302,15 +302,14 @@ enum hvr_log_state {
 };
 
 /* An .hrl that grows, [MS-HRL]. position: where the next byte belongs. last_block: of the newest metadata
- * block. pending: the metadata block that grows, metadata_bytes long, with pending_count entries behind room
- * for its header; metadata_bytes holds 64 entries or more. A log that is not OPEN is not touched any more. */
+ * block. pending: the metadata block that grows, 4096 bytes, with pending_count entries behind room for its
+ * header. A log that is not OPEN is not touched any more. */
 struct hvr_log {
     int descriptor;
     int state;
     int error;
     uint32_t lock;
     uint8_t *pending;
-    uint64_t metadata_bytes;
     uint64_t pending_count;
     uint64_t position;
     uint64_t last_block;

@@ -137,7 +137,7 @@ class Epoch:
         writes are left to the map.
         """
         log = self.c.log
-        log.descriptor, log.metadata_bytes = descriptor, LOG_METADATA_BYTES
+        log.descriptor = descriptor
         log.position, log.last_block, log.blocks = position, last_block, 1
         log.limit, log.write_bytes_max = limit, write_bytes_max
         log.state = lib.HVR_LOG_OPEN
