@@ -39,7 +39,7 @@ layers: dev ## which package may import which
 	$(VENV)/bin/lint-imports --no-cache
 
 tests: dev ## every test; PYTEST_ARGS="-k name" for some
-	$(PY) -m pytest --numprocesses auto --dist loadfile $(PYTEST_ARGS)
+	$(PY) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 crash: dev ## the power-cut and kill tests with many more states and examples
 	HVREPLICA_PROFILE=deep $(PY) -m pytest --timeout 0 tests/crash $(PYTEST_ARGS)
