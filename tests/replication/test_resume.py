@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -14,12 +14,14 @@ from hvreplica.clock import SYSTEM
 from hvreplica.disk import open_disk
 from hvreplica.errors import Fenced, FieldOutOfRange, ReplicaDiverged, TrackingLost, Unreachable
 from hvreplica.files import OS_FILES
+from hvreplica.formats import messages
 from hvreplica.replication import cycle, initial, primary, ship, sources, work
 from tests.replication.sites import DISK, MIB, STATE, VM, Guest, Served
 from tests.support.crash import worlds_after
 from tests.support.faultfile import Killed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 
@@ -43,6 +45,47 @@ def kill_after(guest: Guest, served: Served, event_count: int) -> bool:
     return False
 
 
+def checkpoint_each_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each window be sent after the one before was recorded as durable, so that kills strike the same place."""
+    changed = threading.Condition()
+    confirmed = {"watermark": 0, "ended": False}
+    run, watch, checkpoint = ship.Shipment.run, ship.Shipment._watch, ship.Shipment._checkpoint
+    load = sources.DiskSource.load
+
+    def load_next(source: sources.DiskSource, window: sources.Window, buffer: object) -> sources.Loaded:
+        with changed:
+            changed.wait_for(lambda: confirmed["ended"] or confirmed["watermark"] >= window.sequence)
+        return load(source, window, buffer)  # type: ignore[arg-type]
+
+    def begun(shipment: ship.Shipment, *arguments: Any, **options: Any) -> bool:
+        confirmed.update(watermark=0, ended=False)
+        return run(shipment, *arguments, **options)
+
+    def watched(shipment: ship.Shipment, *arguments: Any) -> None:
+        try:
+            watch(shipment, *arguments)
+        finally:
+            with changed:
+                confirmed["ended"] = True
+                changed.notify_all()
+
+    def checkpointed(shipment: ship.Shipment, record: Callable[[], None]) -> None:
+        session = shipment._session
+        watermark = session.ask(messages.Checkpoint(), messages.Durable).watermark
+        if watermark > confirmed["watermark"]:
+            checkpoint(shipment, record)
+            with changed:
+                confirmed["watermark"] = watermark
+                changed.notify_all()
+
+    monkeypatch.setattr(ship, "_CHECKPOINT_BYTES", 0)
+    monkeypatch.setattr(ship, "_TICK_S", 0.01)
+    monkeypatch.setattr(ship.Shipment, "run", begun)
+    monkeypatch.setattr(ship.Shipment, "_watch", watched)
+    monkeypatch.setattr(ship.Shipment, "_checkpoint", checkpointed)
+    monkeypatch.setattr(sources.DiskSource, "load", load_next)
+
+
 def test_resume_after_a_change_below_the_position_sends_it(
     served: Served, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -55,6 +98,7 @@ def test_resume_after_a_change_below_the_position_sends_it(
         return unchanged
 
     monkeypatch.setattr(initial, "unchanged_until", spy)
+    checkpoint_each_window(monkeypatch)
     for event_count in range(14, 120, 9):
         guest = Guest(seed + event_count, vm=f"web{event_count}", disk_bytes=64 * MIB)
         guest.write(24 * MIB, piece_bytes=MIB)
