@@ -25,7 +25,7 @@ def contents(world: FaultFiles) -> dict[str, bytes]:
     return {str(path): world.content_of(path) for path in world.files()}
 
 
-def worlds(files: FaultFiles, **options: int) -> list[tuple[int, FaultFiles]]:
+def worlds(files: FaultFiles, **options: Any) -> list[tuple[int, FaultFiles]]:
     return list(crash_states(files.trace(), **options))
 
 
