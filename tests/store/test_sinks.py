@@ -26,6 +26,7 @@ from hvreplica.errors import (
 from hvreplica.files import OS_FILES
 from hvreplica.store import AlreadyHave, InitialSink, LogSink, Store
 from tests.store.world import (
+    EVERY,
     MIB,
     NOTHING,
     Primary,
@@ -67,7 +68,7 @@ def store(files: FaultFiles, root: Path) -> Iterator[Store]:
 
 @pytest.fixture
 def primary() -> Primary:
-    made = Primary(FakeClock(seed=1), [small_disk(0, 2), small_disk(1, 2)])
+    made = Primary(FakeClock(seed=1), [small_disk(0, 2), small_disk(1, 2)], policy=EVERY)
     made.scribble(random.Random(3), 12)
     return made
 

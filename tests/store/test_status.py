@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from hvreplica.store import Store, StoreStatus, check
-from tests.store.world import MIB, NOTHING, Primary, guid, ram_folder, send_disks, small_disk
+from tests.store.world import EVERY, MIB, NOTHING, Primary, guid, ram_folder, send_disks, small_disk
 from tests.support.fakeclock import FakeClock
 from tests.support.faultfile import FaultFiles
 
@@ -39,7 +39,7 @@ def test_empty_store_has_no_vms(store: Store, root: Path) -> None:
 
 
 def test_phases_follow_the_transfers(store: Store) -> None:
-    primary = Primary(FakeClock(seed=1), [small_disk(0, 2), small_disk(1, 2)])
+    primary = Primary(FakeClock(seed=1), [small_disk(0, 2), small_disk(1, 2)], policy=EVERY)
     primary.scribble(random.Random(1), 9)
 
     def seen() -> tuple[str, int | None, list[str], int]:

@@ -160,7 +160,7 @@ def _apply_point(home: VmHome, point: PointRow, progress: ProgressCallback | Non
                 catalog.set_point_state(vm_id, point.id, "applying")
             written.keeping.note(home)
         finally:
-            written.keeping.release()
+            written.keeping.release(home)
     _count_change(home)
     states = [
         _apply_to_disk(

@@ -66,9 +66,11 @@ class Keeping:
         """Remember that the point has left, once the catalog says so, to be told: see store/retain.py."""
         home.left += [] if self.leaving is None else [self.leaving]
 
-    def release(self) -> None:
+    def release(self, home: VmHome) -> None:
         """Let readers come to the point that was to leave, once it has left or stays."""
-        if self.lock is not None:
+        if self.lock is not None and self.leaving is not None:
+            with contextlib.suppress(OSError):
+                home.files.unlink(home.paths.use(self.leaving.id))
             self.lock.release()
 
 
@@ -140,7 +142,7 @@ def write_parts(
 
 def discard(home: VmHome, written: Written) -> None:
     """Remove what write_parts() wrote and nothing speaks of."""
-    written.keeping.release()
+    written.keeping.release(home)
     for part in written.parts:
         with contextlib.suppress(OSError):
             home.files.unlink(home.paths.undo(part.id))

@@ -40,7 +40,7 @@ def keep_whole(home: VmHome, transfer: TransferRow, rows: Sequence[DiskRow]) -> 
     try:
         _keep_whole(home, keeping, transfer, rows)
     finally:
-        keeping.release()
+        keeping.release(home)
 
 
 def _keep_whole(home: VmHome, keeping: Keeping, transfer: TransferRow, rows: Sequence[DiskRow]) -> None:
