@@ -159,6 +159,10 @@ class FileSystem(Protocol):
         """Rename over whatever has the target's name, at once and whole; durable after sync_directory()."""
         ...
 
+    def link(self, source: Path, target: Path) -> bool:
+        """Give a file a second name, durable as a new one; False where the file system has no such names."""
+        ...
+
     def copy_attributes(self, source: Path, target: Path) -> None:
         """Give `target` the permissions of `source`, and its owner where this process may."""
         ...
@@ -403,6 +407,16 @@ class OsFiles:
             if os.path.lexists(target) and not stat.S_ISREG(os.stat(target).st_mode):
                 raise OSError(errno.EINVAL, "not a regular file; it was not touched", os.fspath(target))
             os.replace(source, target)
+
+    def link(self, source: Path, target: Path) -> bool:
+        with _noted("link", source):
+            try:
+                os.link(source, target)
+            except OSError as error:
+                if error.errno not in {*_UNSUPPORTED, errno.EPERM, errno.EMLINK}:
+                    raise
+                return False
+        return True
 
     def copy_attributes(self, source: Path, target: Path) -> None:
         with _noted("copy attributes to", target):

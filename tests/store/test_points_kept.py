@@ -442,3 +442,14 @@ def test_zeros_take_no_room_in_a_part(root: Path) -> None:
     stored = sum(length for _, length in file.data_extents(0, file.size()))
     assert file.size() > MIB
     assert stored < MIB // 2
+
+
+def test_file_system_without_second_names_keeps_whole_disks_too(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FaultFiles, "link", lambda *_: False)
+    life = Life(root)
+    made = [str(guid(100)), life.cycle(), life.again(200), life.cycle()]
+    assert life.listed() == made
+    assert len(life.parts("whole")) == 2
+    life.check()

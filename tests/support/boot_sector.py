@@ -8,7 +8,8 @@ SECTOR_BYTES = 512
 EXIT_PORT, DONE, FAILED = 0xF4, 0x10, 0x11  # QEMU's isa-debug-exit ends with twice the number, plus 1
 _ORIGIN, _BUFFER = 0x7C00, 0x8000
 
-# [INT13] extended read and write: AH = 42h and 43h, DL = the drive that the firmware booted, DS:SI = the packet.
+# [INT13] extended read and write: AH = 42h and 43h, DL = the drive that the firmware booted, DS:SI = the
+# packet.
 _CODE = """
     31 c0       xor ax, ax
     8e d8       mov ds, ax

@@ -7,8 +7,8 @@ Run as a program it serves NBD on a Unix socket, obeys lines on stdin and answer
     status       what is tracked
     stop         a clean end
 
-Host starts that program and talks to it. The clock runs a thousand times faster than the real one, so that what
-happens "every few seconds" happens at every cut.
+Host starts that program and talks to it. The clock runs a thousand times faster than the real one, so that
+what happens "every few seconds" happens at every cut.
 """
 
 from __future__ import annotations

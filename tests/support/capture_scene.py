@@ -56,8 +56,8 @@ def fast_folder(otherwise: Path) -> Iterator[Path]:
 class Scene:
     """Two disks whose state is settled, on a file system that is fast to sync where there is one.
 
-    base: for each disk, the request number of each sector at the last cut before the recording. logs, disks: what
-    was read of contents that may come again.
+    base: for each disk, the request number of each sector at the last cut before the recording. logs, disks:
+    what was read of contents that may come again.
     """
 
     folder: Path

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from tests.support.trace import Trace
 
 _DATA_KINDS = {"write", "zero", "resize"}
-_NAME_KINDS = {"create", "rename", "unlink"}
-_BARRIERS = {"sync", "sync_directory", "rename", "note", "unlink"}
+_NAME_KINDS = {"create", "link", "rename", "unlink"}
+_BARRIERS = {"sync", "sync_directory", "link", "rename", "note", "unlink"}
 
 # (data, names) of the first subsets at every prefix; the later ones draw both. Data lost under a new name is
 # the classic mistake (rename before sync), so it stands early.
@@ -43,8 +43,8 @@ def crash_states(
     `subsets_per_prefix`. limit: at most so many worlds; the prefixes are then a sample that prefers the
     places just before and after a sync, a rename and a note. world.story says how it came about.
 
-    distinct: leave out a world with the names, contents and notes of one that was given before, which is up to half
-    of them: for whoever does not look at the times of files, and does not count worlds.
+    distinct: leave out a world with the names, contents and notes of one that was given before, which is up
+    to half of them: for whoever does not look at the times of files, and does not count worlds.
     """
     chosen = _choose_prefixes(trace.events, seed, subsets_per_prefix, limit)
     replay = _Replay(trace.start.copy())
@@ -231,10 +231,10 @@ def _groups(pending: Sequence[Event]) -> list[list[Event]]:
 
 
 def apply_to_names(names: dict[Path, int], event: Event) -> None:
-    """Take one step of names: create, rename or unlink."""
+    """Take one step of names: create, link, rename or unlink."""
     if event.kind in {"rename", "unlink"}:
         names.pop(event.path, None)
-    if event.kind == "create":
+    if event.kind in {"create", "link"}:
         names[event.path] = event.inode
     if event.target is not None:
         names[event.target] = event.inode

@@ -1,4 +1,5 @@
-"""Change single fields of VHD and VHDX files and set their checksums right again, apart from the code under test.
+"""Change single fields of VHD and VHDX files and set their checksums right again, apart from the code under
+test.
 
 Offsets are those of the specifications: VHD 1.0, and [MS-VHDX] 2.2 to 2.6.
 """

@@ -1,7 +1,8 @@
-"""A machine under live tracking, in memory: keeps a list of writes, cuts true logs, and forgets nothing it must know.
+"""A machine under live tracking, in memory: keeps a list of writes, cuts true logs, and forgets nothing it
+must know.
 
-It does what capture does in the terms of replication/live.py, and says when it was asked for what it must not be
-asked: a cut inside a cut, known tables that do not describe what the replica will hold, a settle twice.
+It does what capture does in the terms of replication/live.py, and says when it was asked for what it must not
+be asked: a cut inside a cut, known tables that do not describe what the replica will hold, a settle twice.
 """
 
 from __future__ import annotations

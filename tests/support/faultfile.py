@@ -5,7 +5,8 @@ The fault model, in words:
 - a write, zero or resize is volatile until sync() of its file returned; until then each 512-byte sector
   holds, after a power cut, any of the versions it went through, each sector on its own, and the size any of
   its sizes
-- a created, renamed or removed name is volatile until sync_directory() of its folder; until then the names of
+- a created, linked, renamed or removed name is volatile until sync_directory() of its folder; until then the
+names of
   that folder stand, after a power cut, as some prefix of those steps left them (a rename is whole or not at
   all)
 - sync() of a file does not make its name durable; sync_directory() does not make any data durable

@@ -1,8 +1,9 @@
-"""Disk images for the tests: unpacked with holes for zeros, and told apart by a digest of what the guest sees.
+"""Disk images for the tests: unpacked with holes for zeros, and told apart by a digest of what the guest
+sees.
 
-The digest, `nz4k`, is SHA-256 over every chunk of 4096 guest bytes at a multiple of 4096 that is not all zero, in
-ascending order: its offset as 8 bytes little-endian, then the chunk; the last one may be short. It does not
-depend on what is allocated, and a disk of terabytes costs no more than the data in it.
+The digest, `nz4k`, is SHA-256 over every chunk of 4096 guest bytes at a multiple of 4096 that is not all
+zero, in ascending order: its offset as 8 bytes little-endian, then the chunk; the last one may be short. It
+does not depend on what is allocated, and a disk of terabytes costs no more than the data in it.
 """
 
 from __future__ import annotations
@@ -134,8 +135,8 @@ def _held(descriptor: int) -> Iterator[Range]:
 def ranges_to_ask(data: Iterable[Range], virtual_bytes: int, seed: int = 0) -> list[Range]:
     """Return what to read through a reader that knows of no holes: all of a small disk.
 
-    Of a large one, all `data` and samples of the rest, so that a digest still is that of the whole disk if the
-    reader is right, and another one if it has data where none is in a sample.
+    Of a large one, all `data` and samples of the rest, so that a digest still is that of the whole disk if
+    the reader is right, and another one if it has data where none is in a sample.
     """
     if virtual_bytes <= _WHOLE_BYTES_MAX:
         return [(0, virtual_bytes)]

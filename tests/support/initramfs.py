@@ -75,10 +75,11 @@ def libraries(program: Path) -> list[str]:
 
 
 def modules_in_order(folder: Path, wanted: list[str]) -> Iterator[tuple[str, bytes]]:
-    """Yield name and content of the wanted modules, each after those that it needs; built-in ones are left out.
+    """Yield name and content of the wanted modules, each after those that it needs; built-in ones are left
+    out.
 
-    folder: with `modules.builtin` and the modules, compressed or not. Raises: FileNotFoundError for one that is
-    neither.
+    folder: with `modules.builtin` and the modules, compressed or not. Raises: FileNotFoundError for one that
+    is neither.
     """
     built_in = {_module_name(line) for line in (folder / "modules.builtin").read_text().split()}
     files = {_module_name(path.name): path for path in folder.glob("*.ko*")}

@@ -1,8 +1,8 @@
 """A Linux guest of a few seconds: Debian's kernel, shell and agent, a disk, and a line to tell it what to do.
 
 The guest has the disk as /dev/vda, /run in memory, and three functions beside the shell's own (see _INIT). It
-answers each line on a virtio port with what the command printed and its exit code. The agent has a port of its
-own, which QEMU offers as a Unix socket. No network, no graphics, no KVM: the same everywhere.
+answers each line on a virtio port with what the command printed and its exit code. The agent has a port of
+its own, which QEMU offers as a Unix socket. No network, no graphics, no KVM: the same everywhere.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ BOOT_TIMEOUT_S = 180
 COMMAND_TIMEOUT_S = 120
 _MODULES = ["virtio_pci", "virtio_blk", "virtio_console", "crc32c_generic", "ext4"]
 
-# fsynced SIZE_KIB NAME: write a new file of random bytes, fsync it (in ext4 its name with it), tell name and sum.
-# writing PREFIX: fsynced files without end, told in /run/fsynced, beside unsynced overwrites of one file and
-# trims; for start().
+# fsynced SIZE_KIB NAME: write a new file of random bytes, fsync it (in ext4 its name with it), tell name and
+# sum. writing PREFIX: fsynced files without end, told in /run/fsynced, beside unsynced overwrites of one file
+# and trims; for start().
 _INIT = r"""#!/bin/busybox sh
 /bin/busybox --install -s /bin
 export PATH=/bin:/sbin

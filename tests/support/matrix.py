@@ -1,7 +1,8 @@
 """Disk images made on the fly, with the truth beside them: what was written, kept apart from any reader.
 
 Every written sector says which write it came from and which sector it is, so that one in a wrong place shows.
-`QEMU_MADE` are recipes for qemu-img and qemu-io; `OURS` for our own create and write, chains of parents included.
+`QEMU_MADE` are recipes for qemu-img and qemu-io; `OURS` for our own create and write, chains of parents
+included.
 """
 
 from __future__ import annotations

@@ -403,6 +403,19 @@ class FaultFiles:
                 self._tree.names[target] = inode
                 self.record(Event("rename", source, inode, target=target))
 
+    def link(self, source: Path, target: Path) -> bool:
+        """Give a file a second name, volatile until sync_directory()."""
+        source, target = _absolute(source), _absolute(target)
+        with self.guard:
+            self._step("link", source)
+            inode = self._lookup("link", source)
+            if target in self._tree.names or target in self._tree.folders:
+                raise _os_error(errno.EEXIST, "link", target)
+            self._need_folder("link", target)
+            self._tree.names[target] = inode
+            self.record(Event("link", target, inode))
+            return True
+
     def copy_attributes(self, source: Path, target: Path) -> None:
         """Copy the permissions, which no cut loses."""
         source, target = _absolute(source), _absolute(target)

@@ -1,7 +1,8 @@
 """A minimal NBD client with many requests under way, and what a server must keep of what it was answered.
 
-Every written sector says which request wrote it and where it belongs, so that the content of a disk is an array of
-request numbers. No two requests that overlap are ever under way at once: their order would be nobody's promise.
+Every written sector says which request wrote it and where it belongs, so that the content of a disk is an
+array of request numbers. No two requests that overlap are ever under way at once: their order would be
+nobody's promise.
 """
 
 from __future__ import annotations
@@ -184,8 +185,8 @@ class Taste(NamedTuple):
 class Workload:
     """Requests drawn from a seed, over all connections of all disks of a VM, and their answers.
 
-    sectors: of each disk. hot: parts of a disk, in sectors, where most requests go. cut_steps: the client's step
-    at which each recorded cut was asked for; whoever cuts fills it.
+    sectors: of each disk. hot: parts of a disk, in sectors, where most requests go. cut_steps: the client's
+    step at which each recorded cut was asked for; whoever cuts fills it.
     """
 
     seed: int
@@ -361,7 +362,8 @@ class Workload:
 def lost(seen: NDArray[np.int64], floor: NDArray[np.int64], zeroed: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the sectors that are older than they must be, or hold what nobody wrote there.
 
-    seen: request numbers, see numbers_of(). floor: what must be there at least. zeroed: see Workload.zeroed().
+    seen: request numbers, see numbers_of(). floor: what must be there at least. zeroed: see
+    Workload.zeroed().
     """
     return np.flatnonzero((seen < 0) | np.where(seen > 0, seen < floor, (zeroed < floor) & (floor > 0)))
 

@@ -1,7 +1,8 @@
-"""Disks whose sectors each hold the number of the step that wrote them, and what a power cut may make of them.
+"""Disks whose sectors each hold the number of the step that wrote them, and what a power cut may make of
+them.
 
-The state of a disk after a step is one byte per sector, and a torn, stale or foreign sector shows at once. Zeros
-are the number 0.
+The state of a disk after a step is one byte per sector, and a torn, stale or foreign sector shows at once.
+Zeros are the number 0.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""An NBD server's transmission loop in plain Python over a bytearray: slow, simple, and what others are held to.
+"""An NBD server's transmission loop in plain Python over a bytearray: slow, simple, and what others are held
+to.
 
 One request at a time, each answered before the next is read. All rules of the protocol are here once, in the
 order in which a server has to check them.

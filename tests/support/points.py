@@ -1,7 +1,7 @@
 """Read a recovery point byte for byte, by the rule alone: the first part that covers a byte has it.
 
-Slow and plain on purpose: nothing of the product's own reader of points is used, so that it can be compared with
-this one.
+Slow and plain on purpose: nothing of the product's own reader of points is used, so that it can be compared
+with this one.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Programs that are not ours read our images and those of others, and where each of them may not be believed.
 
-A reader answers with what the guest would see, or refuses. `doubts(reader, facts)` says why an answer of it is
-no evidence for an image with such facts: then the tests do not ask, and one test shows that the doubt is still
-deserved. Everything else that a reader answers must be what we read.
+A reader answers with what the guest would see, or refuses. `doubts(reader, facts)` says why an answer of it
+is no evidence for an image with such facts: then the tests do not ask, and one test shows that the doubt is
+still deserved. Everything else that a reader answers must be what we read.
 """
 
 from __future__ import annotations

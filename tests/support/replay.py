@@ -8,8 +8,8 @@
         lay_out(world, before.roots)
         recover()
 
-The fault model is that of faultfile.py, with one addition: a sync covers what stood before its beginning and promises
-it from its end on. Folders that are made are durable at once.
+The fault model is that of faultfile.py, with one addition: a sync covers what stood before its beginning and
+promises it from its end on. Folders that are made are durable at once.
 """
 
 from __future__ import annotations

@@ -23,12 +23,12 @@ class Killed(BaseException):
 class Event:
     """One step of a trace.
 
-    kind: create write resize zero sync_begin sync sync_failed rename unlink mkdir sync_directory note.
+    kind: create write resize zero sync_begin sync sync_failed link rename unlink mkdir sync_directory note.
     inode: the file whatever its name. path: its name when it was opened; for rename the source. offset,
     length: bytes (length is the new size for resize). data: what was written. label, value: of a note. token:
-    of sync_begin (inode 0: of a folder), and of the sync or sync_directory that ends it, which covers only what
-    stands before its beginning; 0 where a sync is one step and covers all before it. time_ns: when, on the
-    clock that mtimes are made of.
+    of sync_begin (inode 0: of a folder), and of the sync or sync_directory that ends it, which covers only
+    what stands before its beginning; 0 where a sync is one step and covers all before it. time_ns: when, on
+    the clock that mtimes are made of.
     """
 
     kind: str
@@ -85,8 +85,8 @@ class Trace:
 class Fault:
     """An OSError to come: at the `at`-th (from 1) matching call, `count` times in a row, or for ever if None.
 
-    operation: open read write resize zero sync mkdir rename unlink sync_directory lock. path: a glob over the
-    whole path. written_bytes: how much of a failing write still arrives.
+    operation: open read write resize zero sync mkdir link rename unlink sync_directory lock. path: a glob
+    over the whole path. written_bytes: how much of a failing write still arrives.
     """
 
     operation: str

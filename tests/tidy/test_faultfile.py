@@ -456,3 +456,30 @@ def test_crash_distinct_leaves_out_repeated_worlds_and_no_other() -> None:
     assert len(distinct) < len(whole) / 2
     assert all(look in distinct for look in whole)
     assert all(distinct.count(look) == 1 for look in distinct)
+
+
+def test_second_name_of_a_file_is_the_same_file(any_files: tuple[FileSystem, Path]) -> None:
+    files, folder = any_files
+    first, second = folder / "first", folder / "second"
+    with contextlib.closing(files.open(first, create=True)) as file:
+        file.write(b"old", 0)
+        assert files.link(first, second)
+        with pytest.raises(FileExistsError):
+            files.link(first, second)
+        with pytest.raises(FileNotFoundError):
+            files.link(folder / "absent", folder / "third")
+        file.write(b"new", 0)
+    files.unlink(first)
+    with contextlib.closing(files.open(second)) as file:
+        assert file.read(0, 3) == b"new"
+    assert files.names(folder) == ["second"]
+
+
+def test_second_name_is_there_after_a_sync_of_its_folder_alone() -> None:
+    files = FaultFiles("/d", "/e")
+    files.load("/d/a", b"a" * 1000)
+    files.link(Path("/d/a"), Path("/e/b"))
+    found = {tuple(sorted(map(str, world.files()))) for world in at_end(files)}
+    assert found == {("/d/a",), ("/d/a", "/e/b")}
+    files.sync_directory(Path("/e"))
+    assert {tuple(sorted(map(str, world.files()))) for world in at_end(files)} == {("/d/a", "/e/b")}

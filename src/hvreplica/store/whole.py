@@ -1,10 +1,12 @@
 """Keep the disks that an initial replication replaces, where older points still need them.
 
-    disks/0.vhdx -> points/<part id>.vhdx, both folders synced -> commit the rows -> .partial -> disks/0.vhdx
+    points/<part id>.vhdx, a second name of disks/0.vhdx, folder synced -> commit the rows
+    -> 0.vhdx.partial -> disks/0.vhdx
 
-The part's id follows from the transfer, so that a cut between the rename and the row is met by the next call:
-the file is there and only its row is made. While the disk has no name of its own, the rows say nothing else
-than before; whoever reads an older point then finds its disk missing and looks at the catalog again.
+The part's id follows from the transfer, so that a cut between the name and the row is met by the next call:
+the file is there and only its row is made. At each moment an older point is read from the disk under its old
+name or as a part. Where the file system knows no second names, the disk is renamed: then it is missing for as
+long as its row is made.
 """
 
 from __future__ import annotations
@@ -112,9 +114,10 @@ def _move(home: VmHome, row: DiskRow, part_id: uuid.UUID) -> bool:
     if not files.exists(disk) or not files.exists(paths.partial_disk(row.spec.index)):
         return False
     files.make_directory(paths.points)
-    files.replace(disk, whole)
+    if not files.link(disk, whole):
+        files.replace(disk, whole)
+        files.sync_directory(paths.disks)
     files.sync_directory(paths.points)
-    files.sync_directory(paths.disks)
     return True
 
 
