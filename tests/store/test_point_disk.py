@@ -7,24 +7,26 @@ import os
 import random
 import threading
 import uuid
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hvreplica.clock import SYSTEM
 from hvreplica.errors import FormatError, NoSuchPoint, StoreError
 from hvreplica.files import OS_FILES
 from hvreplica.store.open_point import choose_point, open_point
+from hvreplica.store.point_disk import PointDisk
 from hvreplica.store.point_index import DISK, ZEROS, PointIndex
+from hvreplica.store.point_view import PointSource
+from hvreplica.store.records import DiskSpec
 from tests.store.point_world import MIB, PAGE, PointWorld, random_writes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
-
-    from hvreplica.store.point_disk import PointDisk
 
 SIZE = 6 * MIB
 
@@ -186,6 +188,37 @@ def test_reader_never_sees_a_wrong_byte_while_points_are_applied(
     assert all(counts)
 
 
+def test_read_that_a_change_comes_into_counts_not(
+    world: PointWorld, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk changes after the read has begun: its bytes are those of a newer point."""
+    point_id = world.cut({0: [(0, rng.randbytes(MIB))]})
+    with open_point(world.home, point_id) as opened:
+        disk = opened.disks[0]
+        below = disk.view._base.disk
+        real_spans, real_extents = below.read_spans, below.extents
+
+        def read_spans(spans: Any, out: Any) -> Any:
+            world.cut({0: [(0, rng.randbytes(MIB))]})
+            return real_spans(spans, out)
+
+        def extents(start: int, end: int) -> Any:
+            world.cut({0: [(0, bytes(2 * MIB))]})
+            return real_extents(start, end)
+
+        monkeypatch.setattr(below, "read_spans", read_spans)
+        monkeypatch.setattr(below, "extents", extents)
+        assert disk.view.extents(0, SIZE) is None
+        disk.renewed(disk.view)
+        below = disk.view._base.disk
+        real_spans = below.read_spans
+        monkeypatch.setattr(below, "read_spans", read_spans)
+        data = bytearray(2 * MIB)
+        disk.read_into(data, 0)
+        assert data == world.points[point_id][0][: 2 * MIB]
+        assert disk.extents(0, SIZE).tolist() == [[0, MIB]]
+
+
 def test_read_that_a_change_comes_into_is_repeated(world: PointWorld, rng: random.Random) -> None:
     """The disk's file is read, and only then the counter: what was read of a newer point does not count."""
     point_id = world.cut({0: [(0, rng.randbytes(MIB))]})
@@ -290,6 +323,24 @@ def test_held_point_is_locked_for_who_would_drop_it(world: PointWorld) -> None:
     with open_point(world.home, point_id), open_point(world.home, point_id), pytest.raises(StoreError):
         OS_FILES.lock(use)
     OS_FILES.lock(use).release()
+
+
+def test_what_no_file_has_any_more_is_zeros(world: PointWorld) -> None:
+    """A point whose disk is longer than what the walk ends in, with no part for the rest."""
+    source = PointSource(
+        files=OS_FILES,
+        clock=SYSTEM,
+        disk_path=world.home.paths.disk(3),
+        virtual_bytes=2 * MIB + 512,
+        walk=list,
+        watch=None,
+    )
+    disk = PointDisk(source, world.root, point_id=world.ids[0], spec=DiskSpec(3, MIB))
+    for read in (disk.read_into, disk.under().read_into):
+        data = bytearray(b"x" * (MIB + 1024))
+        read(data, MIB - 512)
+        assert not any(data)
+    assert not len(disk.extents(0, disk.virtual_bytes))
 
 
 def test_disk_of_a_point_is_for_reading(world: PointWorld) -> None:

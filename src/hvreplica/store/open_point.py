@@ -154,6 +154,9 @@ def _hold(home: VmHome, which: uuid.UUID | str, stack: contextlib.ExitStack) -> 
                 raise
             threading.Event().wait(_PAUSE_S)  # it is being dropped, or was going to be
             continue
+        if left and not home.files.exists(home.paths.use(point.id)):
+            lock.release()  # whoever let the point go removed the file: the lock keeps nobody away
+            continue
         stack.callback(lock.release)
         return _require_complete(home, home.catalog.points(home.vm_id), point.id)
     raise AssertionError("the last try returns or raises")

@@ -142,6 +142,9 @@ class PointView:
         Returns False where the disk's file was needed and is being changed: `out` is undefined then.
         """
         pieces, numbers = self._tiles.split(spans)
+        needs_disk = bool((numbers == DISK).any())
+        if needs_disk and self.is_stale():
+            return False
         for number in np.unique(numbers).tolist():
             rows = pieces[numbers == number]
             if number == DISK:
@@ -151,10 +154,12 @@ class PointView:
                 native.read_pieces(self._base.file, wanted, out)
             else:
                 native.read_pieces(self.parts[number].file, rows[:, [3, 1, 2]], out)
-        return not (self.is_stale() and (numbers == DISK).any())
+        return not (needs_disk and self.is_stale())
 
     def extents(self, start: int, end: int) -> NDArray[np.int64] | None:
         """Return what may hold data between `start` and `end`; None where the disk is being changed."""
+        if self.is_stale():
+            return None
         found = self._tiles.held(self._base.disk.extents(start, end), start, end)
         return None if self.is_stale() else found
 
