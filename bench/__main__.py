@@ -1,7 +1,8 @@
 """`python -m bench [--smoke] [NAME ...]`: run the benchmarks, print the figures, keep them as JSON.
 
 Names: initial, delta, fill, memory, disk_io, convert, check, capture, continuous, recovery,
-kernels, transport. All but the last two measure whole commands, or the Python API against whole programs.
+points, kernels, transport. All but the last two measure whole commands, or the Python API against whole
+programs.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ END_TO_END = (
     "capture",
     "continuous",
     "recovery",
+    "points",
 )
 MICRO = {"kernels": ("--smoke",), "transport": ("--mib", "4", "--rounds", "1")}  # with their smoke options
 

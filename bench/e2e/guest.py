@@ -21,7 +21,7 @@ PROGRAM = [sys.executable, "-m", "hvreplica"]
 _START_S = 60.0
 _REQUEST = struct.Struct(">IHHQQI")
 _REPLY = struct.Struct(">IIQ")
-_WRITE, _DISC = 1, 2
+_READ, _WRITE, _DISC = 0, 1, 2
 
 
 class CaptureProcess:
@@ -66,7 +66,7 @@ class CaptureProcess:
 
 
 class Client:
-    """One connection to the export "0": writes one at a time, each acknowledged on return."""
+    """One connection to the export "0": one request at a time, each answered on return."""
 
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -83,6 +83,13 @@ class Client:
         self._socket.sendall(request + data)
         magic, error, cookie = _REPLY.unpack(self._receive(16))
         assert (magic, error, cookie) == (0x67446698, 0, self._cookie)
+
+    def read(self, disk_offset: int, length: int) -> bytes:
+        self._cookie += 1
+        self._socket.sendall(_REQUEST.pack(0x25609513, 0, _READ, self._cookie, disk_offset, length))
+        magic, error, cookie = _REPLY.unpack(self._receive(16))
+        assert (magic, error, cookie) == (0x67446698, 0, self._cookie)
+        return self._receive(length)
 
     def close(self) -> None:
         self._socket.sendall(_REQUEST.pack(0x25609513, 0, _DISC, 0, 0, 0))
