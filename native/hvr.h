@@ -55,6 +55,15 @@ int hvr_byte_sums(int variant, const uint8_t *buf, size_t length, const uint64_t
 int hvr_fingerprints(int variant, const uint8_t *buf, size_t length, size_t block_bytes, uint8_t *digests,
                      size_t count);
 
+/* Add to sums[0] and sums[1] what each page of buf counts, modulo 2^64. A page has HVR_PAGE_BYTES; the first one
+ * is page `first_page` of its disk, the last may be short and is taken as if zeros followed. A page of zeros
+ * counts nothing, any other mix(low + page * P1) and mix(high + page * P2), modulo 2^64, where (low, high) are
+ * the halves of its XXH3-128 (seed 0, default secret), P1 = 0x9E3779B185EBCA87, P2 = 0xC2B2AE3D27D4EB4F, and
+ * mix(x) is the last step of XXH64: x ^= x >> 33; x *= P2; x ^= x >> 29; x *= 0x165667B19E3779F9; x ^ x >> 32.
+ * Kept in catalogs: set in stone. */
+enum { HVR_PAGE_BYTES = 4096 };
+void hvr_page_digest(int variant, const uint8_t *buf, size_t length, uint64_t first_page, uint64_t *sums);
+
 /* ---- content ---- */
 
 /* Return how many bytes at the start of buf are 0; `length` where all are. */

@@ -1,5 +1,5 @@
 /* XXH3 with 128 bits, seed 0 and the default secret, from the algorithm's public description; the long loop
- * is a kernel. */
+ * is a kernel. And what is made of it: the fingerprints of blocks, the digest of a disk's pages. */
 #include "kernels.h"
 
 #define PRIME32_2 0x85EBCA77u
@@ -191,6 +191,11 @@ static struct half_pair hash_of(const struct hvr_kernels *kernels, const uint8_t
     return (struct half_pair){avalanche_xxh64(key64(64) ^ key64(72)), avalanche_xxh64(key64(80) ^ key64(88))};
 }
 
+static int is_zero(const struct hvr_kernels *kernels, const uint8_t *buf, size_t length)
+{
+    return kernels->zero_prefix(buf, length) == length;
+}
+
 static void digest_of(const struct hvr_kernels *kernels, const uint8_t *buf, size_t length, uint8_t *digest)
 {
     struct half_pair hash = hash_of(kernels, buf, length);
@@ -208,11 +213,35 @@ int hvr_fingerprints(int variant, const uint8_t *buf, size_t length, size_t bloc
     for (size_t block = 0; block < count; block += 1) {
         const uint8_t *start = buf + block * block_bytes;
         size_t size = smaller(block_bytes, length - block * block_bytes);
-        if (kernels->zero_prefix(start, size) == size) {
+        if (is_zero(kernels, start, size)) {
             memset(digests + 16 * block, 0, 16);
         } else {
             digest_of(kernels, start, size, digests + 16 * block);
         }
     }
     return HVR_OK;
+}
+
+static void add_page(const struct hvr_kernels *kernels, const uint8_t *buf, uint64_t page, uint64_t *sums)
+{
+    struct half_pair hash = hash_long(kernels, buf, HVR_PAGE_BYTES);
+    sums[0] += avalanche_xxh64(hash.low + page * PRIME64_1);
+    sums[1] += avalanche_xxh64(hash.high + page * PRIME64_2);
+}
+
+void hvr_page_digest(int variant, const uint8_t *buf, size_t length, uint64_t first_page, uint64_t *sums)
+{
+    const struct hvr_kernels *kernels = hvr_kernels_of(variant);
+    size_t count = length / HVR_PAGE_BYTES;
+    for (size_t page = 0; page < count; page += 1) {
+        if (!is_zero(kernels, buf + page * HVR_PAGE_BYTES, HVR_PAGE_BYTES)) {
+            add_page(kernels, buf + page * HVR_PAGE_BYTES, first_page + page, sums);
+        }
+    }
+    size_t rest = length % HVR_PAGE_BYTES;
+    if (rest > 0 && !is_zero(kernels, buf + length - rest, rest)) {
+        uint8_t last[HVR_PAGE_BYTES] = {0};
+        memcpy(last, buf + length - rest, rest);
+        add_page(kernels, last, first_page + count, sums);
+    }
 }

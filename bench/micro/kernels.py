@@ -159,6 +159,10 @@ def byte_cases(size: Size, rng: np.random.Generator) -> tuple[np.ndarray, list[C
             for index in range(len(rows))
         )
 
+    def sums_are_right(sums: tuple[int, int]) -> bool:
+        small = native.page_digest(part, 5) == reference.page_digest(part, 5)
+        return small and sums == scalar.page_digest(noise, 5)
+
     total = int(noise.sum(dtype=np.uint64)) % (1 << 32)
     return noise, [
         Case("crc32c", lambda: native.crc32c(noise), crc_is_right, count, GOAL),
@@ -182,6 +186,7 @@ def byte_cases(size: Size, rng: np.random.Generator) -> tuple[np.ndarray, list[C
             GOAL,
         ),
         Case("fingerprints of 64 KiB", lambda: native.fingerprints(noise, block), digests_are_right, count),
+        Case("page digest", lambda: native.page_digest(noise, 5), sums_are_right, count),
     ]
 
 

@@ -53,6 +53,7 @@ def check(kernels: Kernels, first: np.ndarray, second: np.ndarray) -> None:
     kernels.bitmap_merge(first, second)
     kernels.data_runs(first, 64)
     kernels.changed_runs(first, second, 64)
+    assert kernels.page_digest(first, 7) == reference.page_digest(data, 7)
     if data.strip(b"\0"):
         assert kernels.fingerprints(first, len(first)).tobytes() == xxhash.xxh3_128_digest(data)
     zeros = np.zeros_like(first)

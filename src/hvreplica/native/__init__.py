@@ -12,10 +12,11 @@ from hvreplica.native.entries import pack_hrl_entries, parse_hrl_entries
 from hvreplica.native.extents import coalesce, copy_extents, read_extents, read_pieces, write_extents
 from hvreplica.native.kernels import KERNELS
 from hvreplica.native.library import available_variants, kernel_variant
-from hvreplica.native.tables import HRL_ENTRY, BadEntry, BlockAbsent, BlockMap
+from hvreplica.native.tables import HRL_ENTRY, PAGE_BYTES, BadEntry, BlockAbsent, BlockMap
 
 __all__ = [
     "HRL_ENTRY",
+    "PAGE_BYTES",
     "BadEntry",
     "BatFault",
     "BatRules",
@@ -40,6 +41,7 @@ __all__ = [
     "is_zero",
     "kernel_variant",
     "pack_hrl_entries",
+    "page_digest",
     "parse_hrl_entries",
     "read_extents",
     "read_pieces",
@@ -54,6 +56,7 @@ data_runs = KERNELS.data_runs
 first_difference = KERNELS.first_difference
 changed_runs = KERNELS.changed_runs
 fingerprints = KERNELS.fingerprints
+page_digest = KERNELS.page_digest
 bitmap_set = KERNELS.bitmap_set
 bitmap_clear = KERNELS.bitmap_clear
 bitmap_runs = KERNELS.bitmap_runs

@@ -133,6 +133,18 @@ class Kernels:
         lib.hvr_fingerprints(self._variant, view, len(view), block_bytes, writable_octets(target), count)
         return target
 
+    def page_digest(self, buffer: Octets, first_page: int) -> tuple[int, int]:
+        """Return the two sums, modulo 2**64, of what the 4096-byte pages in `buffer` count at their place.
+
+        first_page: number on its disk of the page that begins the buffer. The last page may be short and is
+        taken as if zeros followed; a page of zeros counts nothing. So the sums of a disk are those of its
+        parts, and do not depend on its size. Raises: OverflowError beyond 64 bits.
+        """
+        view = octets(buffer)
+        sums = ffi.new("uint64_t[2]")
+        lib.hvr_page_digest(self._variant, view, len(view), first_page, sums)
+        return int(sums[0]), int(sums[1])
+
     def bitmap_set(self, bitmap: Octets, first: int, count: int) -> None:
         """Set bits [first, first + count), least significant first. Raises: IndexError if one is outside."""
         _change_bits(bitmap, first, count, 1)

@@ -20,6 +20,7 @@ from hvreplica.native.tables import (
     HRL_ENTRY_BYTES,
     HRL_META_OPERATION_WRITE,
     HRL_METADATA_HEADER_BYTES,
+    PAGE_BYTES,
     Array,
     BadEntry,
     BlockAbsent,
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
     from hvreplica.native.tables import Octets
 
 _CRC32C_POLYNOMIAL = 0x82F63B78  # Castagnoli, reflected; RFC 3720 12.1
+_U64_MAX = (1 << 64) - 1
+_PRIME64_1 = 0x9E3779B185EBCA87  # of XXH64
+_PRIME64_2 = 0xC2B2AE3D27D4EB4F
+_PRIME64_3 = 0x165667B19E3779F9
 _WINDOW_BYTES = 1 << 20
 _PACKED_ENTRY = np.dtype(
     [
@@ -172,6 +177,32 @@ def fingerprints(buffer: Octets, block_bytes: int, out: Array | None = None) -> 
         digest = bytes(16) if is_zero(block) else xxhash.xxh3_128_digest(block)
         target[index] = np.frombuffer(digest, np.uint8)
     return target
+
+
+def _mix(word: int) -> int:
+    """Return the last step of XXH64 over 64 bits."""
+    word ^= word >> 33
+    word = word * _PRIME64_2 & _U64_MAX
+    word ^= word >> 29
+    word = word * _PRIME64_3 & _U64_MAX
+    return word ^ (word >> 32)
+
+
+def page_digest(buffer: Octets, first_page: int) -> tuple[int, int]:
+    """See hvreplica.native.page_digest."""
+    view = view_of(buffer)
+    if not 0 <= first_page <= _U64_MAX:
+        message = f"a page has a number of 64 bits, not {first_page}"
+        raise OverflowError(message)
+    low = high = 0
+    for at in range(0, len(view), PAGE_BYTES):
+        page = bytes(view[at : at + PAGE_BYTES]).ljust(PAGE_BYTES, b"\0")
+        if any(page):
+            number = first_page + at // PAGE_BYTES
+            high_half, low_half = divmod(xxhash.xxh3_128_intdigest(page), 1 << 64)
+            low += _mix((low_half + number * _PRIME64_1) & _U64_MAX)
+            high += _mix((high_half + number * _PRIME64_2) & _U64_MAX)
+    return low & _U64_MAX, high & _U64_MAX
 
 
 def _bits(bitmap: Octets) -> Array:

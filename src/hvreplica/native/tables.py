@@ -22,6 +22,8 @@ HRL_ENTRY_BYTES = 32  # [MS-HRL] 2.4
 HRL_METADATA_HEADER_BYTES = 32  # [MS-HRL] 2.3
 HRL_META_OPERATION_WRITE = 1  # [MS-HRL] 2.4: "Only write operation (value:1) is supported"
 
+PAGE_BYTES = 4096  # what page_digest() takes as one
+
 # Aligned to 32 bytes per row, so that numpy reads every field with one load.
 HRL_ENTRY = np.dtype(
     [
