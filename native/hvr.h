@@ -64,6 +64,12 @@ int hvr_fingerprints(int variant, const uint8_t *buf, size_t length, size_t bloc
 enum { HVR_PAGE_BYTES = 4096 };
 void hvr_page_digest(int variant, const uint8_t *buf, size_t length, uint64_t first_page, uint64_t *sums);
 
+/* Add to the sums what the pages of the extents count, whose bytes stand in buf one after another. A short last
+ * page of an extent is taken as if zeros followed. HVR_LENGTH unless the extents add up to `length`;
+ * HVR_OUT_OF_RANGE where one does not begin with a page. The sums are then undefined. */
+int hvr_extents_digest(int variant, const uint8_t *buf, size_t length, const uint64_t *extents, size_t count,
+                       uint64_t *sums);
+
 /* ---- content ---- */
 
 /* Return how many bytes at the start of buf are 0; `length` where all are. */

@@ -245,3 +245,22 @@ void hvr_page_digest(int variant, const uint8_t *buf, size_t length, uint64_t fi
         add_page(kernels, last, first_page + count, sums);
     }
 }
+
+int hvr_extents_digest(int variant, const uint8_t *buf, size_t length, const uint64_t *extents, size_t count,
+                       uint64_t *sums)
+{
+    size_t done = 0;
+    for (size_t row = 0; row < count; row += 1) {
+        uint64_t disk_offset = extents[2 * row];
+        uint64_t extent_bytes = extents[2 * row + 1];
+        if (disk_offset % HVR_PAGE_BYTES != 0) {
+            return HVR_OUT_OF_RANGE;
+        }
+        if (extent_bytes > length - done) {
+            return HVR_LENGTH;
+        }
+        hvr_page_digest(variant, buf + done, (size_t)extent_bytes, disk_offset / HVR_PAGE_BYTES, sums);
+        done += (size_t)extent_bytes;
+    }
+    return done == length ? HVR_OK : HVR_LENGTH;
+}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import xxhash
 from hypothesis import HealthCheck, given, settings
@@ -120,6 +121,36 @@ def test_random_changes_are_seen(rng: random.Random) -> None:
         if disk != saved:
             assert native.page_digest(disk, 0) != before
         disk[:] = saved
+
+
+@per_variant
+@given(data=pages, numbers=st.sets(st.integers(0, 1 << 40), min_size=4, max_size=4), cut=st.integers(0, 4096))
+def test_extents_count_what_their_pages_do(
+    kernels: Kernels, data: bytes, numbers: set[int], cut: int
+) -> None:
+    lengths = [2 * PAGE_BYTES, 0, PAGE_BYTES, max(len(data) - 3 * PAGE_BYTES - cut, 0)]
+    data = data[: sum(lengths)].ljust(sum(lengths), b"\7")
+    extents = np.array([[n * PAGE_BYTES, length] for n, length in zip(numbers, lengths, strict=True)])
+    expected, at = (0, 0), 0
+    for offset, length in extents.tolist():
+        expected = total(expected, kernels.page_digest(data[at : at + length], offset // PAGE_BYTES))
+        at += length
+    assert kernels.extents_digest(data, extents) == expected == reference.extents_digest(data, extents)
+
+
+@pytest.mark.parametrize(
+    ("extents", "reason"),
+    [
+        ([[0, 4096]], "add up"),
+        ([[0, 4096], [8192, 4096], [16384, 1]], "add up"),
+        ([[0, 1 << 62], [0, 1 << 62]], "add up"),
+        ([[0, 4096], [512, 4096]], "begin with a page"),
+    ],
+)
+def test_extents_that_do_not_fit_are_refused(kernels: Kernels, extents: list[list[int]], reason: str) -> None:
+    for side in (kernels, reference):
+        with pytest.raises(ValueError, match=reason):
+            side.extents_digest(bytes(8192), np.array(extents))
 
 
 @pytest.mark.parametrize("number", [-1, U64])

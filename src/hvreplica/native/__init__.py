@@ -36,6 +36,7 @@ __all__ = [
     "copy_extents",
     "crc32c",
     "data_runs",
+    "extents_digest",
     "fingerprints",
     "first_difference",
     "is_zero",
@@ -57,6 +58,7 @@ first_difference = KERNELS.first_difference
 changed_runs = KERNELS.changed_runs
 fingerprints = KERNELS.fingerprints
 page_digest = KERNELS.page_digest
+extents_digest = KERNELS.extents_digest
 bitmap_set = KERNELS.bitmap_set
 bitmap_clear = KERNELS.bitmap_clear
 bitmap_runs = KERNELS.bitmap_runs

@@ -22,7 +22,7 @@ from hvreplica.native.library import (
     writable_i64s,
     writable_octets,
 )
-from hvreplica.native.tables import Array, checked_column
+from hvreplica.native.tables import PAGE_BYTES, Array, checked_column, checked_extents
 
 if TYPE_CHECKING:
     from hvreplica.native.tables import Octets
@@ -143,6 +143,24 @@ class Kernels:
         view = octets(buffer)
         sums = ffi.new("uint64_t[2]")
         lib.hvr_page_digest(self._variant, view, len(view), first_page, sums)
+        return int(sums[0]), int(sums[1])
+
+    def extents_digest(self, buffer: Octets, extents: Array) -> tuple[int, int]:
+        """Return page_digest() of what the extents hold: their bytes, one after another, in `buffer`.
+
+        A short last page of an extent is taken as if zeros followed. Raises: ValueError unless the extents
+        begin with a page and add up to the length of the buffer.
+        """
+        view, rows = octets(buffer), checked_extents(extents)
+        sums = ffi.new("uint64_t[2]")
+        status = lib.hvr_extents_digest(self._variant, view, len(view), u64s(rows), len(rows), sums)
+        if status != lib.HVR_OK:
+            message = (
+                f"an extent does not begin with a page of {PAGE_BYTES} bytes"
+                if status == lib.HVR_OUT_OF_RANGE
+                else f"the extents do not add up to the {len(view)} bytes of the buffer"
+            )
+            raise ValueError(message)
         return int(sums[0]), int(sums[1])
 
     def bitmap_set(self, bitmap: Octets, first: int, count: int) -> None:

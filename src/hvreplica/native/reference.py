@@ -205,6 +205,20 @@ def page_digest(buffer: Octets, first_page: int) -> tuple[int, int]:
     return low & _U64_MAX, high & _U64_MAX
 
 
+def extents_digest(buffer: Octets, extents: Array) -> tuple[int, int]:
+    """See hvreplica.native.extents_digest."""
+    view = view_of(buffer)
+    _check_length(extents, len(view))
+    low = high = at = 0
+    for disk_offset, length in checked_extents(extents).tolist():
+        if disk_offset % PAGE_BYTES:
+            message = f"an extent does not begin with a page of {PAGE_BYTES} bytes"
+            raise ValueError(message)
+        sums = page_digest(view[at : at + length], disk_offset // PAGE_BYTES)
+        low, high, at = low + sums[0], high + sums[1], at + length
+    return low & _U64_MAX, high & _U64_MAX
+
+
 def _bits(bitmap: Octets) -> Array:
     return np.unpackbits(_bytes_of(bitmap), bitorder="little")
 
