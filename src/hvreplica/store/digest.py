@@ -1,0 +1,171 @@
+"""The digest of what a disk holds: one number for all of it, that follows each change of a part.
+
+    digest(disk) = the sum, in two words of 64 bits, of mix(XXH3-128 of a page, its number) over all pages
+
+A sum knows no order: a disk can be read in any pieces, and what a change does to the digest is the sum of the
+new pages it touched less that of the old ones. A page has 4 KiB. Pages of zeros count nothing and a short
+last page counts as if zeros followed, so the digest does not depend on the size of the disk. It finds damage;
+it does not prove anything against someone who chooses what to write.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from hvreplica import native
+from hvreplica.errors import FieldOutOfRange
+from hvreplica.native import PAGE_BYTES
+from hvreplica.units import align_down, align_up
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+    from numpy.typing import NDArray
+    from typing_extensions import Buffer
+
+_WORD = 1 << 64
+_TEXT = re.compile("[0-9a-f]{32}")
+_WINDOW_BYTES = 4 << 20  # read at a time
+_SEARCH_BYTES = 4 << 30  # of the disk, for each look at where data is
+
+
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """A sum over pages, or the difference of two. Digest() is that of zeros."""
+
+    low: int = 0
+    high: int = 0
+
+    def __add__(self, other: Digest) -> Digest:
+        return Digest((self.low + other.low) % _WORD, (self.high + other.high) % _WORD)
+
+    def __sub__(self, other: Digest) -> Digest:
+        return Digest((self.low - other.low) % _WORD, (self.high - other.high) % _WORD)
+
+    def __neg__(self) -> Digest:
+        return Digest() - self
+
+    def __bool__(self) -> bool:
+        return bool(self.low or self.high)
+
+    def hex(self) -> str:
+        """Return 32 hexadecimal digits, the high word first."""
+        return f"{self.high:016x}{self.low:016x}"
+
+    @classmethod
+    def of_hex(cls, text: str) -> Digest:
+        """Return what hex() gave. Raises: FieldOutOfRange."""
+        if not _TEXT.fullmatch(text):
+            raise FieldOutOfRange(
+                "this is no digest", field="digest", expected="32 hexadecimal digits", actual=text[:64]
+            )
+        return cls(int(text[16:], 16), int(text[:16], 16))
+
+    @classmethod
+    def of_extents(cls, data: Buffer, extents: NDArray[Any]) -> Digest:
+        """Return that of extents whose bytes are in `data`, one after another; each begins with a page."""
+        return cls(*native.extents_digest(data, extents))
+
+
+class Readable(Protocol):
+    """What is needed of a disk here."""
+
+    @property
+    def virtual_bytes(self) -> int:
+        """The guest's size of the disk."""
+        ...
+
+    def read_extents(self, extents: NDArray[Any], out: Buffer) -> None:
+        """Fill `out` with the extents' bytes, one after the other."""
+        ...
+
+    def extents(self, start: int, end: int) -> NDArray[Any]:
+        """Return the ranges that may hold data, sorted and disjoint."""
+        ...
+
+
+class DigestReader:
+    """Reads parts of one disk for their digest; its window is used again and again. One thread at a time."""
+
+    def __init__(self, disk: Readable) -> None:
+        self._disk = disk
+        self._window = np.empty(0, np.uint8)
+
+    def of_extents(self, extents: NDArray[Any]) -> Digest:
+        """Return that of all pages that the extents touch, each counted once.
+
+        extents: (disk_offset, length), sorted and disjoint; what lies beyond the end of the disk counts as
+        zeros.
+        """
+        total = Digest()
+        for part in _windows(pages_of(extents, self._disk.virtual_bytes)):
+            total += self._read(part)
+        return total
+
+    def of_range(self, start: int, end: int) -> Digest:
+        """Return that of the pages that [start, end) touches; reads only where data may be."""
+        total = Digest()
+        stop = min(align_up(end, PAGE_BYTES), self._disk.virtual_bytes)
+        position = align_down(start, PAGE_BYTES)
+        while position < stop:
+            piece_end = min(position + _SEARCH_BYTES, stop)
+            for part in _windows(self._pages_with_data(position, piece_end)):
+                total += self._read(part)
+            position = piece_end
+        return total
+
+    def _pages_with_data(self, start: int, end: int) -> NDArray[np.int64]:
+        """Return the pages of [start, end), where a page begins, that may hold data."""
+        return pages_of(self._disk.extents(start, end), end)
+
+    def _read(self, extents: NDArray[np.int64]) -> Digest:
+        length = int(extents[:, 1].sum())
+        if len(self._window) < length:
+            self._window = np.empty(max(length, _WINDOW_BYTES), np.uint8)
+        view = self._window[:length]
+        self._disk.read_extents(extents, view.data)
+        return Digest.of_extents(view.data, extents)
+
+
+def digest_of(disk: Readable) -> Digest:
+    """Return the digest of a whole disk; reads all of it that may hold data."""
+    return DigestReader(disk).of_range(0, disk.virtual_bytes)
+
+
+def pages_of(extents: NDArray[Any], disk_bytes: int) -> NDArray[np.int64]:
+    """Return sorted extents made whole pages, joined where they touch, and cut where the disk ends."""
+    rows = np.asarray(extents).astype(np.int64).reshape(-1, 2)
+    # By its page: a range that a shorter disk no longer has may begin in a page that it has.
+    starts = rows[:, 0] // PAGE_BYTES * PAGE_BYTES
+    is_inside = (rows[:, 1] > 0) & (starts < disk_bytes)
+    rows, starts = rows[is_inside], starts[is_inside]
+    if not len(rows):
+        return np.empty((0, 2), np.int64)
+    ends = np.minimum(-(-(rows[:, 0] + rows[:, 1]) // PAGE_BYTES) * PAGE_BYTES, disk_bytes)
+    reached = np.maximum.accumulate(ends)
+    breaks = np.flatnonzero(starts[1:] > reached[:-1]) + 1
+    firsts = starts[np.concatenate(([0], breaks))]
+    lasts = reached[np.concatenate((breaks - 1, [len(reached) - 1]))]
+    return np.stack((firsts, lasts - firsts), axis=1)
+
+
+def _windows(extents: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """Yield the extents in parts of at most _WINDOW_BYTES together, long ones cut at pages."""
+    part: list[tuple[int, int]] = []
+    filled = 0
+    for start, length in extents.tolist():
+        position, left = start, length
+        while left:
+            take = min(left, _WINDOW_BYTES - filled)
+            part.append((position, take))
+            position, left, filled = position + take, left - take, filled + take
+            if filled == _WINDOW_BYTES:
+                yield np.array(part, np.int64)
+                part, filled = [], 0
+    if part:
+        yield np.array(part, np.int64)
