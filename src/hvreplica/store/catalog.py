@@ -13,6 +13,7 @@ import uuid
 from typing import Any
 
 from hvreplica.store.records import NIL, DiskRow, DiskSpec, LogSpec, Owner, PointRow, TransferRow, VmRow
+from hvreplica.store.scan_rows import ScanRows
 from hvreplica.store.undo_rows import UndoRows
 
 _SELECT_VM = (
@@ -24,7 +25,7 @@ _SELECT_POINT = (
 )
 
 
-class Catalog(UndoRows):
+class Catalog(UndoRows, ScanRows):
     """The open catalog; close() when done."""
 
     # VMs, owners, disks

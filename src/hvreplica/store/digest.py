@@ -72,6 +72,9 @@ class Digest:
         return cls(*native.extents_digest(data, extents))
 
 
+NO_DIGEST = Digest()  # of zeros, and of no pages
+
+
 class Readable(Protocol):
     """What is needed of a disk here."""
 
@@ -118,6 +121,23 @@ class DigestReader:
                 total += self._read(part)
             position = piece_end
         return total
+
+    def of_some(self, start: int, bytes_max: int) -> tuple[Digest, int, int]:
+        """Return the digest of some pages from `start` on, where they end, and how many bytes were read.
+
+        start: of a page. Reads up to `bytes_max`, at least a window, or to the end of the disk; holes are
+        passed for nothing.
+        """
+        total, done_bytes, position = Digest(), 0, start
+        while position < self._disk.virtual_bytes:
+            end = min(position + _SEARCH_BYTES, self._disk.virtual_bytes)
+            for part in _windows(self._pages_with_data(position, end)):
+                total += self._read(part)
+                done_bytes += int(part[:, 1].sum())
+                if done_bytes >= bytes_max:
+                    return total, int(part[-1].sum()), done_bytes
+            position = end
+        return total, position, done_bytes
 
     def _pages_with_data(self, start: int, end: int) -> NDArray[np.int64]:
         """Return the pages of [start, end), where a page begins, that may hold data."""

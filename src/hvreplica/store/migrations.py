@@ -114,6 +114,17 @@ _KEPT_LOG_3 = """CREATE TABLE kept_log (
     kept_until_s REAL NOT NULL,
     PRIMARY KEY (vm_id, log_id)
 )"""
+_SCAN_3 = """CREATE TABLE scan (
+    vm_id INTEGER NOT NULL REFERENCES vm (id) ON DELETE CASCADE,
+    disk_index INTEGER NOT NULL,
+    position INTEGER NOT NULL CHECK (position >= 0),
+    digest TEXT NOT NULL,
+    started_s REAL,
+    ended_s REAL,
+    drift TEXT,
+    damage TEXT,
+    PRIMARY KEY (vm_id, disk_index)
+)"""
 
 # From the version that is the key to the next one.
 MIGRATIONS = {
@@ -160,5 +171,6 @@ MIGRATIONS = {
         "DROP TABLE transfer_2",
         _UNDO_3,
         _KEPT_LOG_3,
+        _SCAN_3,
     ),
 }

@@ -132,4 +132,15 @@ CREATE TABLE kept_log (
     kept_until_s REAL NOT NULL,
     PRIMARY KEY (vm_id, log_id)
 );
+CREATE TABLE scan (
+    vm_id INTEGER NOT NULL REFERENCES vm (id) ON DELETE CASCADE,
+    disk_index INTEGER NOT NULL,
+    position INTEGER NOT NULL CHECK (position >= 0),
+    digest TEXT NOT NULL,
+    started_s REAL,
+    ended_s REAL,
+    drift TEXT,
+    damage TEXT,
+    PRIMARY KEY (vm_id, disk_index)
+);
 """
