@@ -25,6 +25,7 @@ from hvreplica.errors import ReplicaDiverged
 from hvreplica.hrl import apply_log, verify_log
 from hvreplica.store.check import file_length, require_sound
 from hvreplica.store.counter import Counter
+from hvreplica.store.follow import begin_anew, holds, measure, pass_on_damage, put_in, take_out
 from hvreplica.store.records import NIL, DiskRow, PointRow
 from hvreplica.store.resize import fit_disk
 from hvreplica.store.room import room
@@ -101,16 +102,20 @@ def _rename_disks(home: VmHome, transfer: TransferRow) -> bool:
             home.files.replace(partial, home.paths.disk(row.spec.index))
     home.files.sync_directory(home.paths.disks)
     states = [dataclasses.replace(_look(home, row, NIL), base_id=transfer.point_id) for row in rows]
+    digests, home.arrived_digests = home.arrived_digests, {}
     if transfer.kind == "join":
         with catalog.transaction():
             for state in states:
                 catalog.set_disk_state(vm_id, state)
+                begin_anew(home, state.spec.index, digests.get(state.spec.index))
             catalog.delete_transfers(vm_id, "join")
         return False
     with catalog.transaction():
         for point in _waiting(home):
             catalog.delete_logs(vm_id, point.id)
         catalog.insert_point(vm_id, _initial_point(home, transfer, states))
+        for state in states:
+            begin_anew(home, state.spec.index, digests.get(state.spec.index))
         _complete(home, transfer.point_id, states, "complete" if transfer.consistent else "base")
         catalog.end_transfer(vm_id, "initial")
     _remove_logs(home, old_logs)
@@ -153,14 +158,7 @@ def _apply_point(home: VmHome, point: PointRow, progress: ProgressCallback | Non
     if point.state == "spooled":
         for row in rows:
             _require_undisturbed(home, row)
-        written = write_parts(home, point, rows, sizes, logs)
-        try:
-            with catalog.transaction():
-                record(home, written)
-                catalog.set_point_state(vm_id, point.id, "applying")
-            written.keeping.note(home)
-        finally:
-            written.keeping.release(home)
+        _begin(home, point, rows, sizes, logs)
     _count_change(home)
     states = [
         _apply_to_disk(
@@ -172,11 +170,34 @@ def _apply_point(home: VmHome, point: PointRow, progress: ProgressCallback | Non
         )
         for row in rows
     ]
+    touched = measure(home, rows, sizes, logs)
     with catalog.transaction():
+        put_in(home, touched)
         _complete(home, point.id, states, "complete")
+        pass_on_damage(home, point.id)
         catalog.delete_logs(vm_id, point.id)
     _remove_logs(home, logs)
     return point.id
+
+
+def _begin(
+    home: VmHome, point: PointRow, rows: list[DiskRow], sizes: dict[int, int], logs: list[LogSpec]
+) -> None:
+    """Write down what older points need, and begin the change; durable on return."""
+    written = write_parts(home, point, rows, sizes, logs)
+    is_begun = False
+    try:
+        while not is_begun:  # again where a scan has moved on meanwhile, which takes longer than this
+            touched = measure(home, rows, sizes, logs, written.parts)
+            with home.catalog.transaction():
+                if holds(home, touched):
+                    record(home, written)
+                    take_out(home, touched)
+                    home.catalog.set_point_state(home.vm_id, point.id, "applying")
+                    is_begun = True
+        written.keeping.note(home)
+    finally:
+        written.keeping.release(home)
 
 
 def _count_change(home: VmHome) -> None:

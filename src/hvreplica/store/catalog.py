@@ -133,12 +133,15 @@ class Catalog(UndoRows, ScanRows):
         )
 
     def set_disk_state(self, vm_id: int, row: DiskRow) -> None:
-        """Record how the last applied point, or an initial replication, left the disk's file."""
+        """Record how the last applied point, or an initial replication, left the disk's file.
+
+        Not its digest: see store/follow.py.
+        """
         states = (row.file_bytes, _text(row.data_write_guid), str(row.last_log_id), _text(row.base_id))
         self.change(
             "UPDATE disk SET virtual_bytes = ?, file_bytes = ?, data_write_guid = ?, last_log_id = ?,"
-            " base_id = ?, digest = ? WHERE vm_id = ? AND disk_index = ?",
-            (row.spec.virtual_bytes, *states, row.digest, vm_id, row.spec.index),
+            " base_id = ? WHERE vm_id = ? AND disk_index = ?",
+            (row.spec.virtual_bytes, *states, vm_id, row.spec.index),
         )
 
     # Transfers

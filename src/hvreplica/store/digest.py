@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from hvreplica import native
+from hvreplica.disk.extents import batches, widened
 from hvreplica.errors import FieldOutOfRange
 from hvreplica.native import PAGE_BYTES
 from hvreplica.units import align_down, align_up
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
     from typing import Any
 
     from numpy.typing import NDArray
@@ -93,10 +94,14 @@ class Readable(Protocol):
 
 
 class DigestReader:
-    """Reads parts of one disk for their digest; its window is used again and again. One thread at a time."""
+    """Reads parts of one disk for their digest; its window is used again and again. One thread at a time.
 
-    def __init__(self, disk: Readable) -> None:
+    on_read: told how many bytes were read, after each window.
+    """
+
+    def __init__(self, disk: Readable, *, on_read: Callable[[int], None] = lambda _: None) -> None:
         self._disk = disk
+        self._on_read = on_read
         self._window = np.empty(0, np.uint8)
 
     def of_extents(self, extents: NDArray[Any]) -> Digest:
@@ -106,7 +111,7 @@ class DigestReader:
         zeros.
         """
         total = Digest()
-        for part in _windows(pages_of(extents, self._disk.virtual_bytes)):
+        for part in batches(pages_of(extents, self._disk.virtual_bytes), _WINDOW_BYTES):
             total += self._read(part)
         return total
 
@@ -117,7 +122,7 @@ class DigestReader:
         position = align_down(start, PAGE_BYTES)
         while position < stop:
             piece_end = min(position + _SEARCH_BYTES, stop)
-            for part in _windows(self._pages_with_data(position, piece_end)):
+            for part in batches(self._pages_with_data(position, piece_end), _WINDOW_BYTES):
                 total += self._read(part)
             position = piece_end
         return total
@@ -131,7 +136,7 @@ class DigestReader:
         total, done_bytes, position = Digest(), 0, start
         while position < self._disk.virtual_bytes:
             end = min(position + _SEARCH_BYTES, self._disk.virtual_bytes)
-            for part in _windows(self._pages_with_data(position, end)):
+            for part in batches(self._pages_with_data(position, end), _WINDOW_BYTES):
                 total += self._read(part)
                 done_bytes += int(part[:, 1].sum())
                 if done_bytes >= bytes_max:
@@ -149,43 +154,18 @@ class DigestReader:
             self._window = np.empty(max(length, _WINDOW_BYTES), np.uint8)
         view = self._window[:length]
         self._disk.read_extents(extents, view.data)
+        self._on_read(length)
         return Digest.of_extents(view.data, extents)
 
 
-def digest_of(disk: Readable) -> Digest:
+def digest_of(disk: Readable, *, on_read: Callable[[int], None] = lambda _: None) -> Digest:
     """Return the digest of a whole disk; reads all of it that may hold data."""
-    return DigestReader(disk).of_range(0, disk.virtual_bytes)
+    return DigestReader(disk, on_read=on_read).of_range(0, disk.virtual_bytes)
 
 
 def pages_of(extents: NDArray[Any], disk_bytes: int) -> NDArray[np.int64]:
-    """Return sorted extents made whole pages, joined where they touch, and cut where the disk ends."""
-    rows = np.asarray(extents).astype(np.int64).reshape(-1, 2)
-    # By its page: a range that a shorter disk no longer has may begin in a page that it has.
-    starts = rows[:, 0] // PAGE_BYTES * PAGE_BYTES
-    is_inside = (rows[:, 1] > 0) & (starts < disk_bytes)
-    rows, starts = rows[is_inside], starts[is_inside]
-    if not len(rows):
-        return np.empty((0, 2), np.int64)
-    ends = np.minimum(-(-(rows[:, 0] + rows[:, 1]) // PAGE_BYTES) * PAGE_BYTES, disk_bytes)
-    reached = np.maximum.accumulate(ends)
-    breaks = np.flatnonzero(starts[1:] > reached[:-1]) + 1
-    firsts = starts[np.concatenate(([0], breaks))]
-    lasts = reached[np.concatenate((breaks - 1, [len(reached) - 1]))]
-    return np.stack((firsts, lasts - firsts), axis=1)
+    """Return sorted extents made whole pages, joined where they touch, and cut where the disk ends.
 
-
-def _windows(extents: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    """Yield the extents in parts of at most _WINDOW_BYTES together, long ones cut at pages."""
-    part: list[tuple[int, int]] = []
-    filled = 0
-    for start, length in extents.tolist():
-        position, left = start, length
-        while left:
-            take = min(left, _WINDOW_BYTES - filled)
-            part.append((position, take))
-            position, left, filled = position + take, left - take, filled + take
-            if filled == _WINDOW_BYTES:
-                yield np.array(part, np.int64)
-                part, filled = [], 0
-    if part:
-        yield np.array(part, np.int64)
+    By their pages: a range that a shorter disk no longer has may begin in a page that it has.
+    """
+    return widened(np.asarray(extents).astype(np.int64).reshape(-1, 2), start=0, end=disk_bytes)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hvreplica.clock import Clock
     from hvreplica.files import FileSystem
     from hvreplica.store.catalog import Catalog
+    from hvreplica.store.digest import Digest
     from hvreplica.store.records import Owner, PointRow, VmRow
 
 
@@ -48,6 +49,8 @@ class VmHome:
         self.left: list[PointRow] = []  # points that went as the disks moved on, until somebody is told
         self.part_bytes: dict[uuid.UUID, int] = {}  # what the files of undo parts take, looked up once
         self.warned_of: tuple[uuid.UUID | None] | None = None  # the point of the last warning of the budget
+        self.arrived_digests: dict[int, Digest] = {}  # of the disks that are about to take over
+        self.repair_tries: dict[tuple[int, float], int] = {}  # by disk and scan
         self._work = threading.RLock()
         self._depth = 0
 

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 STEP_BYTES_MAX = 64 << 20  # between two looks at whether to go on
 _STEP_BYTES_MIN = 1 << 20
+_GIVE_WAY_S = 60.0
+_LOOK_EVERY_S = 0.1
 _STEP_S = 0.25  # at a limited rate
 
 
@@ -23,6 +25,7 @@ class Pace:
     """Spends a rate. One thread at a time.
 
     rate_bytes_s: None for as fast as it goes. wait: sleeps for so many seconds and returns whether to stop.
+    give_way: asked between two reads; as long as it says so nothing is read, but for _GIVE_WAY_S at most.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class Pace:
         progress: ProgressCallback | None = None,
     ) -> None:
         self.progress = progress
+        self.give_way: Callable[[], bool] = lambda: False
         self.read_bytes = 0
         self._clock = clock
         self._wait = wait
@@ -57,6 +61,10 @@ class Pace:
             self._paid_s = max(self._paid_s, now_s - _STEP_S) + count / self._rate
             wait_s = max(self._paid_s - now_s, 0.0)
         self.pause(wait_s)
+        for _ in range(int(_GIVE_WAY_S / _LOOK_EVERY_S)):
+            if not self.give_way():
+                break
+            self.pause(_LOOK_EVERY_S)
 
     def pause(self, wait_s: float) -> None:
         """Wait. Raises: Stopped where it was stopped."""

@@ -242,7 +242,8 @@ class UndoRow:
     first that covers a byte counts. kind: "undo", a log of its own (docs/formats/hru.md), or "whole", a VHDX
     of the whole disk, behind which nothing is looked at. file_bytes: length of its file. covered_bytes: of
     the guest's disk. log_id: the log whose applying it undoes, None where there are several or none.
-    digest_change: what applying changed in the disk's digest, None where that is not known.
+    digest_change: what applying changed in the disk's digest, or the digest of a whole disk; None where that
+    is not known.
     """
 
     point_id: uuid.UUID

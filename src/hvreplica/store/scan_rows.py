@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from hvreplica.store.database import Database
 from hvreplica.store.digest import NO_DIGEST, Digest
 
+if TYPE_CHECKING:
+    import uuid
+
 _SELECT = "SELECT disk_index, position, digest, started_s, ended_s, drift, damage FROM scan WHERE vm_id = ?"
+
+# The damage of a disk of which blocks are being written: nobody knows its drift before the next scan then.
+REPAIRING = "blocks of it were being repaired; the next verification tells whether it is whole"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +34,11 @@ class ScanRow:
     ended_s: float | None = None
     drift: Digest | None = None
     damage: str | None = None
+
+    @property
+    def is_unreadable(self) -> bool:
+        """Whether only another copy of the disk helps."""
+        return self.damage not in {None, REPAIRING}
 
     @property
     def is_damaged(self) -> bool:
@@ -67,3 +79,20 @@ class ScanRows(Database):
     def delete_scan(self, vm_id: int, disk_index: int) -> None:
         """Forget what was found in a disk's file, for another one has its place."""
         self.change("DELETE FROM scan WHERE vm_id = ? AND disk_index = ?", (vm_id, disk_index))
+
+    def judge_point(self, vm_id: int, point_id: uuid.UUID, sentence: str | None) -> None:
+        """Record that a kept point is damaged, or that it was read and is not."""
+        self.change(
+            "UPDATE point SET state = iif(?, 'complete', 'damaged'), damage = ?"
+            " WHERE vm_id = ? AND id = ? AND state IN ('complete', 'damaged')",
+            (sentence is None, sentence, vm_id, str(point_id)),
+        )
+
+    def set_digest_change(self, vm_id: int, part_id: uuid.UUID, change: str) -> None:
+        """Record what the applying that an undo part undoes has changed in the disk's digest.
+
+        Of a whole part it is the digest of all of it.
+        """
+        self.change(
+            "UPDATE undo SET digest_change = ? WHERE vm_id = ? AND id = ?", (change, vm_id, str(part_id))
+        )

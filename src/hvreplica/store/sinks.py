@@ -16,6 +16,7 @@ from hvreplica import native
 from hvreplica.errors import FieldOutOfRange, FormatError, LogError, ResumeRefused, StoreError, kept
 from hvreplica.hrl import verify_log
 from hvreplica.store.apply import finish_initial
+from hvreplica.store.arriving import ArrivingDigests
 from hvreplica.store.coverage import Coverage
 from hvreplica.store.gate import Gate
 from hvreplica.store.records import PointRow
@@ -255,6 +256,24 @@ class TransferSink(ABC, Generic[C]):
 class InitialSink(TransferSink["Disk"]):
     """Builds disks/<index>.vhdx.partial; target numbers are disk indexes."""
 
+    def __init__(
+        self,
+        home: VmHome,
+        owner: Owner,
+        transfer: TransferRow,
+        targets: dict[int, Target[Disk]],
+        *,
+        continued: bool,
+    ) -> None:
+        super().__init__(home, owner, transfer, targets, continued=continued)
+        self._digests = ArrivingDigests([] if continued else targets)
+
+    def write(
+        self, target: int, window_offset: int, window_bytes: int, extents: NDArray[Any], data: Buffer
+    ) -> None:
+        super().write(target, window_offset, window_bytes, extents, data)
+        self._digests.add(target, extents, data)
+
     def commit(self) -> uuid.UUID:
         """Make the received disks the VM's disks, and the point complete if it is one; durable on return.
 
@@ -268,6 +287,7 @@ class InitialSink(TransferSink["Disk"]):
                 return self._transfer.point_id
             self._seal()
             with home.exclusive():
+                home.arrived_digests = self._digests.result()
                 with home.catalog.transaction():
                     home.require_owner(self._owner)
                     home.require_transfer(self.transfer_id)

@@ -129,6 +129,7 @@ def _part(home: VmHome, keeper: PointRow, row: DiskRow, part_id: uuid.UUID) -> U
         kind="whole",
         file_bytes=file_length(home.files, home.paths.whole(part_id)),
         covered_bytes=row.spec.virtual_bytes,
+        digest_change=row.digest,
     )
 
 
