@@ -35,7 +35,14 @@ if TYPE_CHECKING:
     from hvreplica.replication.serve import Server
     from hvreplica.replication.statistics import ReplicationStatistics
     from hvreplica.replication.status import ReplicationStatus
-    from hvreplica.replication.store_verbs import point_diff, point_export, point_list, store_status
+    from hvreplica.replication.store_verbs import (
+        point_diff,
+        point_export,
+        point_list,
+        point_verify,
+        store_status,
+        store_verify,
+    )
     from hvreplica.replication.tls_verbs import tls_init, tls_trust
     from hvreplica.replication.verbs import replicate
     from hvreplica.replication.version import VERSION as __version__  # noqa: N811 - the name that Python tools look for
@@ -82,12 +89,14 @@ __all__ = [
     "point_export",
     "point_list",
     "point_plan",
+    "point_verify",
     "replicate",
     "reset_statistics",
     "resume",
     "status",
     "store_policy",
     "store_status",
+    "store_verify",
     "tls_init",
     "tls_trust",
 ]

@@ -15,6 +15,8 @@ FileOffset = NewType("FileOffset", int)  # bytes from the start of the file that
 
 _SUFFIXES = {"": 1, "B": 1, "K": KIB, "M": MIB, "G": GIB, "T": TIB, "P": 1 << 50}
 _SIZE = re.compile(r"(\d+)(?:\.(\d+))?\s*([BKMGTP]?)(?:I?B)?", re.IGNORECASE)
+_SECONDS = {"S": 1, "M": 60, "H": 3600, "D": 86_400, "W": 604_800}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([SMHDW])", re.IGNORECASE)
 _DIGITS_MAX = 20  # more cannot be a size, and int() of a long digit string is slow
 
 
@@ -37,6 +39,18 @@ def parse_size(text: str) -> int:
         message = f"{text!r} is not a whole number of bytes"
         raise ValueError(message)
     return value
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds that `text` names: "90s", "15m", "12h", "7d", "2w".
+
+    Raises: ValueError if it is no duration.
+    """
+    match = _DURATION.fullmatch(text.strip())
+    if match is None or len(match[1]) > _DIGITS_MAX:
+        message = f"{text!r} is not a duration; write for example 90s, 15m, 12h, 7d or 2w"
+        raise ValueError(message)
+    return float(match[1]) * _SECONDS[match[2].upper()]
 
 
 def format_size(size_bytes: float) -> str:

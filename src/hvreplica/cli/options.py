@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
 
-from hvreplica.units import KIB, MIB, parse_size
+from hvreplica.units import KIB, MIB, parse_duration, parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,9 +20,12 @@ if TYPE_CHECKING:
     from hvreplica.disk import Format
 
     IntParameter = click.ParamType[int]
+    FloatParameter = click.ParamType[float]
     TextParameter = click.ParamType[str]
 else:
-    IntParameter = TextParameter = click.ParamType  # older releases of click have no type arguments
+    IntParameter = FloatParameter = TextParameter = (
+        click.ParamType
+    )  # older releases of click have no type arguments
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -39,6 +42,20 @@ class SizeType(IntParameter):
             return value
         try:
             return parse_size(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class DurationType(FloatParameter):
+    """A duration such as 90s, 15m, 12h, 7d or 2w; the value is in seconds."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        try:
+            return parse_duration(str(value))
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
@@ -110,6 +127,7 @@ def variable_name(option: click.Option, prefix: str) -> str:
 option = functools.partial(click.option, cls=VerbOption)
 
 SIZE = SizeType()
+DURATION = DurationType()
 ADDRESS = AddressType()
 LOG = LogType()
 PATH = click.Path(path_type=Path)

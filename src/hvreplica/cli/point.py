@@ -10,6 +10,7 @@ import hvreplica
 from hvreplica.cli.options import (
     DISK_FORMAT,
     PATH,
+    SIZE,
     format_for,
     option,
     overwrite_option,
@@ -19,6 +20,7 @@ from hvreplica.cli.options import (
 )
 from hvreplica.cli.progress import progress_shown
 from hvreplica.cli.render import moment, plain
+from hvreplica.cli.store import DAMAGE_FOUND, show_verdict
 from hvreplica.units import format_size
 
 if TYPE_CHECKING:
@@ -95,3 +97,22 @@ def export(
             progress=progress,
         )
     output.answer(report, lambda: output.structure(report))
+
+
+@point.command(short_help="Read a point again and tell whether it is damaged.")
+@store_option
+@vm_option
+@option("--point", default="latest", show_default=True, metavar="ID", help="The recovery point.")
+@option("--rate-limit", type=SIZE, metavar="SIZE", help="How much to read in a second.")
+@verb
+def verify(output: Output, *, store: Path, vm: str, point: str, rate_limit: int | None) -> None:
+    """Read a recovery point again, from the files that make it, and hold it against its digest.
+
+    Works while `serve` runs. One that is damaged is marked so, and one that is not any more can be had again.
+    The exit code is 1 where damage was found.
+    """
+    with progress_shown(output) as progress:
+        found = hvreplica.point_verify(store, vm, point=point, rate_limit=rate_limit, progress=progress)
+    output.answer(found, lambda: show_verdict(output, found))
+    if found.is_damaged:
+        click.get_current_context().exit(DAMAGE_FOUND)

@@ -12,7 +12,7 @@ import click
 
 import hvreplica
 from hvreplica.cli.exit import INTERRUPTED, Signalled
-from hvreplica.cli.options import ADDRESS, option, store_option, tls_option, verb
+from hvreplica.cli.options import ADDRESS, DURATION, SIZE, option, store_option, tls_option, verb
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -48,6 +48,21 @@ class StoppableServer(Protocol):
 )
 @tls_option
 @option(
+    "--verify-every",
+    "verify_every_s",
+    type=DURATION,
+    metavar="DURATION",
+    help="Read everything again that often, to find damage: 7d, 12h.  [default: never]",
+)
+@option(
+    "--verify-rate",
+    type=SIZE,
+    default="50M",
+    show_default=True,
+    metavar="SIZE",
+    help="How much of it in a second.",
+)
+@option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
     default="info",
@@ -56,7 +71,17 @@ class StoppableServer(Protocol):
 )
 @option("--log-json", is_flag=True, help="Log one JSON object a line.")
 @verb
-def serve(output: Output, *, store: Path, listen: str, tls: Path, log_level: str, log_json: bool) -> None:
+def serve(
+    output: Output,
+    *,
+    store: Path,
+    listen: str,
+    tls: Path,
+    verify_every_s: float | None,
+    verify_rate: int,
+    log_level: str,
+    log_json: bool,
+) -> None:
     """Receive VMs into the store at DIR.
 
     Prints "listening on HOST:PORT" once it does. SIGTERM ends it cleanly with exit code 0, Ctrl-C with 130; a
@@ -69,7 +94,9 @@ def serve(output: Output, *, store: Path, listen: str, tls: Path, log_level: str
     try:
         with (
             logging_shown(log_level, as_json=log_json),
-            hvreplica.Server(store, listen=listen, tls=tls) as server,
+            hvreplica.Server(
+                store, listen=listen, tls=tls, verify_every_s=verify_every_s, verify_rate=verify_rate
+            ) as server,
         ):
             number = run_until_signal(server, lambda: _tell_ready(output, server.address))
     except Signalled as signalled:  # before the server ran: while it brought its store in order

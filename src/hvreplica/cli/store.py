@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 import hvreplica
-from hvreplica.cli.options import store_option, verb
+from hvreplica.cli.options import SIZE, option, store_option, verb
+from hvreplica.cli.progress import progress_shown
 from hvreplica.cli.render import moment, plain
 from hvreplica.units import format_size
 
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hvreplica.cli.render import Output
-    from hvreplica.store import StoreStatus, VmStatus
+    from hvreplica.store import StoreStatus, StoreVerdict, VmStatus, VmVerdict
+
+DAMAGE_FOUND = 1  # the exit code where a verification found what it was to look for
 
 
 @click.group()
@@ -30,6 +33,47 @@ def status(output: Output, store: Path) -> None:
     """Show every VM in the store: its state, newest point and size. Works while `serve` runs."""
     found = hvreplica.store_status(store)
     output.answer(found, lambda: _show(output, found))
+
+
+@store.command(short_help="Read everything again and tell what is damaged.")
+@store_option
+@option("--vm", metavar="NAME", help="Only this VM.  [default: all]")
+@option("--rate-limit", type=SIZE, metavar="SIZE", help="How much to read in a second.")
+@verb
+def verify(output: Output, *, store: Path, vm: str | None, rate_limit: int | None) -> None:
+    """Read everything again, tell what is damaged, and mark the recovery points that show it.
+
+    Works while `serve` runs, and goes on where an earlier call was ended. The exit code is 1 where damage was
+    found. What is damaged of a newest point is put right by the primary's next `replicate`, where it still
+    can.
+    """
+    with progress_shown(output) as progress:
+        found = hvreplica.store_verify(store, vm=vm, rate_limit=rate_limit, progress=progress)
+    output.answer(found, lambda: _show_verdicts(output, found))
+    if found.is_damaged:
+        click.get_current_context().exit(DAMAGE_FOUND)
+
+
+def _show_verdicts(output: Output, found: StoreVerdict) -> None:
+    for verdict in found.vms:
+        show_verdict(output, verdict)
+
+
+def show_verdict(output: Output, verdict: VmVerdict) -> None:
+    """Tell what reading a VM again has found."""
+    counts = {state: sum(point.state == state for point in verdict.points) for state in ("ok", "damaged")}
+    unproven = len(verdict.points) - sum(counts.values())
+    text = f"{plain(verdict.vm)}: {counts['ok']} points are sound, {counts['damaged']} damaged"
+    if unproven:
+        text += f", {unproven} have no digest yet"
+    output.line(f"{text}; {format_size(verdict.read_bytes)} read")
+    for point in verdict.points:
+        if point.state == "damaged":
+            output.line(f"  point {point.id}: DAMAGED: {plain(point.reason or '')}")
+    for sentence in verdict.damage:
+        output.line(f"  DAMAGED: {plain(sentence)}")
+    for path in verdict.unknown_files:
+        output.line(f"  {plain(path)}: nothing speaks of this file")
 
 
 def _show(output: Output, found: StoreStatus) -> None:

@@ -28,6 +28,7 @@ from hvreplica.errors import (
 from hvreplica.files import OS_FILES
 from hvreplica.formats import messages
 from hvreplica.replication.answers import AnswerSession, refusal, while_working
+from hvreplica.replication.verifier import Verifier
 from hvreplica.replication.version import SOFTWARE
 from hvreplica.store import DiskSpec, Store
 from hvreplica.transport import TRUST_FILE, Listener, TrustList, server_context
@@ -64,9 +65,12 @@ class Server:
         tls: str | os.PathLike[str],
         files: FileSystem = OS_FILES,
         clock: Clock = SYSTEM,
+        verify_every_s: float | None = None,
+        verify_rate: int | None = None,
     ) -> None:
         """Open the store, finish what a crash cut off, and bind the address.
 
+        verify_every_s: read each VM again that often, at no more than `verify_rate` bytes a second.
         Raises: StoreError, Locked, AuthenticationFailed for certificates that cannot be used, FormatError for
         a damaged trust list, OSError for an address that cannot be bound.
         """
@@ -84,6 +88,12 @@ class Server:
         except BaseException:
             self._store.close()
             raise
+        self._verifier = None
+        if verify_every_s is not None:
+            self._verifier = Verifier(
+                self._store, every_s=verify_every_s, rate_bytes_s=verify_rate, clock=clock
+            )
+            self._verifier.start()
         self._lock = threading.Lock()
         self._claiming: dict[str, threading.Lock] = {}
         self._by_vm: dict[str, AnswerSession] = {}
@@ -113,6 +123,8 @@ class Server:
         """Stop, wait for the sessions to end, and close the store."""
         self.stop()
         self._listener.close()
+        if self._verifier is not None:
+            self._verifier.close()
         self._store.close()
 
     def __enter__(self) -> Self:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from hvreplica.clock import SYSTEM
 from hvreplica.files import OS_FILES
 from hvreplica.store import Store
+from hvreplica.store.pace import Pace
 
 if TYPE_CHECKING:
     import os
 
     from hvreplica.progress import ProgressCallback
-    from hvreplica.store import ExportReport, PointDiff, PointStatus, StoreStatus
+    from hvreplica.store import ExportReport, PointDiff, PointStatus, StoreStatus, StoreVerdict, VmVerdict
 
     PathLike = str | os.PathLike[str]
     DiskFormat = Literal["raw", "vhd", "vhdx"]
@@ -67,3 +69,37 @@ def point_diff(store: PathLike, vm: str, a: str, b: str, *, coarse: bool = False
     """
     with contextlib.closing(Store.open_reading(OS_FILES, Path(store), clock=SYSTEM)) as opened:
         return opened.diff_points(vm, a, b, coarse=coarse)
+
+
+def store_verify(
+    store: PathLike,
+    *,
+    vm: str | None = None,
+    rate_limit: int | None = None,
+    progress: ProgressCallback | None = None,
+) -> StoreVerdict:
+    """Read a store again, or one VM of it, and mark recovery points that are damaged.
+
+    Replication goes on meanwhile, and a call that was cut is gone on with by the next one. rate_limit: bytes
+    a second. Raises: NoSuchPoint for an unknown VM, Locked where a VM changes too fast.
+    """
+    pace = Pace(SYSTEM, threading.Event().wait, rate_bytes_s=rate_limit, progress=progress)
+    with contextlib.closing(Store.open_reading(OS_FILES, Path(store), clock=SYSTEM)) as opened:
+        return opened.verify(vm, pace)
+
+
+def point_verify(
+    store: PathLike,
+    vm: str,
+    *,
+    point: str = "latest",
+    rate_limit: int | None = None,
+    progress: ProgressCallback | None = None,
+) -> VmVerdict:
+    """Read one recovery point again and hold it against its digest; it is marked if it is damaged.
+
+    point: its id, or "latest". rate_limit: bytes a second. Raises: NoSuchPoint, Locked.
+    """
+    pace = Pace(SYSTEM, threading.Event().wait, rate_bytes_s=rate_limit, progress=progress)
+    with contextlib.closing(Store.open_reading(OS_FILES, Path(store), clock=SYSTEM)) as opened:
+        return opened.verify_point(vm, point, pace)

@@ -15,6 +15,7 @@ from hvreplica.store.status import (
     VmStatus,
 )
 from hvreplica.store.store import RecoveredVm, Store
+from hvreplica.store.verify import PointVerdict, StoreVerdict, VmVerdict
 
 __all__ = [
     "AlreadyHave",
@@ -30,10 +31,13 @@ __all__ = [
     "OwnerStatus",
     "PointDiff",
     "PointStatus",
+    "PointVerdict",
     "RecoveredVm",
     "Store",
     "StoreStatus",
+    "StoreVerdict",
     "TransferStatus",
     "VmReplica",
     "VmStatus",
+    "VmVerdict",
 ]

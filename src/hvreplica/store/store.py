@@ -31,11 +31,11 @@ from hvreplica.store.layout import (
     folder_name,
     validate_vm_name,
 )
-from hvreplica.store.open_point import OpenPoint, open_point
+from hvreplica.store.open_point import LATEST, OpenPoint, open_point, point_id_of
 from hvreplica.store.plan import PointPlan, plan_points
 from hvreplica.store.point_diff import PointDiff, diff_points
 from hvreplica.store.points import ExportReport, Format, export_point
-from hvreplica.store.points_kept import sweep_points
+from hvreplica.store.points_kept import kept_points, sweep_points
 from hvreplica.store.policy import changed_policy, follow, policy_of
 from hvreplica.store.records import DiskSpec, Owner, printable, validate_disks
 from hvreplica.store.replica import VmReplica
@@ -43,6 +43,7 @@ from hvreplica.store.retain import GonePoint, delete_points, retain
 from hvreplica.store.room import room
 from hvreplica.store.status import PointStatus, StoreStatus, points_of, store_status
 from hvreplica.store.transfers import sweep
+from hvreplica.store.verify import StoreVerdict, VmVerdict, verified_s, verify_point, verify_vm
 
 if TYPE_CHECKING:
     import uuid
@@ -53,7 +54,8 @@ if TYPE_CHECKING:
     from hvreplica.files import FileLock, FileSystem
     from hvreplica.formats.messages import PointPolicy
     from hvreplica.progress import ProgressCallback
-    from hvreplica.store.records import VmRow
+    from hvreplica.store.pace import Pace
+    from hvreplica.store.records import PointRow, VmRow
 
 
 class RecoveredVm(msgspec.Struct, frozen=True):
@@ -239,6 +241,25 @@ class Store:
             overwrite=overwrite,
         )
 
+    def verify(self, vm: str | None, pace: Pace, *, since_s: float | None = None) -> StoreVerdict:
+        """Read all of a VM again, or of every one, and mark points that are damaged. See store/verify.py.
+
+        since_s: a disk that was read whole after that time is not read again. Raises: NoSuchPoint for an
+        unknown VM, Locked where one changes too fast, Stopped.
+        """
+        homes = [self._home(row) for row in self._parts.catalog.vms()] if vm is None else [self._known(vm)]
+        found = [verify_vm(home, pace, since_s=since_s) for home in homes]
+        return StoreVerdict(str(self._parts.root), found)
+
+    def verify_point(self, vm: str, which: uuid.UUID | str, pace: Pace) -> VmVerdict:
+        """Read one point again, by its id or "latest", and mark it if it is damaged. Raises: as verify()."""
+        home = self._known(vm)
+        return verify_point(home, _kept_point(home, which), pace)
+
+    def verified_s(self) -> dict[str, float]:
+        """Return when each VM was last read again as a whole; 0 for never."""
+        return {row.name: verified_s(self._home(row)) for row in self._parts.catalog.vms()}
+
     def _require_serving(self) -> None:
         if self._lock is None:
             raise InvalidTransition("the store was opened for reading", path=self._parts.root)
@@ -339,6 +360,20 @@ class Store:
                 hint="move the folder away, or restore the catalog that belongs to it",
             )
         return folder
+
+
+def _kept_point(home: VmHome, which: uuid.UUID | str) -> PointRow:
+    """Return a point that is kept, damaged or not. Raises: NoSuchPoint."""
+    points = kept_points(home)
+    if which == LATEST and points:
+        return points[-1]
+    point_id = None if which == LATEST else point_id_of(which)
+    for point in points:
+        if point.id == point_id:
+            return point
+    raise NoSuchPoint(
+        f"VM {home.name!r} has no point {which}", path=home.paths.folder, hint="see `point list`"
+    )
 
 
 def _bring_on(files: FileSystem, root: Path) -> None:
