@@ -11,6 +11,8 @@ Working. Data never travels here: it goes as frames (formats/wire.py) over conne
     Checkpoint                ->     Durable | Refused          frames that survive a power cut of the replica
     EndTransfer               ->     Committed | Refused        the primary may forget what it sent
     Apply                     ->     Applied | Refused          the point is listed and can be exported
+    RepairBlocks              ->     Repaired | Refused         only where Applied names damaged disks
+    RepairEnd                 ->     Repaired | Refused
 
 Unknown fields are allowed, so that a newer peer may say more; lengths and ranges are bounded here, once.
 """
@@ -33,6 +35,8 @@ DISKS_MAX = 64  # what one SCSI controller of a Hyper-V VM holds
 DISK_BYTES_MAX = 64 << 40  # [MS-VHDX] 2.6.2.4
 LOG_BYTES_MAX = 1 << 50
 FINGERPRINT_BLOCKS_MAX = 32_768  # 512 KiB of fingerprints, half of the largest message
+REPAIR_BLOCK_BYTES = 4096
+REPAIR_BLOCKS_MAX = 128  # 512 KiB of data, half of the largest message
 TEXT_CHARS_MAX = 2_000
 GONE_MAX = 4_096  # points told of in one answer; a message has at most 1 MiB
 SESSION_BYTES = 16
@@ -231,6 +235,27 @@ class Apply(Message, frozen=True, tag="apply"):
     point_id: uuid.UUID
 
 
+class RepairBlocks(Message, frozen=True, tag="repair"):
+    """Bring what blocks of a damaged disk should hold at the replica's newest point.
+
+    blocks: numbers of blocks of REPAIR_BLOCK_BYTES, ascending. data: their bytes, one after another; the last
+    block of the disk may be short.
+    """
+
+    disk_index: DiskIndex
+    blocks: Annotated[
+        list[Annotated[int, Meta(ge=0, lt=1 << 53)]], Meta(min_length=1, max_length=REPAIR_BLOCKS_MAX)
+    ]
+    data: Annotated[bytes, Meta(min_length=1, max_length=REPAIR_BLOCKS_MAX * REPAIR_BLOCK_BYTES)]
+
+
+class RepairEnd(Message, frozen=True, tag="repair_end"):
+    """All blocks of a disk were compared. proven: each one holds what it should, after what was brought."""
+
+    disk_index: DiskIndex
+    proven: bool
+
+
 class Ready(Message, frozen=True, tag="ready"):
     """Frames may come.
 
@@ -274,11 +299,19 @@ class Applied(Message, frozen=True, tag="applied", omit_defaults=True):
     """The point is listed and its disks are on it.
 
     gone: points that went by the VM's policy, or for its budget. warning: what the budget makes go next.
+    damaged: disks that do not hold what they should; the primary is asked to compare them.
     """
 
     point_id: uuid.UUID
     gone: Annotated[list[GonePoint], Meta(max_length=GONE_MAX)] = []
     warning: Text | None = None
+    damaged: Annotated[list[DiskIndex], Meta(max_length=DISKS_MAX)] = []
+
+
+class Repaired(Message, frozen=True, tag="repaired"):
+    """What was brought is durable. whole: whether the disk is known to hold what it should."""
+
+    whole: bool
 
 
 class Working(Message, frozen=True, tag="working"):
@@ -297,7 +330,18 @@ class Refused(Message, frozen=True, tag="refused"):
     generation: int = 0
 
 
-Question = Claim | FingerprintsRequest | BeginInitial | BeginLogs | Attach | Checkpoint | EndTransfer | Apply
+Question = (
+    Claim
+    | FingerprintsRequest
+    | BeginInitial
+    | BeginLogs
+    | Attach
+    | Checkpoint
+    | EndTransfer
+    | Apply
+    | RepairBlocks
+    | RepairEnd
+)
 Answer = (
     Claimed
     | Fingerprints
@@ -307,6 +351,7 @@ Answer = (
     | Durable
     | Committed
     | Applied
+    | Repaired
     | Working
     | Refused
 )

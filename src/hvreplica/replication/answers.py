@@ -127,6 +127,12 @@ class AnswerSession:
                 return self._apply(question)
             case messages.FingerprintsRequest():
                 return self._fingerprints(question)
+            case messages.RepairBlocks():
+                self._replica.repair(question.disk_index, question.blocks, question.data)
+                return messages.Repaired(whole=False)
+            case messages.RepairEnd():
+                whole = self._replica.end_repair(question.disk_index, is_proven=question.proven)
+                return messages.Repaired(whole)
             case _:
                 raise ProtocolViolation("this question does not belong here", actual=type(question).__name__)
 
@@ -208,7 +214,7 @@ class AnswerSession:
             messages.GonePoint(uuid.UUID(point.id), point.instant_s, point.reason[: messages.TEXT_CHARS_MAX])
             for point in retained.gone[: messages.GONE_MAX]
         ]
-        return messages.Applied(point_id, gone, retained.warning)
+        return messages.Applied(point_id, gone, retained.warning, self._replica.damaged_disks)
 
     def _fingerprints(self, question: messages.FingerprintsRequest) -> messages.Fingerprints:
         data = self._replica.fingerprints(

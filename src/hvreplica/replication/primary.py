@@ -23,6 +23,7 @@ from hvreplica.replication import cycle
 from hvreplica.replication.initial import prepare_initial, replicate_initially, settle_initial
 from hvreplica.replication.joining import send_joining
 from hvreplica.replication.live import cut_live, drop_damaged
+from hvreplica.replication.repair import repair
 from hvreplica.replication.results import GonePoint
 from hvreplica.replication.resync import resync
 from hvreplica.replication.shape import agree
@@ -68,6 +69,7 @@ class Primary:
         self._session: ReplicaSession | None = None
         self._counted_bytes = 0  # of the session's wire_bytes, those that are in a tally
         self._applied: uuid.UUID | None = None
+        self._damaged: list[int] = []
         self._is_cut = False
         self._is_aborted = False
 
@@ -182,6 +184,7 @@ class Primary:
     def _meet(self) -> ReplicaSession:
         session = self._work.session()
         self._session, self._counted_bytes, self._applied = session, 0, None
+        self._damaged = []
         if self._is_aborted:
             session.abort()
         try:
@@ -272,6 +275,9 @@ class Primary:
         if point_id is None:
             with self._applying(session, work.state.last_point or NIL):
                 pass
+        damaged, self._damaged = self._damaged, []
+        if damaged:
+            repair(work, session, damaged)
         send_joining(work, session)
 
     @contextlib.contextmanager
@@ -286,6 +292,7 @@ class Primary:
         yield
         try:
             applied = session.finish(messages.Applied)
+            self._damaged = applied.damaged
         except Locked as error:
             # An export holds the disks. The point is durable in the spool, further ones queue up behind it.
             _LOG.warning("the replica has the point and applies it later: %s", error)

@@ -19,6 +19,8 @@ from hvreplica.replication.shape import adopt
 from hvreplica.tracking.fingerprints import BLOCK_BYTES
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from hvreplica.replication.session import ReplicaSession
     from hvreplica.replication.work import Work
 
@@ -65,16 +67,25 @@ def _fetch(work: Work, session: ReplicaSession, place: int) -> None:
     block_count = min(table.header.block_count, -(-held_bytes // table.block_bytes))
     for first in range(0, block_count, messages.FINGERPRINT_BLOCKS_MAX):
         count = min(messages.FINGERPRINT_BLOCKS_MAX, block_count - first)
-        question = messages.FingerprintsRequest(index, first, count, table.block_bytes)
-        data = session.ask(question, messages.Fingerprints).data
-        if data:
-            if len(data) != count * FINGERPRINT_BYTES:
-                raise ProtocolViolation(
-                    "the replica sent another number of fingerprints than it was asked for",
-                    path=work.required_link.address,
-                    expected=count,
-                    actual=len(data) / FINGERPRINT_BYTES,
-                )
-            table.write(first, np.frombuffer(data, np.uint8).reshape(-1, FINGERPRINT_BYTES))
+        rows = fetch_fingerprints(session, index, first, count, table.block_bytes)
+        if rows.any():
+            table.write(first, rows)
         done = min((first + count) * table.block_bytes, table.header.virtual_bytes)
         work.on_progress(Progress("resync", done, table.header.virtual_bytes, wire_bytes=session.wire_bytes))
+
+
+def fetch_fingerprints(
+    session: ReplicaSession, disk_index: int, first_block: int, block_count: int, block_bytes: int
+) -> NDArray[np.uint8]:
+    """Return the fingerprints of some blocks of the replica's disk, a row of 16 bytes for each."""
+    question = messages.FingerprintsRequest(disk_index, first_block, block_count, block_bytes)
+    data = session.ask(question, messages.Fingerprints).data
+    if not data:
+        return np.zeros((block_count, FINGERPRINT_BYTES), np.uint8)
+    if len(data) != block_count * FINGERPRINT_BYTES:
+        raise ProtocolViolation(
+            "the replica sent another number of fingerprints than it was asked for",
+            expected=block_count,
+            actual=len(data) / FINGERPRINT_BYTES,
+        )
+    return np.frombuffer(data, np.uint8).reshape(-1, FINGERPRINT_BYTES)

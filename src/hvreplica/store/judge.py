@@ -27,6 +27,7 @@ from hvreplica.store.counter import Counter
 from hvreplica.store.digest import Digest, DigestReader, digest_of, pages_of
 from hvreplica.store.follow import disk_sentence
 from hvreplica.store.point_disk import PointDisk
+from hvreplica.store.point_use import hold_shared
 from hvreplica.store.point_view import PartFile, PointSource, Watch
 from hvreplica.store.points_kept import chain, kept_points, part_path
 from hvreplica.store.records import NIL
@@ -164,8 +165,7 @@ def _next_point(home: VmHome, after: PointRow | None, stack: contextlib.ExitStac
 @contextlib.contextmanager
 def hold_point(home: VmHome, point_id: uuid.UUID) -> Iterator[None]:
     """Keep a point from being dropped. Raises: Locked while it is."""
-    home.files.make_directory(home.paths.points)
-    lock = home.files.lock(home.paths.use(point_id), shared=True)
+    lock = hold_shared(home, point_id)
     try:
         yield
     finally:

@@ -13,14 +13,18 @@ from hvreplica.store.check import find_damage
 from hvreplica.store.fencing import fenced
 from hvreplica.store.gate import Gate
 from hvreplica.store.records import DiskSpec, TransferRow, validate_disks
+from hvreplica.store.repair import Repair
 from hvreplica.store.retain import Retained, retain
 from hvreplica.store.room import room
 from hvreplica.store.sinks import InitialSink, LogSink
 from hvreplica.store.transfers import begin_initial, begin_logs, last_logs, last_point
+from hvreplica.store.verify import judge_vm
 
 if TYPE_CHECKING:
     import uuid
     from collections.abc import Callable, Iterable, Sequence
+
+    from typing_extensions import Buffer
 
     from hvreplica.progress import ProgressCallback
     from hvreplica.store.home import VmHome
@@ -45,6 +49,7 @@ class VmReplica:
         self._sink: InitialSink | LogSink | None = None
         self._reader: BlockReader | None = None
         self.retained = Retained()
+        self._repair = Repair(home, owner)
 
     @property
     def vm(self) -> str:
@@ -97,8 +102,9 @@ class VmReplica:
 
     @property
     def damage(self) -> list[str]:
-        """A sentence for each file that is missing or has the wrong length; begin_initial() mends it."""
-        return find_damage(self._home)
+        """A sentence for each file that cannot be built upon; begin_initial() mends it."""
+        scans = self._home.catalog.scans(self._home.vm_id).values()
+        return find_damage(self._home) + [scan.damage or "" for scan in scans if scan.is_unreadable]
 
     def begin_initial(
         self,
@@ -210,6 +216,35 @@ class VmReplica:
         """Return the first offset not below `disk_offset` that may hold data; the disk's length if none."""
         with self._gate, self._lock:
             return self._open_reader(target).next_data(disk_offset)
+
+    @property
+    def damaged_disks(self) -> list[int]:
+        """The disks that do not hold what they should, where the primary may know it; see repair()."""
+        return [index for index in self._repair.wanted() if index in self._present]
+
+    def repair(self, disk_index: int, blocks: Sequence[int], data: Buffer) -> None:
+        """Put blocks of a damaged disk right, in place; durable on return. See store/repair.py.
+
+        blocks: numbers of blocks of 4096 bytes, ascending; data: their bytes. Raises: FieldOutOfRange for
+        blocks that the disk does not have, or other data than they hold; InvalidTransition, Fenced, Locked,
+        StoreFull.
+        """
+        with self._gate, self._lock:
+            self._drop_reader()
+            self._repair.write(disk_index, blocks, data)
+
+    def end_repair(self, disk_index: int, *, is_proven: bool) -> bool:
+        """Record that the primary has compared all of a disk; return whether it is whole now.
+
+        is_proven: whether it found each block to be what it should. Points that are whole again can be had
+        again on return.
+        """
+        with self._gate, self._lock:
+            self._drop_reader()
+            is_whole = self._repair.end(disk_index, is_proven=is_proven)
+        if is_whole:
+            judge_vm(self._home)
+        return is_whole
 
     def close(self) -> None:
         """End the session; what it did not commit stays unfinished. Waits for calls that are inside."""
