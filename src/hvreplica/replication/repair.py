@@ -46,68 +46,78 @@ def repair(work: Work, session: ReplicaSession, damaged: list[int]) -> None:
                 virtual_bytes,
             }:
                 continue
-            _repair_disk(work, session, place)
+            _Disk(work, session, place).run()
 
 
-def _repair_disk(work: Work, session: ReplicaSession, place: int) -> None:
-    index, table = work.indexes[place], work.tables[place]
-    brought = 0
-    changed: list[NDArray[np.int64]] = []
-    for first in range(0, table.header.block_count, messages.FINGERPRINT_BLOCKS_MAX):
-        count = min(messages.FINGERPRINT_BLOCKS_MAX, table.header.block_count - first)
-        theirs = fetch_fingerprints(session, index, first, count, table.block_bytes)
-        known = table.read(first, count)
-        differing = np.flatnonzero((theirs != known).any(axis=1))
-        for at in range(0, len(differing), messages.REPAIR_BLOCKS_MAX):
-            rows = differing[at : at + messages.REPAIR_BLOCKS_MAX]
-            sent, left = _bring(work, session, place, rows + first, theirs[rows], known[rows])
-            brought += sent
-            changed += [left]
-        done = min((first + count) * table.block_bytes, table.header.virtual_bytes)
-        work.on_progress(Progress("repair", done, table.header.virtual_bytes, wire_bytes=session.wire_bytes))
-    table.sync()
-    rest = merge(np.concatenate(changed)) if changed else np.empty((0, 2), np.int64)
-    if len(rest) and work.machine is not None:
-        work.machine.mark(index, rest)
-    answer = session.ask(messages.RepairEnd(index, proven=not len(rest)), messages.Repaired)
-    _LOG.warning(
-        "the replica's disk %d was damaged: %d blocks were put back, %d bytes have changed here since; %s",
-        index,
-        brought,
-        int(rest[:, 1].sum()),
-        "it is whole again" if answer.whole else "the next cycle brings the rest",
-    )
+class _Disk:
+    """One disk on its way to be whole again."""
 
+    def __init__(self, work: Work, session: ReplicaSession, place: int) -> None:
+        self.index = work.indexes[place]
+        self._work = work
+        self._session = session
+        self._table = work.tables[place]
+        self._disk = work.disks[place]
+        self._brought_count = 0
+        self._changed: list[NDArray[np.int64]] = []  # what the replica has otherwise, and the disk too
 
-def _bring(
-    work: Work,
-    session: ReplicaSession,
-    place: int,
-    blocks: NDArray[np.int64],
-    theirs: NDArray[np.uint8],
-    known: NDArray[np.uint8],
-) -> tuple[int, NDArray[np.int64]]:
-    """Put back those of `blocks` that the disk still has as they were known.
-
-    Returns how many, and the extents of those that it has otherwise; the table says then what the replica
-    really holds, so that a comparison finds them.
-    """
-    table, disk = work.tables[place], work.disks[place]
-    starts = blocks * table.block_bytes
-    extents = np.stack((starts, np.minimum(table.block_bytes, disk.virtual_bytes - starts)), axis=1)
-    data = np.empty(int(extents[:, 1].sum()), np.uint8)
-    disk.read_extents(extents, data.data)
-    mine = native.fingerprints(data, table.block_bytes)
-    is_known = (mine == known).all(axis=1) & (known != _UNKNOWN_ROW).any(axis=1)
-    is_theirs = (mine == theirs).all(axis=1)
-    offsets = np.arange(len(blocks)) * table.block_bytes
-    if is_known.any():
-        wanted = np.flatnonzero(is_known)
-        pieces = [data[offsets[row] : offsets[row] + extents[row, 1]] for row in wanted.tolist()]
-        question = messages.RepairBlocks(
-            work.indexes[place], blocks[wanted].tolist(), np.concatenate(pieces).tobytes()
+    def run(self) -> None:
+        """Compare all blocks, bring what can go back, and leave the rest to the next cut."""
+        table = self._table
+        for first in range(0, table.header.block_count, messages.FINGERPRINT_BLOCKS_MAX):
+            count = min(messages.FINGERPRINT_BLOCKS_MAX, table.header.block_count - first)
+            theirs = fetch_fingerprints(self._session, self.index, first, count, table.block_bytes)
+            known = table.read(first, count)
+            differing = np.flatnonzero((theirs != known).any(axis=1))
+            for at in range(0, len(differing), messages.REPAIR_BLOCKS_MAX):
+                rows = differing[at : at + messages.REPAIR_BLOCKS_MAX]
+                self._bring(rows + first, theirs[rows], known[rows])
+            self._tell(first + count)
+        table.sync()
+        rest = merge(np.concatenate(self._changed)) if self._changed else np.empty((0, 2), np.int64)
+        if len(rest) and self._work.machine is not None:
+            self._work.machine.mark(self.index, rest)
+        question = messages.RepairEnd(self.index, proven=not len(rest))
+        answer = self._session.ask(question, messages.Repaired)
+        _LOG.warning(
+            "the replica's disk %d was damaged: %d blocks went back, %d bytes have changed here since; %s",
+            self.index,
+            self._brought_count,
+            int(rest[:, 1].sum()),
+            "it is whole again" if answer.whole else "the next cycle brings the rest",
         )
-        session.ask(question, messages.Repaired)
-    for row in np.flatnonzero(~is_known).tolist():
-        table.write(int(blocks[row]), theirs[row : row + 1])
-    return int(is_known.sum()), extents[~is_known & ~is_theirs]
+
+    def _bring(self, blocks: NDArray[np.int64], theirs: NDArray[np.uint8], known: NDArray[np.uint8]) -> None:
+        """Put back those of `blocks` that the disk still has as they were known.
+
+        Of the others the table says from now on what the replica really holds, so that a comparison finds
+        them.
+        """
+        block_bytes = self._table.block_bytes
+        starts = blocks * block_bytes
+        extents = np.stack((starts, np.minimum(block_bytes, self._disk.virtual_bytes - starts)), axis=1)
+        data = np.empty(int(extents[:, 1].sum()), np.uint8)
+        self._disk.read_extents(extents, data.data)
+        mine = native.fingerprints(data, block_bytes)
+        is_known = (mine == known).all(axis=1) & (known != _UNKNOWN_ROW).any(axis=1)
+        is_theirs = (mine == theirs).all(axis=1)
+        if is_known.any():
+            pieces = [
+                data[row * block_bytes : row * block_bytes + extents[row, 1]]
+                for row in np.flatnonzero(is_known).tolist()
+            ]
+            question = messages.RepairBlocks(
+                self.index, blocks[is_known].tolist(), np.concatenate(pieces).tobytes()
+            )
+            self._session.ask(question, messages.Repaired)
+        for row in np.flatnonzero(~is_known).tolist():
+            self._table.write(int(blocks[row]), theirs[row : row + 1])
+        self._brought_count += int(is_known.sum())
+        self._changed.append(extents[~is_known & ~is_theirs])
+
+    def _tell(self, blocks_done: int) -> None:
+        virtual_bytes = self._table.header.virtual_bytes
+        done_bytes = min(blocks_done * self._table.block_bytes, virtual_bytes)
+        self._work.on_progress(
+            Progress("repair", done_bytes, virtual_bytes, wire_bytes=self._session.wire_bytes)
+        )

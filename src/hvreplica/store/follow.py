@@ -121,7 +121,7 @@ def disk_sentence(home: VmHome, disk_index: int) -> str:
 
 
 def begin_anew(home: VmHome, disk_index: int, digest: Digest | None) -> None:
-    """Record that another file is the disk now, or that it was changed past all this; in a transaction.
+    """Record that another file is the disk from now on, or one that changed unseen; in a transaction.
 
     digest: of what it holds; None where that is not known, until a scan has read it.
     """
