@@ -200,15 +200,16 @@ def _write_part(
         extents = NO_EXTENTS if known is None else difference(extents, known)
         if not len(extents):
             return None
-        return _write_file(home, disk, keeper, row, extents, logs)
+        return _write_file(home, disk, row, extents, keeper=keeper, logs=logs)
 
 
 def _write_file(
     home: VmHome,
     disk: Disk,
-    keeper: PointRow,
     row: DiskRow,
     extents: NDArray[np.int64],
+    *,
+    keeper: PointRow,
     logs: list[LogSpec],
 ) -> UndoRow:
     part_id = home.clock.guid()
