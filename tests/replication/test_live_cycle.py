@@ -416,7 +416,7 @@ def test_state_without_cuts_that_wait_is_read(site: LiveSite) -> None:
     file.close()
     site.start()
     state = site.work.state
-    assert (state.version, state.generation, state.pending, state.paused) == (2, 3, [], False)
+    assert (state.version, state.generation, state.pending, state.paused) == (3, 3, [], False)
     assert state.transfer is not None
     assert state.transfer.stage == "cutting"
 
