@@ -156,7 +156,17 @@ def test_replication_from_the_first_certificate_to_the_exported_point(site: Site
 
 
 def check_answer(answer: dict[str, object], kind: str, *, changed_bytes: list[int]) -> None:
-    assert list(answer) == ["vm", "kind", "disks", "wire_bytes", "seconds", "logs", "point"]
+    assert list(answer) == [
+        "vm",
+        "kind",
+        "disks",
+        "wire_bytes",
+        "seconds",
+        "logs",
+        "point",
+        "gone",
+        "warning",
+    ]
     assert (answer["vm"], answer["kind"]) == ("web01", kind)
     disks, logs = answer["disks"], answer["logs"]
     assert isinstance(disks, list)
