@@ -1,7 +1,7 @@
 """`python -m bench [--smoke] [NAME ...]`: run the benchmarks, print the figures, keep them as JSON.
 
 Names: initial, delta, fill, memory, disk_io, convert, check, capture, continuous, recovery,
-points, kernels, transport. All but the last two measure whole commands, or the Python API against whole
+points, retention, kernels, transport. All but the last two measure whole commands, or the Python API against whole
 programs.
 """
 
@@ -29,6 +29,7 @@ END_TO_END = (
     "continuous",
     "recovery",
     "points",
+    "retention",
 )
 MICRO = {"kernels": ("--smoke",), "transport": ("--mib", "4", "--rounds", "1")}  # with their smoke options
 

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from hvreplica.store.home import VmHome
     from hvreplica.store.records import PointRow, UndoRow
 
-_ON_DISKS = {"complete", "damaged", "base", "applying"}
-
 
 def part_path(home: VmHome, part: UndoRow) -> Path:
     """Return where a part's file stands."""
@@ -48,12 +46,6 @@ def kept_points(home: VmHome) -> list[PointRow]:
     return [point for point in home.catalog.points(home.vm_id) if point.is_kept]
 
 
-def newest_on_disks(home: VmHome) -> PointRow | None:
-    """Return the point that the disks are on or are being moved to."""
-    points = [point for point in home.catalog.points(home.vm_id) if point.state in _ON_DISKS]
-    return points[-1] if points else None
-
-
 def drop_point(home: VmHome, point_id: uuid.UUID) -> None:
     """Let an older point go; every other one stays exactly as it is. Durable on return, whole or not at all.
 
@@ -74,17 +66,14 @@ def forget_point(home: VmHome, point_id: uuid.UUID) -> list[UndoRow]:
     Their files are removed after the transaction: remove_parts().
     """
     catalog, vm_id = home.catalog, home.vm_id
-    points = kept_points(home)
-    older = points[: [point.id for point in points].index(point_id)]
     gone: list[UndoRow] = []
     own = catalog.undo_rows(vm_id, point_id=point_id)
     for disk_index in sorted({part.disk_index for part in own}):
-        having = (point for point in reversed(older) if disk_index in catalog.members(vm_id, point.id))
-        heir = next(having, None)
-        if heir is None or _ends_whole(home, heir.id, disk_index):
+        heir = catalog.heir(vm_id, point_id, disk_index)
+        if heir is None or _ends_whole(home, heir, disk_index):
             gone += [part for part in own if part.disk_index == disk_index]
         else:
-            catalog.move_undo(vm_id, point_id=point_id, target_id=heir.id, disk_index=disk_index)
+            catalog.move_undo(vm_id, point_id=point_id, target_id=heir, disk_index=disk_index)
     for part in gone:
         catalog.delete_undo(vm_id, part.id)
     catalog.supersede_point(vm_id, point_id)
@@ -164,8 +153,7 @@ def _require_older(home: VmHome, point_id: uuid.UUID) -> None:
             actual=point_id,
             hint="`hvreplica point list` shows those that it has",
         )
-    newest = newest_on_disks(home)
-    if newest is not None and newest.id == point_id:
+    if home.catalog.newest_on_disks(home.vm_id) == point_id:
         raise InvalidTransition(
             f"point {point_id} is the newest one of VM {home.name!r}: its disks are the replica itself",
             path=home.paths.folder,

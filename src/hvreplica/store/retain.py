@@ -91,18 +91,13 @@ def _hold_budget(home: VmHome, policy: Policy) -> list[GonePoint]:
 
 def let_go(home: VmHome, point_id: uuid.UUID) -> Compacted:
     """Drop a point and write its heirs' parts anew where that is worth it. Raises: as drop_point()."""
-    points = kept_points(home)
-    place = next((place for place, point in enumerate(points) if point.id == point_id), 0)
-    disks = home.catalog.members(home.vm_id, point_id)
+    catalog, vm_id = home.catalog, home.vm_id
+    heirs = {index: catalog.heir(vm_id, point_id, index) for index in catalog.members(vm_id, point_id)}
     drop_point(home, point_id)
     done = Compacted()
-    for point in reversed(points[:place]):
-        inherited = disks.keys() & home.catalog.members(home.vm_id, point.id).keys()
-        for disk_index in sorted(inherited):
-            del disks[disk_index]
-            done = done.plus(_compact(home, point.id, disk_index, look=True))
-        if not disks:
-            break
+    for disk_index, heir in heirs.items():
+        if heir is not None:
+            done = done.plus(_compact(home, heir, disk_index, look=True))
     return done
 
 

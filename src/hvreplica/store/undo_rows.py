@@ -20,6 +20,16 @@ _CHAIN = (
     " WHERE undo.vm_id = ? AND undo.disk_index = ? AND point.sequence >="
     " (SELECT sequence FROM point WHERE vm_id = ? AND id = ?) ORDER BY point.sequence, undo.place"
 )
+_SELECT_HEIR = """
+    SELECT point.id FROM point JOIN member ON member.vm_id = point.vm_id AND member.point_id = point.id
+    WHERE point.vm_id = ? AND member.disk_index = ? AND point.state IN ('complete', 'damaged')
+    AND point.sequence < (SELECT sequence FROM point WHERE vm_id = ? AND id = ?)
+    ORDER BY point.sequence DESC LIMIT 1
+"""
+_SELECT_ON_DISKS = """
+    SELECT id FROM point WHERE vm_id = ? AND state IN ('complete', 'damaged', 'base', 'applying')
+    ORDER BY sequence DESC LIMIT 1
+"""
 _SELECT_KEPT_LOG = (
     "SELECT log_id, disk_index, previous_log_id, log_bytes, point_id, before_point_id, instant_s, is_ordered,"
     " kept_until_s FROM kept_log"
@@ -33,10 +43,13 @@ class UndoRows(Database):
         self, vm_id: int, *, point_id: uuid.UUID | None = None, disk_index: int | None = None
     ) -> list[UndoRow]:
         """Return undo parts of the VM, of one point or disk where that is given, by point, disk and place."""
+        # Only what is given is asked for, so that the table's key finds it among thousands of rows.
+        wanted = (("point_id", _text(point_id)), ("disk_index", disk_index))
+        given = [(name, value) for name, value in wanted if value is not None]
+        where = "".join(f" AND {name} = ?" for name, _ in given)
         rows = self.rows(
-            f"{_SELECT_UNDO} WHERE vm_id = ? AND point_id = coalesce(?, point_id)"
-            " AND disk_index = coalesce(?, disk_index) ORDER BY point_id, disk_index, place",
-            (vm_id, _text(point_id), disk_index),
+            f"{_SELECT_UNDO} WHERE vm_id = ?{where} ORDER BY point_id, disk_index, place",
+            (vm_id, *(value for _, value in given)),
         )
         return [_undo(row) for row in rows]
 
@@ -44,6 +57,16 @@ class UndoRows(Database):
         """Return the parts of a point and of all newer ones, for one disk, in the order of reading."""
         rows = self.rows(f"{_SELECT_UNDO}{_CHAIN}", (vm_id, disk_index, vm_id, str(point_id)))
         return [_undo(row) for row in rows]
+
+    def heir(self, vm_id: int, point_id: uuid.UUID, disk_index: int) -> uuid.UUID | None:
+        """Return the newest kept point before this one that has the disk: who gets its parts when it goes."""
+        rows = self.rows(_SELECT_HEIR, (vm_id, disk_index, vm_id, str(point_id)))
+        return uuid.UUID(rows[0][0]) if rows else None
+
+    def newest_on_disks(self, vm_id: int) -> uuid.UUID | None:
+        """Return the point that the disks are on or are being moved to."""
+        rows = self.rows(_SELECT_ON_DISKS, (vm_id,))
+        return uuid.UUID(rows[0][0]) if rows else None
 
     def add_undo(self, vm_id: int, row: UndoRow) -> None:
         """Add a part behind the others of its point and disk; its place is given here."""
