@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from tests.replication.sites import Guest, Served
+
 SIZE = 6 * MIB
 EPERM = 1
 
@@ -230,3 +232,46 @@ def test_reader_is_refused_to_write(world: PointWorld, socket: Path) -> None:
         assert client.ask(READ, SIZE - 512, 1024)[0] != 0
     with pytest.raises(ValueError, match="kept"):
         PointServer(world.root, VM, socket=socket, keep=socket)
+
+
+@pytest.mark.parametrize("every_s", [0, 3600])
+def test_cycles_go_on_while_points_are_read(
+    guest: Guest, served: Served, tmp_path: Path, every_s: float
+) -> None:
+    """A real server applies what a real primary sends; also where the rule keeps no point that is read here."""
+    policy = hvreplica.PointPolicy(recovery_point_every_s=every_s)
+    wrong, counts, stopping = [], [0, 0], threading.Event()
+
+    def ask(number: int, path: Path, content: bytes) -> None:
+        own = random.Random(number)
+        with contextlib.closing(Connection(path, "0")) as client:
+            while not stopping.is_set():
+                length = own.choice([PAGE, MIB, 2 * MIB + PAGE])
+                offset = own.randrange((len(content) - length) // 512 + 1) * 512
+                counts[number] += 1
+                if read(client, offset, length) != content[offset : offset + length]:
+                    wrong.append((number, offset, length))
+                    return
+
+    with contextlib.ExitStack() as stack:
+        threads = []
+        for number in range(2):
+            guest.write(MIB)
+            point = guest.replicate(served, points=policy).point
+            path = tmp_path / f"{number}.sock"
+            arguments = ("--store", served.store, "--vm", VM, "--socket", path, "--json")
+            running = stack.enter_context(Running("point", "serve", *arguments))
+            assert running.ready["point"] == point
+            threads.append(threading.Thread(target=ask, args=(number, path, bytes(guest.model))))
+            threads[-1].start()
+        for step in range(6):
+            guest.write(MIB)
+            if step % 3 == 2:
+                guest.zero(step * MIB, 3 * MIB)
+            guest.replicate(served)
+        stopping.set()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+    assert all(counts)
+    assert served.content() == guest.model

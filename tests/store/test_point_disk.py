@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import resource
 import threading
 import uuid
 from typing import TYPE_CHECKING, Any
@@ -274,6 +275,19 @@ def test_files_are_closed_with_the_last_who_reads_them(world: PointWorld, rng: r
     del under
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_point_of_more_parts_than_files_are_open_usually(world: PointWorld) -> None:
+    first = world.ids[0]
+    count = 40
+    for number in range(count):
+        world.cut({3: [(number * PAGE, b"x" * PAGE)]})
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + count // 2, hard))
+    try:
+        assert content_of(world, first) == world.points[first]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_damaged_part_is_named_and_spoils_no_newer_point(world: PointWorld, rng: random.Random) -> None:

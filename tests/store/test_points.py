@@ -103,7 +103,7 @@ def test_cut_apply_is_finished_by_whoever_exports(
         report = reader.export_point("web01", None, 0, out, "raw")
         assert files.content_of(out) == primary.image()[0]
         assert report.point == str(primary.last_point)
-        assert [point.state for point in reader.points("web01")] == ["complete"]
+        assert [point.state for point in reader.points("web01")] == ["complete"] * 2
 
 
 @pytest.mark.usefixtures("replica")

@@ -25,6 +25,7 @@ from hvreplica.formats.hrl import FILE_TYPE_UNDO
 from hvreplica.hrl import LogReader
 from hvreplica.native.live import Under
 from hvreplica.native.tables import BlockMap
+from hvreplica.store.open_files import expect_open_files
 from hvreplica.store.point_index import DISK, NO_ROWS, ZEROS, PointIndex, rows_of
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ class PointView:
         self.core = PointIndex.empty(source.virtual_bytes)
         if before is not None and before.ids == self.ids[: len(before.ids)]:
             self.parts, self.core = list(before.parts), before.core
+        expect_open_files()
         added = [_Part(source.files, part.path) for part in undo[len(self.parts) :]]
         numbered = [(len(self.parts) + place, part.rows) for place, part in enumerate(added)]
         if added:
