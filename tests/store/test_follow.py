@@ -10,9 +10,11 @@ import pytest
 
 from hvreplica.native import reference
 from hvreplica.store import follow
+from hvreplica.store.compact_parts import compact_parts
 from hvreplica.store.digest import Digest
 from hvreplica.store.follow import expected_digest
 from hvreplica.store.pace import Pace, Stopped
+from hvreplica.store.part_plan import MERGE_MIN
 from hvreplica.store.points_kept import drop_point
 from hvreplica.store.policy import Policy
 from hvreplica.store.scan import scan_disk
@@ -83,6 +85,19 @@ def test_digests_outlive_points_that_go(root: Path, seed: int) -> None:
         check_digests(life)
         life.cycle()
         check_digests(life)
+
+
+def test_digests_outlive_parts_that_are_written_anew(root: Path) -> None:
+    life = Life(root, HOURLY)
+    for _ in range(2 * MERGE_MIN):
+        life.cycle()
+        check_digests(life)
+    keeper = uuid.UUID(life.listed()[0])
+    compact_parts(life.home, keeper, 0, look=True)
+    assert len(life.home.catalog.undo_rows(life.home.vm_id, disk_index=0)) < MERGE_MIN
+    check_digests(life)
+    life.cycle()
+    check_digests(life)
 
 
 def test_a_new_first_copy_keeps_the_digests_of_the_old_one(root: Path) -> None:

@@ -234,6 +234,28 @@ def test_a_flipped_byte_anywhere_is_found_or_means_nothing(root: Path, seed: int
         assert any(path.name in sentence for sentence in verdict.damage), story
 
 
+def test_points_that_come_and_go_meanwhile_are_judged_rightly(life: Life) -> None:
+    life.primary.write(0, 0, b"a" * 8192)
+    life.cycle(0)
+    path, offset = payload_offset(life, 0, 4096)
+    flip(life, path, offset)
+    reads = 0
+
+    def cycle_between(_: float) -> bool:
+        nonlocal reads
+        reads += 1
+        if reads % 4 == 0 and reads < 40:
+            life.cycle(2)
+        return False
+
+    verdict = verify_vm(life.home, Pace(life.clock, cycle_between))
+    assert reads > 8
+    judged = {point.id for point in verdict.points}
+    assert damaged(verdict) == spoiled(life) & judged
+    wrong = {point_id for point_id, state in states(life).items() if state == "damaged"}
+    assert spoiled(life) <= wrong  # those that came since inherit what is known of their disk
+
+
 def test_points_that_are_whole_again_can_be_had_again(life: Life) -> None:
     path, offset = payload_offset(life, 0, first_data(life))
     flip(life, path, offset)

@@ -247,21 +247,31 @@ def _record(home: VmHome, verdicts: dict[uuid.UUID, list[Verdict]]) -> None:
     """Mark points in the catalog. One that was damaged and is proven to be whole can be had again."""
     with home.catalog.transaction():
         for point_id, found in verdicts.items():
-            sentences = [verdict.sentence for verdict in found if verdict.sentence is not None]
-            if sentences:
-                home.catalog.judge_point(home.vm_id, point_id, "; ".join(dict.fromkeys(sentences)))
-            elif all(verdict.is_proven for verdict in found):
+            sentence = _sentence(found)
+            if sentence is not None:
+                home.catalog.judge_point(home.vm_id, point_id, sentence)
+            elif _is_judged(home, point_id, found) and all(verdict.is_proven for verdict in found):
                 home.catalog.judge_point(home.vm_id, point_id, None)
+
+
+def _is_judged(home: VmHome, point_id: uuid.UUID, found: list[Verdict]) -> bool:
+    """Return whether every disk of a point was looked at; some were not of one that came meanwhile."""
+    return len(found) >= len(home.catalog.members(home.vm_id, point_id))
+
+
+def _sentence(found: list[Verdict]) -> str | None:
+    sentences = dict.fromkeys(verdict.sentence for verdict in found if verdict.sentence is not None)
+    return "; ".join(sentences) or None
 
 
 def _verdicts(home: VmHome, verdicts: dict[uuid.UUID, list[Verdict]]) -> list[PointVerdict]:
     found = []
     for point in home.catalog.points(home.vm_id):
         own = verdicts.get(point.id, [])
-        sentences = list(dict.fromkeys(each.sentence for each in own if each.sentence is not None))
-        if sentences:
-            found.append(PointVerdict(str(point.id), "damaged", "; ".join(sentences)))
-        elif own:
+        sentence = _sentence(own)
+        if sentence is not None:
+            found.append(PointVerdict(str(point.id), "damaged", sentence))
+        elif own and _is_judged(home, point.id, own):
             is_proven = all(verdict.is_proven for verdict in own)
             found.append(PointVerdict(str(point.id), "ok" if is_proven else "unproven"))
     return found
