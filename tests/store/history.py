@@ -6,7 +6,10 @@ import random
 import uuid
 from typing import TYPE_CHECKING
 
+from hvreplica import native
 from hvreplica.store import AlreadyHave, Store
+from hvreplica.store.digest import Digest
+from hvreplica.store.follow import expected_digest
 from tests.store.world import Primary, guid, read_replica, send_disks, send_logs, small_disk
 from tests.support.fakeclock import FakeClock
 from tests.support.points import read_point
@@ -69,6 +72,14 @@ class History:
                 if point.state == "complete":
                     found = read_point(files, root, point.id, self.clock)
                     assert found == self.images[uuid.UUID(point.id)], files.story
+                    self._check_digests(store, uuid.UUID(point.id), files.story)
+
+    def _check_digests(self, store: Store, point_id: uuid.UUID, story: str) -> None:
+        """Refuse a digest that is not the one of the point's content; it may be unknown, never wrong."""
+        home = store._known(self.primary.vm)
+        for index, content in self.images[point_id].items():
+            digest = expected_digest(home, point_id, index)
+            assert digest in {None, Digest(*native.page_digest(content, 0))}, story
 
 
 def put_catalog(root: Path, data: bytes | None) -> None:
