@@ -155,6 +155,24 @@ def test_a_scan_goes_on_while_points_are_applied(root: Path, monkeypatch: pytest
     check_digests(life)
 
 
+def test_two_scans_of_one_disk_are_one(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hvreplica.store.pace.STEP_BYTES_MAX", 64 << 10)
+    monkeypatch.setattr("hvreplica.store.digest._WINDOW_BYTES", 16 << 10)
+    life = Life(root)
+    life.primary.write(0, 0, life.rng.randbytes(1 << 20))
+    life.cycle()
+    others = []
+
+    def scan_too(_: float) -> bool:
+        if len(others) == 0:
+            others.append(scan_disk(life.home, 0, Pace(life.clock, lambda _: life.clock.advance(1) or False)))
+        return False
+
+    found = scan_disk(life.home, 0, Pace(life.clock, scan_too))
+    assert found.drift == others[0].drift == Digest()
+    check_digests(life)
+
+
 def test_a_scan_that_was_cut_goes_on_where_it_was(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hvreplica.store.pace.STEP_BYTES_MAX", 64 << 10)
     monkeypatch.setattr("hvreplica.store.digest._WINDOW_BYTES", 16 << 10)
