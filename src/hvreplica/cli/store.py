@@ -97,6 +97,10 @@ def _show(output: Output, found: StoreStatus) -> None:
             output.line(f"{plain(vm.name)}: added disks, {done} of {total} are safe here")
         if vm.spool_bytes:
             output.line(f"{plain(vm.name)}: {format_size(vm.spool_bytes)} of logs wait to be applied")
+        if vm.failover != "Replicating":
+            output.line(f"{plain(vm.name)}: {vm.failover}; see `hvreplica failover status`")
+        if vm.test is not None:
+            output.line(f"{plain(vm.name)}: a test failover of point {vm.test}")
         for damage in vm.damage:
             output.line(f"{plain(vm.name)}: DAMAGED: {plain(damage)}")
 

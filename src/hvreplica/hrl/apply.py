@@ -16,7 +16,7 @@ import numpy as np
 
 from hvreplica import native
 from hvreplica.disk.parallel import map_ordered
-from hvreplica.formats.hrl import SECTOR_BYTES
+from hvreplica.formats.hrl import FILE_TYPE_HRL, SECTOR_BYTES
 from hvreplica.hrl.data import HOLE_BYTES_MIN, HoleFinder
 from hvreplica.hrl.reader import LogReader
 from hvreplica.hrl.report import ApplyReport
@@ -68,6 +68,7 @@ def apply_log(
     *,
     verify_data: bool = True,
     progress: ProgressCallback | None = None,
+    file_type: int = FILE_TYPE_HRL,
 ) -> ApplyReport:
     """Write what the log holds to `disk`; where writes overlap, the newest wins.
 
@@ -76,7 +77,7 @@ def apply_log(
     again, whole, gives the same disk, so an apply that was cut is repeated. One owner of the disk meanwhile.
     Raises: NotClosed, FormatError before anything is written; OSError from the disk in the middle.
     """
-    with LogReader(files, path) as reader:
+    with LogReader(files, path, file_type=file_type) as reader:
         gathered = _Gathered(min(ENTRIES_PER_PASS, reader.entry_count))
         fits = reader.entry_count <= ENTRIES_PER_PASS
         check_log(

@@ -1,8 +1,10 @@
 """The replica store: what was received, what it means, and who may change it. Start at store.Store."""
 
+from hvreplica.store.failover_status import ActiveDiskStatus, FailoverStatus, FiredrillStatus, failover_status
 from hvreplica.store.open_point import OpenPoint
 from hvreplica.store.point_diff import DiskDiff, PointDiff
 from hvreplica.store.points import ExportReport
+from hvreplica.store.promotion import Wish, cancel, commit, fail_over
 from hvreplica.store.records import AlreadyHave, DiskRow, DiskSpec, LogSpec
 from hvreplica.store.replica import VmReplica
 from hvreplica.store.sinks import InitialSink, LogSink
@@ -18,12 +20,15 @@ from hvreplica.store.store import RecoveredVm, Store
 from hvreplica.store.verify import PointVerdict, StoreVerdict, VmVerdict
 
 __all__ = [
+    "ActiveDiskStatus",
     "AlreadyHave",
     "DiskDiff",
     "DiskRow",
     "DiskSpec",
     "DiskStatus",
     "ExportReport",
+    "FailoverStatus",
+    "FiredrillStatus",
     "InitialSink",
     "LogSink",
     "LogSpec",
@@ -40,4 +45,9 @@ __all__ = [
     "VmReplica",
     "VmStatus",
     "VmVerdict",
+    "Wish",
+    "cancel",
+    "commit",
+    "fail_over",
+    "failover_status",
 ]

@@ -25,6 +25,7 @@ from hvreplica.errors import ReplicaDiverged
 from hvreplica.hrl import apply_log, verify_log
 from hvreplica.store.check import file_length, require_sound
 from hvreplica.store.counter import Counter
+from hvreplica.store.failover import frozen_error, may_apply
 from hvreplica.store.follow import begin_anew, holds, measure, pass_on_damage, put_in, take_out
 from hvreplica.store.records import NIL, DiskRow, PointRow
 from hvreplica.store.resize import fit_disk
@@ -59,16 +60,24 @@ def is_cut(home: VmHome) -> bool:
 def finish(home: VmHome, *, progress: ProgressCallback | None = None) -> list[uuid.UUID]:
     """Bring the disks to the newest point that was received; return the points that became complete.
 
-    Repeatable after a cut anywhere. Raises: Locked while another process reads the disks, StoreFull,
-    StoreError for missing files, ReplicaDiverged if someone else wrote to a disk, FormatError for a damaged
-    log.
+    Repeatable after a cut anywhere. Raises: Locked while another process reads the disks, Fenced while the
+    VM's disks are frozen, StoreFull, StoreError for missing files, ReplicaDiverged if someone else wrote to a
+    disk, FormatError for a damaged log.
     """
     done = []
     if is_unfinished(home):
         with room(home.files, home.paths.folder), home.exclusive():
+            require_changeable(home)
             done += finish_initial(home)
             done += [_apply_point(home, point, progress) for point in _waiting(home)]
     return done
+
+
+def require_changeable(home: VmHome) -> None:
+    """Refuse to change disks that a failover needs as they are; under the exclusive lock. Raises: Fenced."""
+    record = home.failover()
+    if not may_apply(record):
+        raise frozen_error(home.name, record)
 
 
 def finish_initial(home: VmHome) -> list[uuid.UUID]:
@@ -77,6 +86,7 @@ def finish_initial(home: VmHome) -> list[uuid.UUID]:
         return []
     done = []
     with home.exclusive():
+        require_changeable(home)
         for transfer in _renaming(home):
             require_sound(home)
             if _rename_disks(home, transfer):
@@ -95,13 +105,13 @@ def _rename_disks(home: VmHome, transfer: TransferRow) -> bool:
     rows = [row for row in catalog.disks(vm_id) if row.spec.index in transfer.disks]
     if transfer.kind == "initial":
         keep_whole(home, transfer, rows)
-    _count_change(home)
+    count_change(home)
     for row in rows:
         partial = home.paths.partial_disk(row.spec.index)
         if home.files.exists(partial):
             home.files.replace(partial, home.paths.disk(row.spec.index))
     home.files.sync_directory(home.paths.disks)
-    states = [dataclasses.replace(_look(home, row, NIL), base_id=transfer.point_id) for row in rows]
+    states = [dataclasses.replace(look(home, row, NIL), base_id=transfer.point_id) for row in rows]
     digests, home.arrived_digests = home.arrived_digests, {}
     if transfer.kind == "join":
         with catalog.transaction():
@@ -159,7 +169,7 @@ def _apply_point(home: VmHome, point: PointRow, progress: ProgressCallback | Non
         for row in rows:
             _require_undisturbed(home, row)
         _begin(home, point, rows, sizes, logs)
-    _count_change(home)
+    count_change(home)
     states = [
         _apply_to_disk(
             home,
@@ -200,7 +210,7 @@ def _begin(
         written.keeping.release(home)
 
 
-def _count_change(home: VmHome) -> None:
+def count_change(home: VmHome) -> None:
     """Tell whoever reads the disks that what is in the catalog now must be looked at again."""
     with Counter(home.files, home.paths.counter, writable=True) as counter:
         counter.increment()
@@ -228,7 +238,7 @@ def _apply_to_disk(
         fit_disk(home.files, path, virtual_bytes, clock=home.clock)
         if logs:
             _apply_logs(home, path, logs, progress)
-    return _look(home, row, logs[-1].log_id if logs else row.last_log_id)
+    return look(home, row, logs[-1].log_id if logs else row.last_log_id)
 
 
 def _apply_logs(home: VmHome, path: Path, logs: list[LogSpec], progress: ProgressCallback | None) -> None:
@@ -243,7 +253,7 @@ def _apply_logs(home: VmHome, path: Path, logs: list[LogSpec], progress: Progres
     disk.close()
 
 
-def _look(home: VmHome, row: DiskRow, last_log_id: uuid.UUID) -> DiskRow:
+def look(home: VmHome, row: DiskRow, last_log_id: uuid.UUID) -> DiskRow:
     """Return the disk's row as its file is now."""
     path = home.paths.disk(row.spec.index)
     with open_disk(home.files, path, writable=False, format="vhdx", clock=home.clock) as disk:

@@ -10,11 +10,14 @@ One object per process, used by any thread; several processes may have the same 
 from __future__ import annotations
 
 import uuid
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hvreplica.store.records import NIL, DiskRow, DiskSpec, LogSpec, Owner, PointRow, TransferRow, VmRow
 from hvreplica.store.scan_rows import ScanRows
 from hvreplica.store.undo_rows import UndoRows
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _SELECT_VM = (
     "SELECT id, name, folder, relationship_id, generation, certificate, claimed_s, policy, failover FROM vm"
@@ -132,6 +135,12 @@ class Catalog(UndoRows, ScanRows):
             (now_s, vm_id, disk_index),
         )
 
+    def set_removed(self, vm_id: int, disk_index: int, removed_s: float | None) -> None:
+        """Record since when no point has this disk, or None: that points have it again."""
+        self.change(
+            "UPDATE disk SET removed_s = ? WHERE vm_id = ? AND disk_index = ?", (removed_s, vm_id, disk_index)
+        )
+
     def set_disk_state(self, vm_id: int, row: DiskRow) -> None:
         """Record how the last applied point, or an initial replication, left the disk's file.
 
@@ -192,12 +201,7 @@ class Catalog(UndoRows, ScanRows):
             ),
         )
         self.set_members(vm_id, row.point_id, row.disks)
-        for place, log in enumerate(row.logs):
-            ids = (str(log.log_id), str(log.previous_log_id))
-            self.change(
-                "INSERT INTO log VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (vm_id, str(row.point_id), place, log.disk_index, *ids, log.log_bytes),
-            )
+        self.insert_logs(vm_id, row.point_id, row.logs)
         for target, durable_bytes in row.positions.items():
             self.set_position(vm_id, row.kind, target, durable_bytes)
 
@@ -261,6 +265,15 @@ class Catalog(UndoRows, ScanRows):
         )
         return [LogSpec(row[0], uuid.UUID(row[1]), uuid.UUID(row[2]), row[3]) for row in rows]
 
+    def insert_logs(self, vm_id: int, point_id: uuid.UUID, logs: Iterable[LogSpec]) -> None:
+        """Add logs that a point or transfer has, in the order of applying; it must have none."""
+        for place, log in enumerate(logs):
+            ids = (str(log.log_id), str(log.previous_log_id))
+            self.change(
+                "INSERT INTO log VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (vm_id, str(point_id), place, log.disk_index, *ids, log.log_bytes),
+            )
+
     def log_ids(self, vm_id: int) -> set[uuid.UUID]:
         """Return the ids of all logs of the VM that are not applied yet."""
         return {uuid.UUID(row[0]) for row in self.rows("SELECT log_id FROM log WHERE vm_id = ?", (vm_id,))}
@@ -300,6 +313,12 @@ class Catalog(UndoRows, ScanRows):
             "UPDATE point SET state = ?, applied_s = ? WHERE vm_id = ? AND id = ?",
             (state, now_s, vm_id, str(point_id)),
         )
+
+    def delete_point(self, vm_id: int, point_id: uuid.UUID) -> None:
+        """Forget a point as if it had never been, with its logs and disks."""
+        self.delete_logs(vm_id, point_id)
+        self.set_members(vm_id, point_id, {})
+        self.change("DELETE FROM point WHERE vm_id = ? AND id = ?", (vm_id, str(point_id)))
 
     def prune_points(self, vm_id: int, kept_count: int) -> None:
         """Forget superseded points but for the newest `kept_count`."""

@@ -6,6 +6,7 @@
     same relationship    generation <= stored                Fenced: a copied or older state folder
     other relationship   generation <= stored                Fenced: another primary owns the VM
     other relationship   generation > stored                 takeover
+    VM failed over here  any                                 Fenced: the replica is frozen (store/failover.py)
 
 Each session of a primary is a new generation, recorded at the primary before it claims. So a state folder
 that was copied, or restored from a backup, is fenced even if it lags by a single session.
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from hvreplica.clock import iso_time
 from hvreplica.errors import Fenced, ReplicaDiverged
+from hvreplica.store.failover import require_thawed, unpack_failover
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
 
 
 def validate_claim(row: VmRow, claim: Owner) -> None:
-    """Refuse a claim that is not newer than who owns the VM. Raises: Fenced."""
+    """Refuse a claim that is not newer than who owns the VM, or of one that is frozen. Raises: Fenced."""
+    require_thawed(row.name, unpack_failover(row.failover))
     owner = row.owner
     same_primary = claim.relationship_id == owner.relationship_id
     if claim.generation > owner.generation:
@@ -57,7 +60,8 @@ def validate_claim(row: VmRow, claim: Owner) -> None:
 
 
 def validate_owner(row: VmRow, owner: Owner) -> None:
-    """Refuse a change by a session that does not own the VM any more. Raises: Fenced."""
+    """Refuse a change by a session that does not own the VM any more, or of a frozen one. Raises: Fenced."""
+    require_thawed(row.name, unpack_failover(row.failover))
     if (row.owner.relationship_id, row.owner.generation) != (owner.relationship_id, owner.generation):
         raise fenced(row.name)
 

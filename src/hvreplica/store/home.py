@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hvreplica.errors import Fenced, StoreError
+from hvreplica.store.failover import pack_failover, unpack_failover
 from hvreplica.store.fencing import fenced, validate_owner
 from hvreplica.store.layout import VmPaths
 from hvreplica.store.room import room
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from hvreplica.files import FileSystem
     from hvreplica.store.catalog import Catalog
     from hvreplica.store.digest import Digest
+    from hvreplica.store.failover import Failover
     from hvreplica.store.records import Owner, PointRow, VmRow
 
 
@@ -85,12 +87,24 @@ class VmHome:
         finally:
             lock.release()
 
-    def require_owner(self, owner: Owner) -> None:
-        """Refuse a change by a session that was fenced; inside a transaction. Raises: Fenced."""
+    def row(self) -> VmRow:
+        """Return the VM's row as it is now. Raises: Fenced if it is gone."""
         row = self.catalog.vm(self.name)
         if row is None:
             raise Fenced(f"VM {self.name!r} is not in the store any more")
-        validate_owner(row, owner)
+        return row
+
+    def require_owner(self, owner: Owner) -> None:
+        """Refuse a change by a session that was fenced; inside a transaction. Raises: Fenced."""
+        validate_owner(self.row(), owner)
+
+    def failover(self) -> Failover:
+        """Return where a failover of the VM stands. Raises: StoreError for a damaged record."""
+        return unpack_failover(self.row().failover)
+
+    def set_failover(self, failover: Failover) -> None:
+        """Record where a failover stands; inside a transaction."""
+        self.catalog.set_failover(self.vm_id, pack_failover(failover))
 
     def require_transfer(self, transfer_id: uuid.UUID) -> None:
         """Refuse a change by a transfer that was replaced; inside a transaction. Raises: Fenced."""

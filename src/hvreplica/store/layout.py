@@ -202,6 +202,11 @@ class VmPaths:
         """Return where a disk stands that a test failover writes to."""
         return self.folder / "test" / f"{disk_index:d}.vhdx"
 
+    @property
+    def test_lock(self) -> Path:
+        """The lock file of whoever serves a test failover."""
+        return self.folder / "test" / "lock"
+
     def disk(self, disk_index: int) -> Path:
         """Return where the replica of one disk stands."""
         return self.disks / f"{disk_index:d}.vhdx"

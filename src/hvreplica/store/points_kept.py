@@ -15,6 +15,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from hvreplica.errors import InvalidTransition, Locked, NoSuchPoint, PointInUse
+from hvreplica.store.failover import pinned_points
 
 if TYPE_CHECKING:
     import uuid
@@ -152,6 +153,12 @@ def _require_older(home: VmHome, point_id: uuid.UUID) -> None:
             path=home.paths.folder,
             actual=point_id,
             hint="`hvreplica point list` shows those that it has",
+        )
+    if point_id in pinned_points(home.failover()):
+        raise PointInUse(
+            f"a failover of VM {home.name!r}, or a test of one, rests on point {point_id}",
+            path=home.paths.folder,
+            hint="see `hvreplica failover status`; it can go after `cancel`, `commit` or `test --cleanup`",
         )
     if home.catalog.newest_on_disks(home.vm_id) == point_id:
         raise InvalidTransition(

@@ -210,6 +210,7 @@ class VmReplica:
         Fenced.
         """
         with self._gate, self._lock:
+            self._home.require_owner(self._owner)
             return self._open_reader(target).fingerprints(first_block, block_count, block_bytes)
 
     def next_data(self, target: int, disk_offset: int) -> int:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from hvreplica.store.check import find_damage
+from hvreplica.store.failover import describe
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -74,7 +75,8 @@ class VmStatus(msgspec.Struct, frozen=True):
 
     phase: "empty"; "initial", while the first copy arrives; "waiting" for the first cut, which makes a point
     of a copy that was made while the VM wrote; "ready". points: oldest first. spool_bytes: of logs that wait
-    to be applied. owners: the present one last. joining: the first copy of disks that were added.
+    to be applied. owners: the present one last. joining: the first copy of disks that were added. failover:
+    the state of it, "Replicating" where there is none. test: the point of a test failover.
     """
 
     name: str
@@ -87,6 +89,8 @@ class VmStatus(msgspec.Struct, frozen=True):
     owners: list[OwnerStatus]
     damage: list[str]
     joining: TransferStatus | None = None
+    failover: str = "Replicating"
+    test: str | None = None
 
 
 class StoreStatus(msgspec.Struct, frozen=True):
@@ -109,6 +113,7 @@ def vm_status(home: VmHome) -> VmStatus:
         waiting = [point for point in stored if point.state in {"spooled", "applying"}]
         members = {index for point in stored for index in catalog.members(vm_id, point.id)}
         owners = catalog.owners(vm_id)
+        failover = home.failover()
     if transfer is not None and transfer.kind == "initial":
         phase = "initial"
     elif any(point.state == "base" for point in stored):
@@ -139,6 +144,8 @@ def vm_status(home: VmHome) -> VmStatus:
         ],
         damage=find_damage(home),
         joining=joining,
+        failover=describe(failover),
+        test=None if failover.test is None else str(failover.test.point),
     )
 
 

@@ -21,6 +21,7 @@ from hvreplica.errors import (
 )
 from hvreplica.store.apply import finish
 from hvreplica.store.catalog import Catalog
+from hvreplica.store.failover import may_apply
 from hvreplica.store.fencing import validate_claim, validate_disks_follow
 from hvreplica.store.home import StoreParts, VmHome
 from hvreplica.store.layout import (
@@ -260,6 +261,10 @@ class Store:
         """Return when each VM was last read again as a whole; 0 for never."""
         return {row.name: verified_s(self._home(row)) for row in self._parts.catalog.vms()}
 
+    def home(self, vm: str) -> VmHome:
+        """Return what works on one VM. Raises: NoSuchPoint for a VM that the store does not have."""
+        return self._known(vm)
+
     def _require_serving(self) -> None:
         if self._lock is None:
             raise InvalidTransition("the store was opened for reading", path=self._parts.root)
@@ -285,10 +290,12 @@ class Store:
         points: list[uuid.UUID] = []
         error = None
         try:
-            points = finish(home, progress=progress)
+            # What a failover froze stays as it is; the failover itself goes on when its verb is called again.
+            points = finish(home, progress=progress) if may_apply(home.failover()) else []
+            # Where it is locked, a failover beside this server may be making files: the next start sweeps.
             with room(home.files, home.paths.folder):
-                sweep(home)
                 with contextlib.suppress(Locked), home.exclusive():
+                    sweep(home)
                     sweep_points(home)
                 retain(home)
         except (HvReplicaError, OSError) as failure:

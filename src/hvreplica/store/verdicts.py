@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hvreplica.errors import Locked
+from hvreplica.store.failover import pinned_points
 from hvreplica.store.keep_rule import parse_keep_rule
 from hvreplica.store.points_kept import kept_points
 from hvreplica.store.retention import Candidate, Retention, decide
@@ -42,7 +43,9 @@ def candidate(point: PointRow, *, used: Container[uuid.UUID] = ()) -> Candidate:
 
 
 def is_used(home: VmHome, point_id: uuid.UUID) -> bool:
-    """Return whether somebody has the point open now."""
+    """Return whether somebody has the point open now, or a failover rests on it."""
+    if point_id in pinned_points(home.failover()):
+        return True
     path = home.paths.use(point_id)
     if not home.files.exists(path):
         return False
