@@ -23,6 +23,14 @@ if TYPE_CHECKING:
         disk_info,
         disk_map,
     )
+    from hvreplica.replication.failover_verbs import (
+        failover_cancel,
+        failover_commit,
+        failover_status,
+        failover_test_cleanup,
+        failover_unplanned,
+    )
+    from hvreplica.replication.firedrill_server import FiredrillServer
     from hvreplica.replication.live_verbs import cut, pause, reset_statistics, resume, status
     from hvreplica.replication.log_import import log_import
     from hvreplica.replication.log_qemu import log_from_qemu
@@ -52,6 +60,7 @@ __all__ = [
     "CutLog",
     "CutResult",
     "DiskChange",
+    "FiredrillServer",
     "PointPolicy",
     "PointServer",
     "Progress",
@@ -75,6 +84,11 @@ __all__ = [
     "disk_repair",
     "disk_repair_undo",
     "disk_resize",
+    "failover_cancel",
+    "failover_commit",
+    "failover_status",
+    "failover_test_cleanup",
+    "failover_unplanned",
     "log_apply",
     "log_dump",
     "log_from_child",
@@ -105,6 +119,7 @@ _HOMES = {
     "Capture": "replication.capture_verb",
     "CutLog": "replication.results",
     "CutResult": "replication.results",
+    "FiredrillServer": "replication.firedrill_server",
     "PointServer": "replication.point_server",
     "Replicator": "replication.resident",
     "ReplicationStatistics": "replication.statistics",
@@ -138,6 +153,7 @@ _HOMES = {
 }
 _FAMILIES = {
     "disk": "disk_verbs",
+    "failover": "failover_verbs",
     "log": "log_verbs",
     "point": "store_verbs",
     "store": "store_verbs",
