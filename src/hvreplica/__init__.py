@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from hvreplica.replication.log_sources import log_from_child
     from hvreplica.replication.log_verbs import log_apply, log_dump, log_info, log_recover, log_verify
     from hvreplica.replication.point_server import PointServer
+    from hvreplica.replication.prepare_verbs import cancel_prepare
     from hvreplica.replication.resident import Replicator
     from hvreplica.replication.results import CutLog, CutResult, DiskChange, ReplicateResult, ShippedLog
     from hvreplica.replication.retention_verbs import point_delete, point_plan, store_policy
@@ -71,6 +72,7 @@ __all__ = [
     "Server",
     "ShippedLog",
     "__version__",
+    "cancel_prepare",
     "cut",
     "disk_check",
     "disk_compact",
@@ -116,6 +118,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "cancel_prepare": "replication.prepare_verbs",
     "Capture": "replication.capture_verb",
     "CutLog": "replication.results",
     "CutResult": "replication.results",

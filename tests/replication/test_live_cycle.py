@@ -13,6 +13,7 @@ import hvreplica
 from hvreplica.errors import ChecksumMismatch, InvalidTransition, StateError, TrackingLost, Unreachable
 from hvreplica.replication import cycle, live, primary, sources
 from hvreplica.replication.live import cut_live
+from hvreplica.replication.state import VERSION
 from tests.replication.live_site import MIB, STATE, VM, LiveSite
 from tests.support.crash import worlds_after
 from tests.support.faultfile import Killed
@@ -416,7 +417,7 @@ def test_state_without_cuts_that_wait_is_read(site: LiveSite) -> None:
     file.close()
     site.start()
     state = site.work.state
-    assert (state.version, state.generation, state.pending, state.paused) == (3, 3, [], False)
+    assert (state.version, state.generation, state.pending, state.paused) == (VERSION, 3, [], False)
     assert state.transfer is not None
     assert state.transfer.stage == "cutting"
 

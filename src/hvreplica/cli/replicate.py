@@ -67,6 +67,19 @@ _HEADLINES = {"initial": "initial replication", "delta": "changes replicated"}
 @option(
     "--takeover", is_flag=True, help="Become the VM's primary although another one owns it at the replica."
 )
+@option(
+    "--prepare-failover",
+    "prepare",
+    is_flag=True,
+    help="The VM is off: ship its last changes and hold it here, for `failover planned` at the replica.",
+)
+@option("--cancel-prepare", is_flag=True, help="Let a VM that is held for a planned failover run here again.")
+@option(
+    "--force",
+    is_flag=True,
+    help="With --prepare-failover: cut off the clients of a running `capture`. With --cancel-prepare: do not"
+    " ask the replica whether it was promoted.",
+)
 @verb
 def replicate(  # noqa: PLR0913 - the options of the verb
     output: Output,
@@ -79,12 +92,18 @@ def replicate(  # noqa: PLR0913 - the options of the verb
     metrics: str | None,
     resync: bool,
     takeover: bool,
+    prepare: bool,
+    cancel_prepare: bool,
+    force: bool,
     **settings: Any,
 ) -> None:
     """Bring the replica of a VM up to date.
 
     The first run ships the disks, each later one what changed since, as an [MS-HRL] log. A run that was cut
     off is continued by the next one.
+
+    With --prepare-failover, for a VM that is off, it runs a last cycle and holds the VM: neither `capture`
+    nor `replicate` starts for it until --cancel-prepare. `failover planned` at the replica then loses nothing.
 
     With --once it runs one cycle and ends. While `capture` serves the VM, its process runs the cycle, from
     the writes that it knows. Otherwise the disks are compared with what the replica has, and must not change
@@ -95,6 +114,11 @@ def replicate(  # noqa: PLR0913 - the options of the verb
     answer, logs[].path names where it stood.
     """
     check_disks(vm, disks)
+    _check_failover(prepare=prepare, cancel_prepare=cancel_prepare, force=force)
+    if cancel_prepare:
+        _cancel(output, settings, force=force)
+        return
+    once = once or prepare
     cycles = {"interval_s": interval_s, "continuous": continuous, "metrics": metrics}
     _check(settings, cycles, once=once, resync=resync or takeover)
     if not once:
@@ -105,9 +129,34 @@ def replicate(  # noqa: PLR0913 - the options of the verb
     level = "error" if output.quiet else "warning"
     with logging_shown(level, as_json=output.json), progress_shown(output) as progress:
         result = hvreplica.replicate(
-            vm, disks, progress=progress, resync=resync, takeover=takeover, **settings
+            vm,
+            disks,
+            progress=progress,
+            resync=resync,
+            takeover=takeover,
+            prepare=prepare,
+            force=force,
+            **settings,
         )
     output.answer(result, lambda: show_result(output, result))
+
+
+def _check_failover(*, prepare: bool, cancel_prepare: bool, force: bool) -> None:
+    message = None
+    if prepare and cancel_prepare:
+        message = "--prepare-failover and --cancel-prepare exclude each other"
+    elif force and not (prepare or cancel_prepare):
+        message = "--force belongs to --prepare-failover or --cancel-prepare"
+    if message is not None:
+        raise click.UsageError(message, click.get_current_context())
+
+
+def _cancel(output: Output, settings: dict[str, Any], *, force: bool) -> None:
+    if (settings["to"] is None) != (settings["tls"] is None):
+        message = "--to and --tls belong together"
+        raise click.UsageError(message, click.get_current_context())
+    found = hvreplica.cancel_prepare(settings["state"], to=settings["to"], tls=settings["tls"], force=force)
+    output.answer(found, lambda: output.line(f"{plain(found.vm)}: {found.replication_state}"))
 
 
 def _check(settings: dict[str, Any], cycles: dict[str, Any], *, once: bool, resync: bool) -> None:
@@ -165,6 +214,8 @@ def check_disks(vm: str, disks: tuple[Path, ...]) -> None:
 
 def show_result(output: Output, result: ReplicateResult) -> None:
     """Show a result to a person: what was done, the point, and the disks where something was shipped."""
+    if result.prepared:
+        output.line(f"{plain(result.vm)} is held here for a planned failover")
     if result.kind == "none":
         output.line(f"{plain(result.vm)}: nothing changed · {result.seconds:.1f} s")
         _show_points(output, result)

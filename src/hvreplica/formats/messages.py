@@ -13,6 +13,7 @@ Working. Data never travels here: it goes as frames (formats/wire.py) over conne
     Apply                     ->     Applied | Refused          the point is listed and can be exported
     RepairBlocks              ->     Repaired | Refused         only where Applied names damaged disks
     RepairEnd                 ->     Repaired | Refused
+    Prepare                   ->     Prepared | Refused         the VM is off: the point may be promoted
 
 Unknown fields are allowed, so that a newer peer may say more; lengths and ranges are bounded here, once.
 """
@@ -27,7 +28,7 @@ from msgspec import Meta
 
 PROTOCOL_VERSION = 1
 # 2: copies made while the VM writes; disks that are resized, added and removed. 3: what is kept of points,
-# their kinds and consistency.
+# their kinds and consistency; planned failover and the way back.
 REVISION = 3
 RECOVERY_POINTS_MAX = 24  # as many as Hyper-V lets one choose
 VM_NAME_CHARS_MAX = 100  # Hyper-V's own limit for the name of a virtual machine
@@ -256,6 +257,12 @@ class RepairEnd(Message, frozen=True, tag="repair_end"):
     proven: bool
 
 
+class Prepare(Message, frozen=True, tag="prepare"):
+    """Tell the replica that the VM is off for a planned failover, and that this point is all of it."""
+
+    point_id: uuid.UUID
+
+
 class Ready(Message, frozen=True, tag="ready"):
     """Frames may come.
 
@@ -314,6 +321,12 @@ class Repaired(Message, frozen=True, tag="repaired"):
     whole: bool
 
 
+class Prepared(Message, frozen=True, tag="prepared"):
+    """The point is there, applied and marked as planned; it may be promoted without loss until a claim."""
+
+    point_id: uuid.UUID
+
+
 class Working(Message, frozen=True, tag="working"):
     """The answer takes longer; the replica lives."""
 
@@ -341,6 +354,7 @@ Question = (
     | Apply
     | RepairBlocks
     | RepairEnd
+    | Prepare
 )
 Answer = (
     Claimed
@@ -352,6 +366,7 @@ Answer = (
     | Committed
     | Applied
     | Repaired
+    | Prepared
     | Working
     | Refused
 )

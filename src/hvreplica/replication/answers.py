@@ -125,6 +125,8 @@ class AnswerSession:
                 return self._end(question)
             case messages.Apply():
                 return self._apply(question)
+            case messages.Prepare():
+                return messages.Prepared(self._replica.prepare(question.point_id))
             case messages.FingerprintsRequest():
                 return self._fingerprints(question)
             case messages.RepairBlocks():

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from hvreplica.address import parse_address
+from hvreplica.capture.clients import ClientGate
 from hvreplica.capture.export import ExportInfo
 from hvreplica.capture.listen import NbdListener
 from hvreplica.capture.log_folder import remove_loose_logs
@@ -112,7 +113,8 @@ class Capture:
                 work, Bookkeeper(files, work.folder.folder, clock=clock), link=link, keep_session=continuous
             )
             loop = None if link is None else CycleLoop(runner, interval_s=interval_s)
-            self._resident = Resident(runner, loop, running="capture", metrics=metrics)
+            self._clients = ClientGate()
+            self._resident = Resident(runner, loop, running="capture", metrics=metrics, clients=self._clients)
             stack.callback(self._resident.close)
             self._listeners = [
                 self._listener(place, context, stack, files=files, clock=clock) for place in places
@@ -188,11 +190,12 @@ class Capture:
     def _serve(self, client: Negotiated) -> None:
         service = self.machine.services[client.export_index]
         try:
-            service.serve(
-                client.socket.fileno(),
-                structured=client.structured,
-                base_allocation=client.base_allocation,
-            )
+            with self._clients.client(client.socket):
+                service.serve(
+                    client.socket.fileno(),
+                    structured=client.structured,
+                    base_allocation=client.base_allocation,
+                )
         except ConnectionError as error:
             _LOG.info("%s", error)
 

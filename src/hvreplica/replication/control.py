@@ -14,17 +14,19 @@ from msgspec import Meta
 
 from hvreplica.capture.guest_agent import DEFAULT_FREEZE_LIMIT_S, FREEZE_LIMIT_MAX_S, GuestAgent
 from hvreplica.clock import iso_time
-from hvreplica.errors import FreezeFailed, ProtocolViolation, StateError, Unreachable
+from hvreplica.errors import FreezeFailed, InvalidTransition, ProtocolViolation, StateError, Unreachable
 from hvreplica.formats.messages import PointPolicy  # noqa: TC001 - msgspec resolves the annotations
 from hvreplica.replication.live import RecordedCut, cut_live
 from hvreplica.replication.results import CutLog, CutResult
 from hvreplica.replication.shape import removed_indexes
 from hvreplica.replication.status import Cycles, make_status
+from hvreplica.replication.stopped import require_running
 from hvreplica.replication.work import CONNECTIONS_DEFAULT, CONNECTIONS_MAX, make_link
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from hvreplica.capture.clients import ClientGate
     from hvreplica.replication.loop import CycleLoop, CycleRunner
     from hvreplica.replication.results import ReplicateResult
     from hvreplica.replication.status import ReplicationStatus
@@ -55,7 +57,8 @@ class CutRequest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True)
 class ReplicateRequest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """vm, disks, remove_disks: checked against the state where they are given.
 
-    to, tls: None for the usual replica. points: None for what was said before.
+    to, tls: None for the usual replica. points: None for what was said before. prepare: for a planned
+    failover; force: although clients use the disks, which loses what they write after the cut.
     """
 
     vm: Text | None = None
@@ -68,6 +71,16 @@ class ReplicateRequest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults
     takeover: bool = False
     remove_disks: list[Text] = []
     points: PointPolicy | None = None
+    prepare: bool = False
+    force: bool = False
+
+
+class CancelPrepareRequest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """to, tls: None for the usual replica. force: do not ask it whether it was promoted."""
+
+    to: Text | None = None
+    tls: Text | None = None
+    force: bool = False
 
 
 class NoArguments(msgspec.Struct, forbid_unknown_fields=True):
@@ -75,12 +88,23 @@ class NoArguments(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Control:
-    """Answers the verbs of one VM. Any thread may call. running: the name of the process's own verb."""
+    """Answers the verbs of one VM. Any thread may call.
 
-    def __init__(self, runner: CycleRunner, loop: CycleLoop | None, *, running: str) -> None:
+    running: the name of the process's own verb. clients: who uses the disks, where it serves them.
+    """
+
+    def __init__(
+        self,
+        runner: CycleRunner,
+        loop: CycleLoop | None,
+        *,
+        running: str,
+        clients: ClientGate | None = None,
+    ) -> None:
         self._runner = runner
         self._loop = loop
         self._running = running
+        self._clients = clients
 
     def handle(self, verb: str, arguments: dict[str, Any], tell: Tell) -> object:
         """Return the answer to a verb; tell(progress) while it runs. Raises: what stands in its way."""
@@ -89,6 +113,9 @@ class Control:
                 return self.cut(_checked(arguments, CutRequest), tell)
             case "replicate":
                 return self.replicate(_checked(arguments, ReplicateRequest), tell)
+            case "cancel-prepare":
+                self.cancel_prepare(_checked(arguments, CancelPrepareRequest))
+                return self.status()
             case "status" | "pause" | "resume" | "reset-statistics":
                 _checked(arguments, NoArguments)
                 if verb == "pause":
@@ -106,6 +133,7 @@ class Control:
     def cut(self, request: CutRequest, tell: Tell) -> CutResult:
         """Cut all disks at one instant; tell {"instant": …} as soon as the guest may go on."""
         work = self._runner.work
+        require_running(work.state, work.folder.folder)
         if work.machine is None:
             if request.freeze is not None:
                 raise StateError(
@@ -137,16 +165,41 @@ class Control:
     def replicate(self, request: ReplicateRequest, tell: Tell) -> ReplicateResult:
         """Run one cycle now."""
         self._require_same(request)
-        result = self._runner.run(
-            link=_link(request),
-            with_resync=request.resync,
-            takeover=request.takeover,
-            points=request.points,
-            on_progress=tell,
-        )
+        if request.prepare:
+            self._shut(force=request.force)
+        try:
+            result = self._runner.run(
+                link=_link(request),
+                with_resync=request.resync,
+                takeover=request.takeover,
+                points=request.points,
+                prepare=request.prepare,
+                on_progress=tell,
+            )
+        finally:
+            if self._clients is not None and self._runner.work.state.stopped is None:
+                self._clients.open()  # it was refused before the VM was held
         if self._loop is not None:
             self._loop.mended()
         return result
+
+    def cancel_prepare(self, request: CancelPrepareRequest) -> None:
+        """Let the VM run here again."""
+        self._runner.cancel_prepare(link=_link(request), force=request.force)
+        if self._clients is not None:
+            self._clients.open()
+        if self._loop is not None:
+            self._loop.resume()
+
+    def _shut(self, *, force: bool) -> None:
+        """Let no client in any more. Raises: InvalidTransition where one is inside and need not go."""
+        count = 0 if self._clients is None else self._clients.shut(cut_off=force)
+        if count:
+            raise InvalidTransition(
+                f"the VM seems to run: {count} clients use its disks",
+                path=self._runner.work.folder.folder,
+                hint="shut the VM down first; with --force they are cut off, and lose what is not flushed",
+            )
 
     def status(self) -> ReplicationStatus:
         """Return how things stand."""
@@ -226,12 +279,14 @@ def cut_result(work: Work, recorded: RecordedCut, *, frozen: int | None = None) 
     )
 
 
-def _link(request: ReplicateRequest) -> Link | None:
+def _link(request: ReplicateRequest | CancelPrepareRequest) -> Link | None:
     if request.to is None:
         return None
     if request.tls is None:
         message = "--to needs --tls"
         raise ValueError(message)
+    if isinstance(request, CancelPrepareRequest):
+        return make_link(request.to, request.tls, "auto", CONNECTIONS_DEFAULT)
     return make_link(request.to, request.tls, request.compression, request.connections)
 
 

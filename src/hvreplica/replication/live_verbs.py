@@ -25,6 +25,7 @@ from hvreplica.replication.shape import follow
 from hvreplica.replication.state import StateFolder, load_state
 from hvreplica.replication.statistics import Statistics
 from hvreplica.replication.status import ReplicationStatus, make_status
+from hvreplica.replication.stopped import require_running
 from hvreplica.replication.work import Tally, Work
 from hvreplica.transport.local import Owner
 
@@ -82,6 +83,7 @@ def cut(
         folder = StateFolder(files, folder_path, clock=clock)
         stack.callback(folder.release)
         known = _known(folder.load(), folder_path)
+        require_running(known, folder_path)
         opened = stack.enter_context(opened_disks(files, disk_paths(folder, ()), clock=clock))
         ordered = follow(known, known.vm, opened, folder_path)
         work = Work(

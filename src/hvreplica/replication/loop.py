@@ -18,6 +18,7 @@ from hvreplica.replication.live import cut_compared
 from hvreplica.replication.primary import Primary
 from hvreplica.replication.results import make_result
 from hvreplica.replication.schedule import Schedule
+from hvreplica.replication.stopped import is_told, mark_prepared, mark_running, require_running
 from hvreplica.replication.work import Tally
 
 if TYPE_CHECKING:
@@ -68,21 +69,25 @@ class CycleRunner:
         with_resync: bool = False,
         takeover: bool = False,
         points: PointPolicy | None = None,
+        prepare: bool = False,
         is_due: Callable[[], bool] = lambda: False,
         on_progress: ProgressCallback = quiet,
     ) -> ReplicateResult:
         """Bring the replica up to date and count it.
 
-        link: instead of the usual one. points: what the replica shall keep from now on. is_due: whether the
-        copy of an added disk has to make room for the next cycle, which goes on with it. Raises:
-        InvalidTransition while paused; StateError without a link and when stopped; else as replicate().
+        link: instead of the usual one. points: what the replica shall keep from now on. prepare: for a planned
+        failover: the VM cannot start from then on. is_due: whether the copy of an added disk has to make room
+        for the next cycle, which goes on with it. Raises: InvalidTransition while paused; StateError without
+        a link and when stopped; else as replicate().
         """
         with self._turn:
-            self._check(link)
+            self._check(link, prepare=prepare)
             if points is not None and points != self.work.points:
                 self.work.points = points
                 self._close_standing()  # it is told with the claim that begins a session
-            primary = self._primary(link, with_resync=with_resync, takeover=takeover)
+            primary = self._primary(link, with_resync=with_resync, takeover=takeover, prepare=prepare)
+            if prepare:
+                mark_prepared(self.work)
             self._running = primary
             if self._stopping.is_set():
                 primary.abort()
@@ -92,7 +97,7 @@ class CycleRunner:
                 with self._ready():
                     self.work.tally = Tally("none", [0] * len(self.work.disks))
                     primary.run()
-                    result = make_result(self.work, self.work.clock.monotonic_s() - start_s)
+                    result = make_result(self.work, self.work.clock.monotonic_s() - start_s, prepared=prepare)
             except Exception as error:
                 if not self._stopping.is_set():
                     self.book.failed(error)
@@ -110,6 +115,27 @@ class CycleRunner:
             self._check_running()
             with self._ready():
                 return cut_compared(self.work, app_consistent=app_consistent)
+
+    def cancel_prepare(self, *, link: Link | None = None, force: bool = False) -> None:
+        """Let the VM run here again, once the replica says that it was not promoted; durable on return.
+
+        force: do not ask it. Raises: Fenced, FailoverRefused where it was; StateError without a link.
+        """
+        with self._turn:
+            self._check_running()
+            state = self.work.state
+            if state.stopped is not None and state.stopped.kind != "prepared":
+                require_running(state, self.work.folder.folder)
+            if is_told(state) and not force:
+                self._check_link(link)
+                with self._ready():
+                    primary = self._primary(link, prepare=True)
+                    self._running = primary
+                    try:
+                        primary.meet()
+                    finally:
+                        self._running = None
+            mark_running(self.work)
 
     def stop(self) -> None:
         """Make a cycle or a cut that runs fail soon, and refuse all others; from any thread."""
@@ -137,24 +163,30 @@ class CycleRunner:
         if self._stopping.is_set():
             raise StateError("the process is being stopped", hint="call again when it runs again")
 
-    def _check(self, link: Link | None) -> None:
+    def _check(self, link: Link | None, *, prepare: bool) -> None:
         self._check_running()
+        require_running(self.work.state, self.work.folder.folder, prepare=prepare)
         if self.work.state.paused:
             raise InvalidTransition(
                 "replication of this VM is paused",
                 path=self.work.folder.folder,
                 hint="go on with `hvreplica resume --state DIR`",
             )
+        self._check_link(link)
+
+    def _check_link(self, link: Link | None) -> None:
         if link is None and self.link is None:
             raise StateError(
                 "it is not known where the replica is", hint="say so with --to HOST:PORT and --tls DIR"
             )
 
-    def _primary(self, link: Link | None, *, with_resync: bool, takeover: bool) -> Primary:
+    def _primary(
+        self, link: Link | None, *, with_resync: bool = False, takeover: bool = False, prepare: bool = False
+    ) -> Primary:
         chosen = link or self.link
         assert chosen is not None
         self.work.link = chosen
-        is_usual = (link is None or link == self.link) and not with_resync and not takeover
+        is_usual = (link is None or link == self.link) and not (with_resync or takeover or prepare)
         if is_usual and self._standing is not None:
             return self._standing
         self._close_standing()  # or the new session would find the old one in its way
@@ -163,6 +195,7 @@ class CycleRunner:
             with_resync=with_resync,
             takeover=takeover,
             keep_session=is_usual and self._keep_session,
+            prepare=prepare,
             wait=self._stopping.wait,
         )
         if is_usual:
@@ -219,7 +252,8 @@ class CycleLoop:
     def wait_s(self) -> float | None:
         """Return the seconds until the next cycle begins; None while none will."""
         with self._lock:
-            if self._schedule.is_stopped or self._work.state.paused:
+            state = self._work.state
+            if self._schedule.is_stopped or state.paused or state.stopped is not None:
                 return None
             return max(self._schedule.start_s - self._clock.monotonic_s(), 0.0)
 
@@ -235,7 +269,9 @@ class CycleLoop:
             until_s = self._clock.monotonic_s() + (self.interval_s or _JOINING_S)
             self._runner.run(is_due=lambda: self._clock.monotonic_s() >= until_s)
         except Exception as error:
-            is_pause = isinstance(error, InvalidTransition) and self._work.state.paused
+            state = self._work.state
+            is_held = state.paused or state.stopped is not None
+            is_pause = isinstance(error, InvalidTransition) and is_held
             if not (is_pause or self._stopping or self._runner.is_stopping):
                 self._failed(kept(error))
         else:

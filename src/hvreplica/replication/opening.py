@@ -42,11 +42,13 @@ def state_for(
     disks: Sequence[Disk],
     *,
     remove: Sequence[str | int] = (),
+    prepare: bool = False,
     clock: Clock,
 ) -> tuple[PrimaryState, list[Disk]]:
     """Return the folder's state, brought in line with the call, and the disks by their indexes.
 
-    remove: paths or indexes of disks that the VM does not have any more. Raises: StateError, TrackingLost,
+    remove: paths or indexes of disks that the VM does not have any more. prepare: the VM may be prepared for
+    failover. Raises: StateError, TrackingLost,
     FieldOutOfRange.
     """
     for disk in disks:
@@ -59,7 +61,9 @@ def state_for(
                 actual=disk.virtual_bytes,
                 hint="extend a raw file with `truncate -s %512 FILE`",
             )
-    return state_of_call(folder.load(), vm, disks, remove=remove, folder=folder.folder, clock=clock)
+    return state_of_call(
+        folder.load(), vm, disks, remove=remove, prepare=prepare, folder=folder.folder, clock=clock
+    )
 
 
 def disk_paths(

@@ -26,8 +26,9 @@ from hvreplica.replication.live import cut_live, drop_damaged
 from hvreplica.replication.repair import repair
 from hvreplica.replication.results import GonePoint
 from hvreplica.replication.resync import resync
-from hvreplica.replication.shape import agree
+from hvreplica.replication.shape import agree, differs
 from hvreplica.replication.state import NIL, shapes
+from hvreplica.replication.stopped import confirm_prepared
 from hvreplica.replication.version import SOFTWARE
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ class Primary:
     """Drives replicate calls. run() from one thread, one call after the other; abort() from any.
 
     with_resync: do not believe the tables; takeover: become the writer of another's VM; both for the first
-    call. keep_session: leave the session open between calls. wait: called before a retry; whether to give up.
+    call. keep_session: leave the session open between calls. prepare: tell the replica at the end that this
+    was all, for a planned failover. wait: called before a retry; whether to give up.
     """
 
     def __init__(
@@ -57,12 +59,14 @@ class Primary:
         with_resync: bool = False,
         takeover: bool = False,
         keep_session: bool = False,
+        prepare: bool = False,
         wait: Callable[[float], bool] | None = None,
     ) -> None:
         self._work = work
         self._with_resync = with_resync or takeover
         self._takeover = takeover
         self._keep_session = keep_session
+        self._prepare = prepare
         self._wait = wait or threading.Event().wait
         self._met = False
         self._is_prepared = False
@@ -84,6 +88,9 @@ class Primary:
         while True:
             try:
                 self._run_once()
+                if self._prepare:
+                    with self._in_session() as session:
+                        confirm_prepared(self._work, session, is_whole=not differs(self._work.state))
             except BaseException as error:
                 self.close()
                 self._work.close_tables()
@@ -104,6 +111,17 @@ class Primary:
                 kept(error)
             else:
                 return
+
+    def meet(self) -> None:
+        """Agree with the replica on what it holds, as its VM's writer, and send nothing.
+
+        Raises: Fenced where the VM was promoted there; what else stands in the way.
+        """
+        try:
+            with self._in_session():
+                pass
+        finally:
+            self.close()
 
     def close(self) -> None:
         """End the session, if one is open."""
@@ -190,12 +208,19 @@ class Primary:
         try:
             # Durable before it is used: a state folder that was copied or restored claims what is taken.
             state = self._work.state
-            state.generation += 1
+            before, state.generation = state.generation, state.generation + 1
             self._work.save()
             removed = [index for index, disk in enumerate(state.disks) if not disk.is_here]
-            claimed = session.claim(
-                state, shapes(state), removed, software=SOFTWARE, points=self._work.points
-            )
+            try:
+                claimed = session.claim(
+                    state, shapes(state), removed, software=SOFTWARE, points=self._work.points
+                )
+            except Fenced:
+                # It was not taken. A fenced primary that tries again and again must not count up past the one
+                # that owns the VM, which would make it the owner by mere persistence.
+                state.generation = before
+                self._work.save()
+                raise
             self._met = True
             if self._with_resync:
                 self._resync(session, claimed)

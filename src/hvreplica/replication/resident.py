@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from types import TracebackType
 
+    from hvreplica.capture.clients import ClientGate
     from hvreplica.clock import Clock
     from hvreplica.files import FileSystem
     from hvreplica.formats.messages import PointPolicy
@@ -47,14 +48,20 @@ class Resident:
     """
 
     def __init__(
-        self, runner: CycleRunner, loop: CycleLoop | None, *, running: str, metrics: str | None
+        self,
+        runner: CycleRunner,
+        loop: CycleLoop | None,
+        *,
+        running: str,
+        metrics: str | None,
+        clients: ClientGate | None = None,
     ) -> None:
         """Bind. Raises: Unreachable where `metrics` cannot be listened on, OSError."""
         work = runner.work
         self.runner = runner
         self._loop = loop
         self._stopped = threading.Event()
-        self.control = Control(runner, loop, running=running)
+        self.control = Control(runner, loop, running=running, clients=clients)
         with contextlib.ExitStack() as stack:
             self._page = None
             if metrics is not None:

@@ -47,7 +47,8 @@ class ReplicateResult(msgspec.Struct, frozen=True):
     kind: "initial" (the whole disks were shipped), "delta" (logs were shipped) or "none" (nothing differed).
     wire_bytes: bytes that this side put on the network, all connections and TLS included. seconds: wall time.
     point: the id of the recovery point that the replica now holds. gone: older ones that it let go. warning:
-    which one it lets go next for the budget of older points.
+    which one it lets go next for the budget of older points. prepared: whether the VM is held here for a
+    planned failover from now on.
     """
 
     vm: str
@@ -59,6 +60,7 @@ class ReplicateResult(msgspec.Struct, frozen=True):
     point: str
     gone: list[GonePoint] = []
     warning: str | None = None
+    prepared: bool = False
 
 
 class CutLog(msgspec.Struct, frozen=True):
@@ -87,7 +89,7 @@ class CutResult(msgspec.Struct, frozen=True):
     warnings: list[str] = []
 
 
-def make_result(work: Work, seconds: float) -> ReplicateResult:
+def make_result(work: Work, seconds: float, *, prepared: bool = False) -> ReplicateResult:
     """Return what a call has done by its tally. Raises: StateError where the replica has no point."""
     if work.state.last_point is None:
         raise StateError(
@@ -106,4 +108,5 @@ def make_result(work: Work, seconds: float) -> ReplicateResult:
         point=str(work.state.last_point),
         gone=work.tally.gone,
         warning=work.tally.warning,
+        prepared=prepared,
     )

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from hvreplica.errors import StateError, TrackingLost
 from hvreplica.formats import messages
 from hvreplica.replication.state import TrackedDisk, cuts, track, tracked_disk
+from hvreplica.replication.stopped import require_running
 
 if TYPE_CHECKING:
     import uuid
@@ -35,14 +36,17 @@ def state_of_call(
     disks: Sequence[Disk],
     *,
     remove: Iterable[str | int] = (),
+    prepare: bool = False,
     folder: Path,
     clock: Clock,
 ) -> tuple[PrimaryState, list[Disk]]:
     """Return the state for a call, and its disks in the order of their indexes; the caller saves the state.
 
     disks: all that the VM has now, in any order once they are known. remove: paths or indexes of those that
-    it does not have any more. Raises: StateError, TrackingLost.
+    it does not have any more. prepare: the VM may be prepared for failover. Raises: StateError, TrackingLost.
     """
+    if known is not None:
+        require_running(known, folder, prepare=prepare)
     if known is not None and (known.phase != "new" or not all(disk.is_here for disk in known.disks)):
         return known, follow(known, vm, disks, folder, remove=remove)
     # Nothing was sent: the call may name another VM or other disks. The replica may know the identity.

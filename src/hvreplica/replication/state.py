@@ -33,7 +33,7 @@ VERSION = 3
 NIL = uuid.UUID(int=0)
 PENDING_MAX = 256  # cuts that wait to be shipped; more only cost room that one later cut would not
 _STATE_BYTES_MAX = 16 << 20  # twice what that many cuts of 64 disks take
-_VERSIONS_READ = (1, 2, VERSION)  # 1 had no cuts that wait, 2 no kinds of points
+_VERSIONS_READ = (1, 2, VERSION)  # 1 had no cuts that wait, 2 no kinds of points and no way back
 
 
 class TrackedDisk(msgspec.Struct, forbid_unknown_fields=True):
@@ -94,13 +94,27 @@ class Transfer(msgspec.Struct, forbid_unknown_fields=True):
     consistency: messages.Consistency = "crash"
 
 
+class Stopped(msgspec.Struct, forbid_unknown_fields=True):
+    """Why this folder's VM must not run here, nor be replicated from here.
+
+    kind: "prepared" for a planned failover; "adopting" while its disks become a replica in a store, and
+    "adopted" then. point: of "prepared" the one that the replica was told of, None before it was; else the
+    one that the disks are at. store: of the other two, where the replica stands.
+    """
+
+    kind: Annotated[str, Meta(pattern="^(prepared|adopting|adopted)$")]
+    since_s: messages.Instant
+    point: uuid.UUID | None = None
+    store: str = ""
+
+
 class PrimaryState(msgspec.Struct, forbid_unknown_fields=True):
     """state.json.
 
     phase: "new" before the first byte, "initial" until the replica has a whole copy, then "ready". transfer:
     the one on its way. pending: the cuts behind it, oldest first. mixed: the replica's copy is of several
     instants until the next logs are applied. paused: no cycle runs until it is resumed. joining: the copy of
-    an added disk that is on its way beside them.
+    an added disk that is on its way beside them. stopped: None as long as the VM may run here.
     """
 
     version: int
@@ -115,6 +129,7 @@ class PrimaryState(msgspec.Struct, forbid_unknown_fields=True):
     mixed: bool = False
     paused: bool = False
     joining: Transfer | None = None
+    stopped: Stopped | None = None
 
 
 class StateFolder:

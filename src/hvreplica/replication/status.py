@@ -75,8 +75,8 @@ class ReplicationStatus(msgspec.Struct, frozen=True):
     """One VM at its primary. running: "capture" or "replicate" for a living process, else None.
 
     replication_state: ReadyForInitialReplication, InitialReplicationInProgress, Replicating, Suspended
-    (paused here, or the replica has no room) or Error. last_point: that the replica acknowledged. pending:
-    cuts that it does not have, oldest first.
+    (paused here, or the replica has no room), PreparedForFailover, FailedOver (the disks are a replica now)
+    or Error. last_point: that the replica acknowledged. pending: cuts that it does not have, oldest first.
     cycles: None where none are scheduled. statistics: see ReplicationStatistics.
     """
 
@@ -134,6 +134,8 @@ def make_status(
 
 
 def _state_name(state: PrimaryState, record: Statistics) -> str:
+    if state.stopped is not None:
+        return "PreparedForFailover" if state.stopped.kind == "prepared" else "FailedOver"
     if state.paused:
         return "Suspended"
     trouble = record.trouble

@@ -49,6 +49,8 @@ def replicate(  # noqa: PLR0913 - a verb with its options, all but two by keywor
     takeover: bool = False,
     remove_disks: Sequence[str | int] = (),
     points: PointPolicy | None = None,
+    prepare: bool = False,
+    force: bool = False,
     progress: ProgressCallback | None = None,
     files: FileSystem = OS_FILES,
     clock: Clock = SYSTEM,
@@ -64,7 +66,9 @@ def replicate(  # noqa: PLR0913 - a verb with its options, all but two by keywor
     a folder of this VM's own, made where absent. compression: auto, zstd, lz4 or none. connections: 1 to 16
     for data. points: what the replica shall keep of the VM's points from now on; by default what it was told
     before, 24 hourly ones at first. resync: trust no record, compare with the replica by fingerprints.
-    takeover: become the primary of a VM that another one owned (implies resync).
+    takeover: become the primary of a VM that another one owned (implies resync). prepare: for a planned
+    failover: the VM is off, this is its last cut, and capture and replicate refuse to start until
+    cancel_prepare(); force: although clients of capture use its disks, which are cut off.
 
     On return the replica has applied the point durably. After any failure the next call goes on from there.
     Raises: HvReplicaError, OSError, ValueError for an argument out of its range.
@@ -88,6 +92,8 @@ def replicate(  # noqa: PLR0913 - a verb with its options, all but two by keywor
             takeover=takeover,
             remove_disks=[str(name) for name in remove_disks],
             points=points,
+            prepare=prepare,
+            force=force,
         )
         return _asked(owner, request, progress or quiet)
     if link is None:
@@ -98,7 +104,7 @@ def replicate(  # noqa: PLR0913 - a verb with its options, all but two by keywor
         stack.callback(folder.release)
         paths = disk_paths(folder, disks, remove=remove_disks)
         opened = stack.enter_context(opened_disks(files, paths, clock=clock))
-        known, ordered = state_for(folder, vm, opened, remove=remove_disks, clock=clock)
+        known, ordered = state_for(folder, vm, opened, remove=remove_disks, prepare=prepare, clock=clock)
         work = Work(
             folder=folder,
             state=known,
@@ -113,7 +119,9 @@ def replicate(  # noqa: PLR0913 - a verb with its options, all but two by keywor
         work.save()
         runner = CycleRunner(work, Bookkeeper(files, folder_path, clock=clock), link=link)
         stack.callback(runner.close)
-        return runner.run(with_resync=resync, takeover=takeover, on_progress=progress or quiet)
+        return runner.run(
+            with_resync=resync, takeover=takeover, prepare=prepare, on_progress=progress or quiet
+        )
 
 
 def _asked(owner: Owner, request: ReplicateRequest, progress: ProgressCallback) -> ReplicateResult:

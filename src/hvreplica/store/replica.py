@@ -6,7 +6,7 @@ import dataclasses
 import threading
 from typing import TYPE_CHECKING
 
-from hvreplica.errors import FieldOutOfRange, InvalidTransition
+from hvreplica.errors import FailoverRefused, FieldOutOfRange, InvalidTransition
 from hvreplica.store.apply import finish
 from hvreplica.store.blocks import BlockReader
 from hvreplica.store.check import find_damage
@@ -201,6 +201,23 @@ class VmReplica:
                 f"VM {self.vm!r} has no complete replica yet", hint="its initial replication comes first"
             )
         return point_id
+
+    def prepare(self, point_id: uuid.UUID) -> uuid.UUID:
+        """Take note that the VM is off at its primary and that a point is all of it; return the point.
+
+        Durable on return; holds until the VM is claimed again. Raises: FailoverRefused where it is not the
+        newest one; as apply().
+        """
+        newest = self.apply()
+        if newest != point_id:
+            raise FailoverRefused(
+                f"VM {self.vm!r} is not on the point that its primary calls its last",
+                path=self._home.paths.folder,
+                expected=point_id,
+                actual=newest,
+                hint="prepare the failover again at the primary",
+            )
+        return newest
 
     def fingerprints(self, target: int, first_block: int, block_count: int, block_bytes: int) -> bytes:
         """Return the XXH3-128 of blocks of a disk on its newest point, 16 bytes each, zeros for zero blocks.
