@@ -103,7 +103,7 @@ def replicate(  # noqa: PLR0913 - the options of the verb
     off is continued by the next one.
 
     With --prepare-failover, for a VM that is off, it runs a last cycle and holds the VM: neither `capture`
-    nor `replicate` starts for it until --cancel-prepare. `failover planned` at the replica then loses nothing.
+    nor `replicate` starts for it until --cancel-prepare. `failover planned` there then loses nothing.
 
     With --once it runs one cycle and ends. While `capture` serves the VM, its process runs the cycle, from
     the writes that it knows. Otherwise the disks are compared with what the replica has, and must not change

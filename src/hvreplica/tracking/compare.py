@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from hvreplica.disk import Disk
     from hvreplica.tracking.fingerprints import FingerprintTable
+    from hvreplica.tracking.window import ExtentSource
 
 
 class ChangeSink(Protocol):
@@ -50,15 +51,29 @@ class ChangeSource(Protocol):
 
 
 class ComparedDisk:
-    """A ChangeSource for one disk and its fingerprint table; the table is read, never changed."""
+    """A ChangeSource for one disk and its fingerprint table; the table is read, never changed.
 
-    def __init__(self, disk: Disk, table: FingerprintTable, *, workers: int) -> None:
+    within: int64 (n, 2), sorted and disjoint: nothing changed outside of these ranges, which is not looked at.
+    """
+
+    def __init__(
+        self,
+        disk: Disk,
+        table: FingerprintTable,
+        *,
+        workers: int,
+        within: npt.NDArray[np.int64] | None = None,
+    ) -> None:
         self._disk = disk
         self._table = table
         self._workers = workers
+        self._within = within
 
     def changes_into(self, sink: ChangeSink, *, on_read: Callable[[int], None]) -> int:
-        windows = windows_with_data((self._disk.extents, self._table.extents), 0, self._disk.virtual_bytes)
+        sources: tuple[ExtentSource, ...] = (self._disk.extents, self._table.extents)
+        if self._within is not None:
+            sources = (rows_as_source(self._within),)
+        windows = windows_with_data(sources, 0, self._disk.virtual_bytes)
         return _Comparison(self._disk, self._table, windows, sink, on_read).run(self._workers)
 
 
@@ -142,6 +157,21 @@ def changes_of(
     for first, length in zero_runs.tolist():
         sink.append_zeroes(disk_offset + first, length)
     return int(data_runs[:, 1].sum() + zero_runs[:, 1].sum())
+
+
+def rows_as_source(rows: npt.NDArray[np.int64]) -> ExtentSource:
+    """Return what gives the parts of `rows`, int64 (n, 2), sorted and disjoint, in a range."""
+    ends = rows[:, 0] + rows[:, 1]
+
+    def extents(start: int, end: int) -> npt.NDArray[np.int64]:
+        first, last = np.searchsorted(ends, start, "right"), np.searchsorted(rows[:, 0], end, "left")
+        found = rows[first:last].copy()
+        starts = np.maximum(found[:, 0], start)
+        found[:, 1] = np.minimum(ends[first:last], end) - starts
+        found[:, 0] = starts
+        return found
+
+    return extents
 
 
 def clipped(runs: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
