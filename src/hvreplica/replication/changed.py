@@ -48,7 +48,7 @@ class RangeSink:
         self._new: list[NDArray[np.int64]] = []
         self._count = 0
 
-    def append(self, extents: NDArray[np.int64], data: Buffer) -> None:
+    def append(self, extents: NDArray[np.int64], data: Buffer) -> None:  # noqa: ARG002 - a ChangeSink
         """Take guest extents (offset, length), int64 (n, 2)."""
         self._add(extents)
 
@@ -94,9 +94,7 @@ def bring_up_to_date(work: Work) -> None:
         cycle.settle(work, transfer)
 
 
-def changed_since(
-    work: Work, *, on_read: Callable[[int], None] = lambda _: None
-) -> list[NDArray[np.int64]]:
+def changed_since(work: Work, *, on_read: Callable[[int], None] = lambda _: None) -> list[NDArray[np.int64]]:
     """Return for each of the work's disks what may differ there from each of known_points().
 
     int64 (n, 2), sorted, disjoint, within the disk; the whole disk where nothing tells more. The disks must
@@ -148,14 +146,16 @@ def _journalled(work: Work, index: int, disk: Disk) -> NDArray[np.int64] | None:
             was_clean=journal.is_clean,
             disk_format=cast("Format", disk.format),
         )
-        return journal.regions() if judgement.verdict is Verdict.SAME else None
+        if judgement.verdict is not Verdict.SAME:
+            return None
+        # After a crash, only a VHDX tells that another program has written to it: a primary that was lost may
+        # have been started elsewhere meanwhile.
+        return journal.regions() if journal.is_clean or disk.format == "vhdx" else None
     finally:
         journal.close()
 
 
-def _with_log(
-    work: Work, log: CutLog, rows: NDArray[np.int64], disk_bytes: int
-) -> NDArray[np.int64] | None:
+def _with_log(work: Work, log: CutLog, rows: NDArray[np.int64], disk_bytes: int) -> NDArray[np.int64] | None:
     """Return `rows` and all that a log holds; None where it cannot be read."""
     try:
         with LogReader(work.files, work.folder.log_path(log.log_id)) as reader:

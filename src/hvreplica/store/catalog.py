@@ -307,6 +307,10 @@ class Catalog(UndoRows, ScanRows):
         """Record how far a point is."""
         self.change("UPDATE point SET state = ? WHERE vm_id = ? AND id = ?", (state, vm_id, str(point_id)))
 
+    def set_point_kind(self, vm_id: int, point_id: uuid.UUID, kind: str) -> None:
+        """Record what kind of point this is."""
+        self.change("UPDATE point SET kind = ? WHERE vm_id = ? AND id = ?", (kind, vm_id, str(point_id)))
+
     def complete_point(self, vm_id: int, point_id: uuid.UUID, state: str, now_s: float) -> None:
         """Record that the disks are on this point. state: complete or base."""
         self.change(

@@ -6,12 +6,13 @@ import dataclasses
 import threading
 from typing import TYPE_CHECKING
 
-from hvreplica.errors import FailoverRefused, FieldOutOfRange, InvalidTransition
+from hvreplica.errors import FieldOutOfRange, InvalidTransition
 from hvreplica.store.apply import finish
 from hvreplica.store.blocks import BlockReader
 from hvreplica.store.check import find_damage
 from hvreplica.store.fencing import fenced
 from hvreplica.store.gate import Gate
+from hvreplica.store.prepared import record_prepared
 from hvreplica.store.records import DiskSpec, TransferRow, validate_disks
 from hvreplica.store.repair import Repair
 from hvreplica.store.retain import Retained, retain
@@ -208,16 +209,10 @@ class VmReplica:
         Durable on return; holds until the VM is claimed again. Raises: FailoverRefused where it is not the
         newest one; as apply().
         """
-        newest = self.apply()
-        if newest != point_id:
-            raise FailoverRefused(
-                f"VM {self.vm!r} is not on the point that its primary calls its last",
-                path=self._home.paths.folder,
-                expected=point_id,
-                actual=newest,
-                hint="prepare the failover again at the primary",
-            )
-        return newest
+        self.apply()
+        with self._gate, self._lock:
+            record_prepared(self._home, self._owner, point_id)
+        return point_id
 
     def fingerprints(self, target: int, first_block: int, block_count: int, block_bytes: int) -> bytes:
         """Return the XXH3-128 of blocks of a disk on its newest point, 16 bytes each, zeros for zero blocks.

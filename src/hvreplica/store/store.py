@@ -38,6 +38,7 @@ from hvreplica.store.point_diff import PointDiff, diff_points
 from hvreplica.store.points import ExportReport, Format, export_point
 from hvreplica.store.points_kept import kept_points, sweep_points
 from hvreplica.store.policy import changed_policy, follow, policy_of
+from hvreplica.store.prepared import forget_prepared
 from hvreplica.store.records import DiskSpec, Owner, printable, validate_disks
 from hvreplica.store.replica import VmReplica
 from hvreplica.store.retain import GonePoint, delete_points, retain
@@ -322,6 +323,7 @@ class Store:
             else:
                 vm_id = row.id
                 validate_claim(row, owner)
+                forget_prepared(catalog, row)
                 self._keep_disks(row, disks, removed)
             catalog.set_owner(vm_id, owner, now_s)
             if policy is not None:

@@ -53,7 +53,7 @@ class ChangeSource(Protocol):
 class ComparedDisk:
     """A ChangeSource for one disk and its fingerprint table; the table is read, never changed.
 
-    within: int64 (n, 2), sorted and disjoint: nothing changed outside of these ranges, which is not looked at.
+    within: int64 (n, 2), sorted and disjoint: nothing changed outside of these ranges, so only they are read.
     """
 
     def __init__(
