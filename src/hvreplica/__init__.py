@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from hvreplica.formats.messages import PointPolicy
     from hvreplica.progress import Progress
+    from hvreplica.replication.adopt_verb import store_adopt
     from hvreplica.replication.capture_verb import Capture
     from hvreplica.replication.disk_change import disk_compact, disk_resize
     from hvreplica.replication.disk_check import disk_check, disk_repair, disk_repair_undo
@@ -110,6 +111,7 @@ __all__ = [
     "reset_statistics",
     "resume",
     "status",
+    "store_adopt",
     "store_policy",
     "store_status",
     "store_verify",
@@ -118,6 +120,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "store_adopt": "replication.adopt_verb",
     "cancel_prepare": "replication.prepare_verbs",
     "Capture": "replication.capture_verb",
     "CutLog": "replication.results",

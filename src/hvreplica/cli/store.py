@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 import hvreplica
-from hvreplica.cli.options import SIZE, option, store_option, verb
+from hvreplica.cli.options import PATH, SIZE, option, store_option, verb, vm_option
 from hvreplica.cli.progress import progress_shown
 from hvreplica.cli.render import moment, plain
 from hvreplica.units import format_size
@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 
     from hvreplica.cli.render import Output
     from hvreplica.store import StoreStatus, StoreVerdict, VmStatus, VmVerdict
+    from hvreplica.store.adoption import AdoptReport
 
 DAMAGE_FOUND = 1  # the exit code where a verification found what it was to look for
 
 
 @click.group()
 def store() -> None:
-    """Look into a replica's store."""
+    """Look into a replica's store, and put an old primary into it."""
 
 
 @store.command(short_help="Show every VM in the store.")
@@ -74,6 +75,61 @@ def show_verdict(output: Output, verdict: VmVerdict) -> None:
         output.line(f"  DAMAGED: {plain(sentence)}")
     for path in verdict.unknown_files:
         output.line(f"  {plain(path)}: nothing speaks of this file")
+
+
+@store.command(short_help="Make a replica of the disks of an old primary.")
+@store_option
+@vm_option
+@option(
+    "--state",
+    type=PATH,
+    metavar="DIR",
+    help="The state folder that `capture` or `replicate` had for the VM at this site.",
+)
+@option("--unknown", is_flag=True, help="The state folder is lost: compare everything later. Needs --disk.")
+@option(
+    "--disk",
+    "disks",
+    type=PATH,
+    multiple=True,
+    metavar="FILE",
+    help="With --unknown: a disk of the VM; each one, in the order in which they were replicated.",
+)
+@verb
+def adopt(
+    output: Output,
+    *,
+    store: Path,
+    vm: str,
+    state: Path | None,
+    unknown: bool,
+    disks: tuple[Path, ...],
+) -> None:
+    """Make a replica of the disks of an old primary, whose VM was failed over to another site.
+
+    The VM must be off here. Its disks move into the store, so that nothing starts them by accident; a file
+    DISK.moved.txt beside each old name says where it went. What was written here after the last cut that the
+    other site has is a recovery point of its own, and is told to the other site when `failover reverse` runs
+    there: only what differs travels. Works while `serve` runs; cut off, the same call goes on.
+    """
+    if (state is None) != unknown or bool(disks) != unknown:
+        message = "give either --state DIR, or --unknown with each --disk"
+        raise click.UsageError(message, click.get_current_context())
+    with progress_shown(output) as progress:
+        report = hvreplica.store_adopt(
+            store, vm, state=state, disks=disks, unknown=unknown, progress=progress
+        )
+    output.answer(report, lambda: _show_adopted(output, report))
+
+
+def _show_adopted(output: Output, report: AdoptReport) -> None:
+    output.line(f"{plain(report.vm)} is a replica in {plain(report.store)} now, at point {report.point}")
+    if report.known:
+        output.line(f"at most {format_size(report.changed_bytes)} were written here alone")
+    else:
+        output.line("what was written here alone is not known: everything will be compared")
+    for path in report.disks:
+        output.line(f"  {plain(path)}")
 
 
 def _show(output: Output, found: StoreStatus) -> None:

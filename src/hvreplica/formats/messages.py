@@ -6,6 +6,7 @@ Working. Data never travels here: it goes as frames (formats/wire.py) over conne
     primary                          replica
     Claim                     ->     Claimed | Refused          fencing, trust, what the replica holds
     FingerprintsRequest       ->     Fingerprints | Refused     only for a resync
+    ChangesRequest            ->     Changes | Refused          only of a replica that was a primary
     BeginInitial | BeginLogs  ->     Ready | AlreadyHave | Refused
       (Attach -> Attached on each data connection, then frames)
     Checkpoint                ->     Durable | Refused          frames that survive a power cut of the replica
@@ -38,6 +39,8 @@ LOG_BYTES_MAX = 1 << 50
 FINGERPRINT_BLOCKS_MAX = 32_768  # 512 KiB of fingerprints, half of the largest message
 REPAIR_BLOCK_BYTES = 4096
 REPAIR_BLOCKS_MAX = 128  # 512 KiB of data, half of the largest message
+CHANGES_MAX = 32_768  # ranges in one message, as many bytes
+CUTS_MAX = 512  # more than a primary lets wait
 TEXT_CHARS_MAX = 2_000
 GONE_MAX = 4_096  # points told of in one answer; a message has at most 1 MiB
 SESSION_BYTES = 16
@@ -114,6 +117,8 @@ class Claim(Message, frozen=True, tag="claim"):
 
     disks: as they are now. removed: those that the VM does not have any more; one that is among `disks` too
     may be in points that are still to come. policy: what is to be kept from now on; None: as it is.
+    reverse: by the site to which the VM was failed over; taken by a replica alone that was made of the old
+    primary's disks, and not yet written since.
     """
 
     protocol: Annotated[int, Meta(ge=1, lt=1 << 16)]
@@ -124,6 +129,7 @@ class Claim(Message, frozen=True, tag="claim"):
     disks: Annotated[list[DiskShape], Meta(min_length=1, max_length=DISKS_MAX)]
     removed: Annotated[list[DiskIndex], Meta(max_length=DISKS_MAX)] = []
     policy: PointPolicy | None = None
+    reverse: bool = False
 
 
 class DiskState(msgspec.Struct, frozen=True):
@@ -140,13 +146,24 @@ class DiskState(msgspec.Struct, frozen=True):
     in_point: bool = True
 
 
+class Adopted(msgspec.Struct, frozen=True):
+    """What a replica says that was made of an old primary's disks.
+
+    points: of the other site, one of which is what these disks were before the ranges that ChangesRequest
+    asks for were written; oldest first. is_known: False where nobody knows what was written.
+    """
+
+    points: Annotated[list[uuid.UUID], Meta(max_length=CUTS_MAX)]
+    is_known: bool
+
+
 class Claimed(Message, frozen=True, tag="claimed"):
     """The claim stands.
 
     session: proves that a data connection belongs to it. phase: empty, initial or ready. last_point: the
     newest one that is there whole. transfer: the unfinished one. damage: why the replica's copy cannot be
     built upon, a sentence for each file; only a new initial replication mends it. revision: what the replica
-    understands, see REVISION.
+    understands, see REVISION. adopted: of a replica that was made of an old primary, until logs came.
     """
 
     protocol: int
@@ -159,6 +176,21 @@ class Claimed(Message, frozen=True, tag="claimed"):
     damage: Annotated[list[Text], Meta(max_length=4 * DISKS_MAX)]
     connections_max: Annotated[int, Meta(ge=1, le=64)]
     revision: Annotated[int, Meta(ge=1, lt=1 << 16)] = 1
+    adopted: Adopted | None = None
+
+
+class ChangesRequest(Message, frozen=True, tag="changes?"):
+    """Ask what an old primary wrote to a disk of a replica that was made of it, from an offset on."""
+
+    disk_index: DiskIndex
+    disk_offset: Annotated[int, Meta(ge=0, le=DISK_BYTES_MAX)]
+
+
+class Changes(Message, frozen=True, tag="changes"):
+    """Rows of (disk_offset, length), see formats/ranges.py. is_last: whether there are none behind them."""
+
+    ranges: Annotated[bytes, Meta(max_length=16 * CHANGES_MAX)]
+    is_last: bool
 
 
 class FingerprintsRequest(Message, frozen=True, tag="fingerprints?"):
@@ -346,6 +378,7 @@ class Refused(Message, frozen=True, tag="refused"):
 Question = (
     Claim
     | FingerprintsRequest
+    | ChangesRequest
     | BeginInitial
     | BeginLogs
     | Attach
@@ -359,6 +392,7 @@ Question = (
 Answer = (
     Claimed
     | Fingerprints
+    | Changes
     | Ready
     | AlreadyHave
     | Attached

@@ -22,6 +22,7 @@ from hvreplica.errors import (
     kept,
 )
 from hvreplica.formats import messages
+from hvreplica.formats.ranges import pack_rows
 from hvreplica.store import AlreadyHave, LogSpec
 
 if TYPE_CHECKING:
@@ -127,6 +128,9 @@ class AnswerSession:
                 return self._apply(question)
             case messages.Prepare():
                 return messages.Prepared(self._replica.prepare(question.point_id))
+            case messages.ChangesRequest():
+                rows, is_last = self._replica.changes(question.disk_index, question.disk_offset)
+                return messages.Changes(pack_rows(rows), is_last)
             case messages.FingerprintsRequest():
                 return self._fingerprints(question)
             case messages.RepairBlocks():

@@ -194,6 +194,7 @@ class Server:
             disks=[DiskSpec(**msgspec.structs.asdict(shape)) for shape in claim.disks],
             removed=claim.removed,
             policy=claim.policy,
+            reverse=claim.reverse,
         )
 
     def _authorise(self, channel: Channel[messages.Question], vm: str) -> None:
@@ -241,7 +242,13 @@ def _claimed(replica: VmReplica, token: bytes) -> messages.Claimed:
         damage=[sentence[: messages.TEXT_CHARS_MAX] for sentence in replica.damage],
         connections_max=_DATA_CONNECTIONS_MAX,
         revision=messages.REVISION,
+        adopted=_adopted(replica),
     )
+
+
+def _adopted(replica: VmReplica) -> messages.Adopted | None:
+    record = replica.adopted
+    return None if record is None else messages.Adopted(record.known, record.is_known)
 
 
 def _disk_state(disk: DiskRow, sizes: dict[int, int]) -> messages.DiskState:

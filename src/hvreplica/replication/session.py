@@ -49,8 +49,12 @@ class ReplicaSession:
         *,
         software: str,
         points: messages.PointPolicy | None = None,
+        reverse: bool = False,
     ) -> messages.Claimed:
-        """Become the VM's writer. points: what is to be kept of its points, None for what was said before.
+        """Become the VM's writer.
+
+        points: what is to be kept of its points, None for what was said before. reverse: of a replica alone
+        that was made of the VM's old primary.
 
         Raises: UnsupportedVersion for a replica that keeps no older points and is asked to; Fenced,
         AuthorizationRefused, ReplicaDiverged, … as the replica says.
@@ -64,6 +68,7 @@ class ReplicaSession:
             disks=shapes,
             removed=removed,
             policy=points,
+            reverse=reverse,
         )
         claimed = self.ask(question, messages.Claimed)
         if [disk.index for disk in claimed.disks] != [shape.index for shape in shapes]:

@@ -98,11 +98,12 @@ class Stopped(msgspec.Struct, forbid_unknown_fields=True):
     """Why this folder's VM must not run here, nor be replicated from here.
 
     kind: "prepared" for a planned failover; "adopting" while its disks become a replica in a store, and
-    "adopted" then. point: of "prepared" the one that the replica was told of, None before it was; else the
-    one that the disks are at. store: of the other two, where the replica stands.
+    "adopted" then; "reversing" until the first cycle of a VM that was failed over to this site can begin.
+    point: of "prepared" the one that the replica was told of, None before it was; else which call
+    of `store adopt` it is. store: where the replica stands that the disks become.
     """
 
-    kind: Annotated[str, Meta(pattern="^(prepared|adopting|adopted)$")]
+    kind: Annotated[str, Meta(pattern="^(prepared|adopting|adopted|reversing)$")]
     since_s: messages.Instant
     point: uuid.UUID | None = None
     store: str = ""

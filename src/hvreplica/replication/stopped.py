@@ -46,6 +46,12 @@ def require_running(state: PrimaryState, folder: Path, *, prepare: bool = False)
             hint="promote the replica with `hvreplica failover planned`, or go on here with"
             " `hvreplica replicate --cancel-prepare`",
         )
+    if stopped.kind == "reversing":
+        raise InvalidTransition(
+            f"`hvreplica failover reverse` of VM {state.vm!r} was cut off before its end",
+            path=folder,
+            hint="call it again; it goes on where it was cut",
+        )
     raise InvalidTransition(
         f"VM {state.vm!r} is a replica since {since}: its disks were taken into the store {stopped.store}",
         path=folder,

@@ -10,6 +10,7 @@
     FailedOverWaitingCompletion   commit      delete                    FailedOver
     FailedOverWaitingCompletion   reverse     reverse                   Replicating, mode Primary
     FailedOver                    reverse     reverse                   Replicating, mode Primary
+    Replicating, mode Primary     adopt       finish remove             Replicating
 
 A verb with steps is an *intent* from its first instant to its last: the VM's record names the verb, the step
 that is being done, and all that was chosen, before that step changes anything. Each step may be done twice.
@@ -41,7 +42,7 @@ REVISION = 1
 
 Mode = Literal["Replica", "Primary"]
 State = Literal["Replicating", "PreparedForFailover", "FailedOverWaitingCompletion", "FailedOver"]
-Verb = Literal["prepare", "planned", "unplanned", "cancel", "commit", "reverse"]
+Verb = Literal["prepare", "planned", "unplanned", "cancel", "commit", "reverse", "adopt"]
 Step = Literal["finish", "revert", "promote", "remove", "restore", "delete", "reverse"]
 PointType = Literal["regular", "application-consistent", "planned"]
 
@@ -87,6 +88,7 @@ TABLE = (
     Rule("Replica", "FailedOverWaitingCompletion", "commit", ("delete",), "Replica", "FailedOver"),
     Rule("Replica", "FailedOverWaitingCompletion", "reverse", ("reverse",), "Primary", "Replicating"),
     Rule("Replica", "FailedOver", "reverse", ("reverse",), "Primary", "Replicating"),
+    Rule("Primary", "Replicating", "adopt", ("finish", "remove"), "Replica", "Replicating"),
 )
 
 

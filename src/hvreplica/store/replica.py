@@ -7,6 +7,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from hvreplica.errors import FieldOutOfRange, InvalidTransition
+from hvreplica.store.adopted import AdoptedFiles
 from hvreplica.store.apply import finish
 from hvreplica.store.blocks import BlockReader
 from hvreplica.store.check import find_damage
@@ -25,9 +26,12 @@ if TYPE_CHECKING:
     import uuid
     from collections.abc import Callable, Iterable, Sequence
 
+    import numpy as np
+    from numpy.typing import NDArray
     from typing_extensions import Buffer
 
     from hvreplica.progress import ProgressCallback
+    from hvreplica.store.adopted import AdoptedRecord
     from hvreplica.store.home import VmHome
     from hvreplica.store.records import AlreadyHave, DiskRow, LogSpec, Owner
 
@@ -106,6 +110,23 @@ class VmReplica:
         """A sentence for each file that cannot be built upon; begin_initial() mends it."""
         scans = self._home.catalog.scans(self._home.vm_id).values()
         return find_damage(self._home) + [scan.damage or "" for scan in scans if scan.is_unreadable]
+
+    @property
+    def adopted(self) -> AdoptedRecord | None:
+        """What is known of an old primary that this replica was made of; None once logs came."""
+        with self._home.catalog.snapshot():
+            return AdoptedFiles(self._home).current()
+
+    def changes(self, disk_index: int, disk_offset: int) -> tuple[NDArray[np.int64], bool]:
+        """Return what the old primary wrote to a disk from an offset on, and whether that is all of it.
+
+        int64 (n, 2), sorted and disjoint. Raises: InvalidTransition for any other replica, StoreError, Fenced.
+        """
+        with self._gate, self._lock:
+            files = AdoptedFiles(self._home)
+            if files.current() is None:
+                raise InvalidTransition(f"VM {self.vm!r} was not made of an old primary, or went on since")
+            return files.ranges(disk_index, disk_offset)
 
     def begin_initial(
         self,

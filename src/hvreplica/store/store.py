@@ -19,6 +19,7 @@ from hvreplica.errors import (
     StoreError,
     UnsupportedVersion,
 )
+from hvreplica.store.adopted import require_adopted
 from hvreplica.store.apply import finish
 from hvreplica.store.catalog import Catalog
 from hvreplica.store.failover import may_apply
@@ -147,6 +148,7 @@ class Store:
         disks: Sequence[DiskSpec],
         removed: Sequence[int] = (),
         policy: PointPolicy | None = None,
+        reverse: bool = False,
     ) -> VmReplica:
         """Become the writer of a VM by the rule of store/fencing.py, and end the session that was.
 
@@ -154,7 +156,9 @@ class Store:
         are now. Once the replica holds a point they must include those that it holds, but for the indexes
         `removed`; their sizes may differ and further ones may be among them: logs will say so. One that is
         in both may be in points that are still to come, and in no first copy. policy: what is to be kept of
-        the VM's points from now on. Raises: Fenced, ReplicaDiverged, FieldOutOfRange, StoreFull.
+        the VM's points from now on. reverse: by the site to which the VM was failed over: only a replica
+        that was made of the old primary is taken. Raises: Fenced, FailoverRefused, ReplicaDiverged,
+        FieldOutOfRange, StoreFull.
         """
         self._require_serving()
         validate_vm_name(vm)
@@ -162,6 +166,8 @@ class Store:
         owner.validate()
         validate_disks(disks)
         with self._claim_lock(vm):
+            if reverse:
+                require_adopted(self._parts, vm)
             row = self._register(vm, owner, disks, set(removed), policy)
             home = self._home(row)
             with self._guard:
@@ -172,6 +178,33 @@ class Store:
             with self._guard:
                 self._replicas[row.id] = replica
         return replica
+
+    def register_adopted(self, vm: str, owner: Owner, disks: Sequence[DiskSpec]) -> VmHome:
+        """Return what works on a VM that is to be adopted; one that is new here is recorded, without a point.
+
+        Durable on return. Raises: StoreError where something of unknown origin stands in its folder.
+        """
+        validate_vm_name(vm)
+        owner.validate()
+        validate_disks(disks)
+        catalog = self._parts.catalog
+        with catalog.transaction():
+            row = catalog.vm(vm)
+            if row is None:
+                self._insert(vm, owner, disks)
+            elif not catalog.points(row.id):  # of a call that was cut, perhaps with other disks
+                held = {disk.spec.index for disk in catalog.disks(row.id) if disk.is_held}
+                for disk in disks:
+                    if disk.index not in held:
+                        catalog.insert_disk(row.id, disk)
+        return self.home(vm)
+
+    def adopted_specs(self, vm: str) -> list[DiskSpec]:
+        """Return the disks of a VM that has no point here, as an adoption that was cut leaves it."""
+        row = self._parts.catalog.vm(vm)
+        if row is None or self._parts.catalog.points(row.id):
+            return []
+        return [disk.spec for disk in self._parts.catalog.disks(row.id)]
 
     def recover(self, *, progress: ProgressCallback | None = None) -> list[RecoveredVm]:
         """Finish what a cut left: apply what was acknowledged, remove what nothing knows; before any claim.
@@ -316,10 +349,7 @@ class Store:
         with catalog.transaction():
             row = catalog.vm(vm)
             if row is None:
-                folder = self._free_folder(vm)
-                vm_id = catalog.insert_vm(vm, folder, collision_key(folder), owner, now_s)
-                for disk in disks:
-                    catalog.insert_disk(vm_id, disk)
+                vm_id = self._insert(vm, owner, disks)
             else:
                 vm_id = row.id
                 validate_claim(row, owner)
@@ -334,6 +364,15 @@ class Store:
         if row is None:
             raise StoreError(f"VM {vm!r} vanished from the catalog", path=self._parts.root)
         return row
+
+    def _insert(self, vm: str, owner: Owner, disks: Sequence[DiskSpec]) -> int:
+        """Add a VM; inside a transaction."""
+        catalog, now_s = self._parts.catalog, self._parts.clock.now_s()
+        folder = self._free_folder(vm)
+        vm_id = catalog.insert_vm(vm, folder, collision_key(folder), owner, now_s)
+        for disk in disks:
+            catalog.insert_disk(vm_id, disk)
+        return vm_id
 
     def _keep_disks(self, row: VmRow, disks: Sequence[DiskSpec], removed: set[int]) -> None:
         """Hold the claim to the disks that the replica has; while it has no point, other disks begin anew."""
