@@ -37,11 +37,13 @@ if TYPE_CHECKING:
     from hvreplica.replication.log_qemu import log_from_qemu
     from hvreplica.replication.log_sources import log_from_child
     from hvreplica.replication.log_verbs import log_apply, log_dump, log_info, log_recover, log_verify
+    from hvreplica.replication.planned_verb import failover_planned
     from hvreplica.replication.point_server import PointServer
     from hvreplica.replication.prepare_verbs import cancel_prepare
     from hvreplica.replication.resident import Replicator
     from hvreplica.replication.results import CutLog, CutResult, DiskChange, ReplicateResult, ShippedLog
     from hvreplica.replication.retention_verbs import point_delete, point_plan, store_policy
+    from hvreplica.replication.reverse_verb import failover_reverse
     from hvreplica.replication.serve import Server
     from hvreplica.replication.statistics import ReplicationStatistics
     from hvreplica.replication.status import ReplicationStatus
@@ -89,6 +91,8 @@ __all__ = [
     "disk_resize",
     "failover_cancel",
     "failover_commit",
+    "failover_planned",
+    "failover_reverse",
     "failover_status",
     "failover_test_cleanup",
     "failover_unplanned",
@@ -120,6 +124,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "failover_planned": "replication.planned_verb",
+    "failover_reverse": "replication.reverse_verb",
     "store_adopt": "replication.adopt_verb",
     "cancel_prepare": "replication.prepare_verbs",
     "Capture": "replication.capture_verb",

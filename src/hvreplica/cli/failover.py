@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import signal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import hvreplica
 from hvreplica.cli.exit import INTERRUPTED, Signalled
-from hvreplica.cli.options import PATH, option, store_option, verb, vm_option
+from hvreplica.cli.options import ADDRESS, PATH, link_options, option, store_option, verb, vm_option
 from hvreplica.cli.progress import progress_shown
 from hvreplica.cli.render import plain
 from hvreplica.cli.serve import run_until_signal
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from hvreplica.cli.render import Output
     from hvreplica.replication.firedrill_server import FiredrillServer
+    from hvreplica.replication.reverse_verb import ReverseResult
     from hvreplica.store import FailoverStatus
 
 _POINT_HELP = "latest, latest-app (application-consistent), or the id of a point."
@@ -109,6 +110,21 @@ def unplanned(output: Output, *, store: Path, vm: str, point: str, force: bool) 
     output.answer(found, lambda: show_failover(output, found))
 
 
+@failover.command(short_help="Make the replica the active side, its primary being prepared.")
+@store_option
+@vm_option
+@verb
+def planned(output: Output, *, store: Path, vm: str) -> None:
+    """Make the replica the active side without loss, after `replicate --prepare-failover` at the primary.
+
+    Refused where the primary has not been prepared, or goes on since. Then `failover reverse` makes this side
+    the primary; cut anywhere, the same call goes on.
+    """
+    with progress_shown(output) as progress:
+        found = hvreplica.failover_planned(store, vm, progress=progress)
+    output.answer(found, lambda: show_failover(output, found))
+
+
 @failover.command(short_help="Take a failover back, or choose another point.")
 @store_option
 @vm_option
@@ -134,6 +150,63 @@ def commit(output: Output, *, store: Path, vm: str, delete_points: bool) -> None
     """Make a failover final: it cannot be cancelled any more. Recovery points stay."""
     found = hvreplica.failover_commit(store, vm, delete_points=delete_points)
     output.answer(found, lambda: show_failover(output, found))
+
+
+@failover.command(short_help="Become the primary: the old one takes only what differs.")
+@store_option
+@vm_option
+@option(
+    "--to",
+    type=ADDRESS,
+    required=True,
+    envvar="HVREPLICA_TO",
+    metavar="HOST:PORT",
+    help="Where `serve` listens at the old site, on the store that `store adopt` made there.",
+)
+@option(
+    "--tls",
+    type=PATH,
+    required=True,
+    envvar="HVREPLICA_TLS",
+    metavar="DIR",
+    help="The folder with the certificates, as `tls init` makes it.",
+)
+@option(
+    "--state",
+    type=PATH,
+    metavar="DIR",
+    help="What this side remembers as the primary; the folder `primary` beside the VM's disks by default.",
+)
+@link_options
+@verb
+def reverse(output: Output, *, store: Path, vm: str, **settings: Any) -> None:
+    """Make this side the primary of a VM that was failed over here, and its old primary the replica.
+
+    Before: `store adopt` and `serve` at the old site. The VM must be off while this runs. What travels is
+    what either side wrote since the two went apart, as one log that the old site can undo. Then serve
+    the active disks with `capture --state`, or call `replicate` as usual. Cut anywhere, the same call
+    goes on.
+    """
+    with progress_shown(output) as progress:
+        found = hvreplica.failover_reverse(store, vm, progress=progress, **settings)
+    output.answer(found, lambda: _show_reversed(output, found))
+
+
+def _show_reversed(output: Output, found: ReverseResult) -> None:
+    output.headline(f"{plain(found.vm)}: this site is the primary now", good=True)
+    if found.union_bytes is not None:
+        output.line(f"either side wrote {format_size(found.union_bytes)} since they went apart")
+    if found.compared:
+        output.line(f"compared as a whole: disk {', '.join(map(str, found.compared))}")
+    output.fields(
+        [
+            ("shipped", f"{format_size(found.changed_bytes)} changed, {format_size(found.wire_bytes)} sent"),
+            ("point", found.point),
+            ("state folder", plain(found.state)),
+        ]
+    )
+    for path in found.disks:
+        output.line(f"  {plain(path)}")
 
 
 @failover.command(short_help="Show where a failover stands.")

@@ -126,6 +126,12 @@ class AnswerSession:
                 return self._end(question)
             case messages.Apply():
                 return self._apply(question)
+            case _:
+                return self._answer_aside(question)
+
+    def _answer_aside(self, question: messages.Question) -> messages.Message:
+        """Answer what does not belong to the usual way of a transfer."""
+        match question:
             case messages.Prepare():
                 return messages.Prepared(self._replica.prepare(question.point_id))
             case messages.ChangesRequest():

@@ -8,17 +8,16 @@ written back since. Where the intent journal still is about this very disk, only
 from __future__ import annotations
 
 import logging
-import threading
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from hvreplica.disk.extents import NO_EXTENTS, union, widened
+from hvreplica.disk.extents import union, widened
 from hvreplica.errors import FormatError, NotClosed, TrackingLost
 from hvreplica.hrl import LogReader
 from hvreplica.replication import cycle
 from hvreplica.replication.state import cuts, logs_kept
-from hvreplica.tracking.compare import ComparedDisk
+from hvreplica.tracking.compare import ComparedDisk, RangeSink
 from hvreplica.tracking.identity import Verdict, disk_identity, judge
 from hvreplica.tracking.journal import IntentJournal
 
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
-    from typing_extensions import Buffer
 
     from hvreplica.disk import Disk
     from hvreplica.disk.open import Format
@@ -35,44 +33,7 @@ if TYPE_CHECKING:
     from hvreplica.replication.work import Work
 
 _WORKERS = 2
-_HELD_ROWS_MAX = 1 << 16
 _LOG = logging.getLogger("hvreplica.replicate")
-
-
-class RangeSink:
-    """A ChangeSink that keeps the places and forgets the data. Any thread may call."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._rows = NO_EXTENTS
-        self._new: list[NDArray[np.int64]] = []
-        self._count = 0
-
-    def append(self, extents: NDArray[np.int64], data: Buffer) -> None:  # noqa: ARG002 - a ChangeSink
-        """Take guest extents (offset, length), int64 (n, 2)."""
-        self._add(extents)
-
-    def append_zeroes(self, disk_offset: int, length: int) -> None:
-        """Take a range that is all zero."""
-        self._add(np.array([[disk_offset, length]], np.int64))
-
-    @property
-    def rows(self) -> NDArray[np.int64]:
-        """What was taken, sorted, disjoint."""
-        with self._lock:
-            self._join()
-            return self._rows
-
-    def _add(self, rows: NDArray[np.int64]) -> None:
-        with self._lock:
-            self._new.append(rows)
-            self._count += len(rows)
-            if self._count >= _HELD_ROWS_MAX:
-                self._join()
-
-    def _join(self) -> None:
-        self._rows = union(self._rows, np.concatenate([NO_EXTENTS, *self._new]))
-        self._new, self._count = [], 0
 
 
 def known_points(work: Work) -> list[uuid.UUID]:

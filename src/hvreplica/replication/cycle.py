@@ -50,10 +50,12 @@ def cut(work: Work, consistency: messages.Consistency = "crash") -> bool:
     transfer.logs = [log for log in logs if log.changed_bytes] or logs[: int(state.mixed or differs(state))]
     transfer.disks = point_disks(state)
     if not transfer.logs:
+        work.within = {}
         state.transfer = None
         work.save()
         work.sweep_logs()
         return False
+    work.within = {}
     work.sweep_logs()
     work.files.sync_directory(work.folder.logs)
     transfer.positions = [0] * len(transfer.logs)
@@ -151,7 +153,9 @@ def _cut_disk(work: Work, place: int, progress: _CompareProgress) -> CutLog:
         clock=work.clock,
     )
     with writer:
-        source = ComparedDisk(disk, work.tables[place], workers=_COMPARE_WORKERS)
+        source = ComparedDisk(
+            disk, work.tables[place], workers=_COMPARE_WORKERS, within=work.within.get(index)
+        )
         changed_bytes = source.changes_into(writer, on_read=progress.add)
         summary = writer.close()
     return CutLog(index, log_id, previous_log_id, summary.log_bytes, changed_bytes)

@@ -11,6 +11,7 @@ from hvreplica.errors import FieldOutOfRange, StateError
 from hvreplica.formats import messages
 from hvreplica.formats.hrl import SECTOR_BYTES
 from hvreplica.replication.shape import removed_indexes, state_of_call
+from hvreplica.replication.stopped import require_running
 
 if TYPE_CHECKING:
     import os
@@ -67,12 +68,21 @@ def state_for(
 
 
 def disk_paths(
-    folder: StateFolder, disks: Sequence[PathLike], *, remove: Sequence[str | int] = ()
+    folder: StateFolder,
+    disks: Sequence[PathLike],
+    *,
+    remove: Sequence[str | int] = (),
+    prepare: bool = False,
 ) -> list[Path]:
-    """Return the disks of a call: those it names, else those that the folder knows. Raises: StateError."""
+    """Return the disks of a call: those it names, else those that the folder knows.
+
+    prepare: the VM may be prepared for failover. Raises: StateError, first of all for one that is stopped.
+    """
+    known = folder.load()
+    if known is not None:
+        require_running(known, folder.folder, prepare=prepare)
     if disks:
         return [Path(path).absolute() for path in disks]
-    known = folder.load()
     if known is None:
         raise StateError(
             "this state folder does not know the VM's disks yet",

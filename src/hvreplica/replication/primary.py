@@ -49,7 +49,8 @@ class Primary:
 
     with_resync: do not believe the tables; takeover: become the writer of another's VM; both for the first
     call. keep_session: leave the session open between calls. prepare: tell the replica at the end that this
-    was all, for a planned failover. wait: called before a retry; whether to give up.
+    was all, for a planned failover. reverse: makes the tables of a VM that was failed over to this side.
+    wait: called before a retry; whether to give up.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Primary:
         takeover: bool = False,
         keep_session: bool = False,
         prepare: bool = False,
+        reverse: Callable[[Work, ReplicaSession, messages.Claimed], None] | None = None,
         wait: Callable[[float], bool] | None = None,
     ) -> None:
         self._work = work
@@ -67,6 +69,7 @@ class Primary:
         self._takeover = takeover
         self._keep_session = keep_session
         self._prepare = prepare
+        self._reverse = reverse
         self._wait = wait or threading.Event().wait
         self._met = False
         self._is_prepared = False
@@ -194,7 +197,8 @@ class Primary:
         try:
             return self._meet()
         except Fenced as error:
-            if not self._takeover or error.generation < self._work.state.generation:
+            may_outrun = self._takeover or self._is_reversing
+            if not may_outrun or error.generation < self._work.state.generation:
                 raise
             self._work.state.generation = error.generation
             return self._meet()
@@ -212,8 +216,14 @@ class Primary:
             self._work.save()
             removed = [index for index, disk in enumerate(state.disks) if not disk.is_here]
             try:
+                is_reversing = self._is_reversing
                 claimed = session.claim(
-                    state, shapes(state), removed, software=SOFTWARE, points=self._work.points
+                    state,
+                    shapes(state),
+                    removed,
+                    software=SOFTWARE,
+                    points=self._work.points,
+                    reverse=is_reversing,
                 )
             except Fenced:
                 # It was not taken. A fenced primary that tries again and again must not count up past the one
@@ -222,7 +232,9 @@ class Primary:
                 self._work.save()
                 raise
             self._met = True
-            if self._with_resync:
+            if is_reversing and self._reverse is not None:
+                self._reverse(self._work, session, claimed)
+            elif self._with_resync:
                 self._resync(session, claimed)
             else:
                 self._agree(claimed)
@@ -230,6 +242,12 @@ class Primary:
             self.close()
             raise
         return session
+
+    @property
+    def _is_reversing(self) -> bool:
+        """Whether the tables are still to be made for a VM that was failed over to this side."""
+        stopped = self._work.state.stopped
+        return self._reverse is not None and stopped is not None and stopped.kind == "reversing"
 
     def _agree(self, claimed: messages.Claimed) -> None:
         """Bring our record in line with what the replica says that it holds, or refuse to go on."""

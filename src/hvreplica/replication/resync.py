@@ -44,7 +44,7 @@ def resync(work: Work, session: ReplicaSession, claimed: messages.Claimed) -> No
         work.create_tables()
         work.sweep_logs()
     for place in work.members:
-        _fetch(work, session, place)
+        fill_from_replica(work, session, place)
         work.tables[place].mark(claimed.last_point)
 
 
@@ -61,7 +61,8 @@ def _mark_all(work: Work) -> None:
         work.machine.mark(index, np.array([[0, disk.virtual_bytes]], np.int64))
 
 
-def _fetch(work: Work, session: ReplicaSession, place: int) -> None:
+def fill_from_replica(work: Work, session: ReplicaSession, place: int) -> None:
+    """Fill a table, which says "all zero", with what the replica has of the disk. The caller marks it."""
     index, table = work.indexes[place], work.tables[place]
     held_bytes = work.state.disks[index].replica_bytes or table.header.virtual_bytes
     block_count = min(table.header.block_count, -(-held_bytes // table.block_bytes))

@@ -102,7 +102,7 @@ def replicate(  # noqa: PLR0913 - a verb with its options, all but two by keywor
     with contextlib.ExitStack() as stack:
         folder = StateFolder(files, folder_path, clock=clock)
         stack.callback(folder.release)
-        paths = disk_paths(folder, disks, remove=remove_disks)
+        paths = disk_paths(folder, disks, remove=remove_disks, prepare=prepare)
         opened = stack.enter_context(opened_disks(files, paths, clock=clock))
         known, ordered = state_for(folder, vm, opened, remove=remove_disks, prepare=prepare, clock=clock)
         work = Work(

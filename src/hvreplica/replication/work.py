@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import Callable, Sequence
 
+    import numpy as np
+    import numpy.typing as npt
+
     from hvreplica.capture.machine import Machine
     from hvreplica.clock import Clock
     from hvreplica.disk import Disk
@@ -93,7 +96,8 @@ class Work:
     made, and to change what a cut uses: the set of open tables, files in logs/ that no state names. Whoever
     needs both takes `cutting` first. disks, tables: of those that the VM has now, in the order of `indexes`.
     points: what the replica shall keep of the VM's points, None for what it was told before.
-    is_due: whether a cycle should begin now; an added disk's first copy makes room for it.
+    is_due: whether a cycle should begin now; an added disk's first copy makes room for it. within: where
+    alone a disk may differ from its table at the next comparison, by index.
     """
 
     folder: StateFolder
@@ -108,6 +112,7 @@ class Work:
     points: PointPolicy | None = None
     is_due: Callable[[], bool] = lambda: False
     tables: list[FingerprintTable] = field(default_factory=list)
+    within: dict[int, npt.NDArray[np.int64]] = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=threading.RLock)
     cutting: threading.RLock = field(default_factory=threading.RLock)
 

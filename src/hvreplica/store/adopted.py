@@ -107,16 +107,25 @@ class AdoptedFiles:
 
         Raises: StoreError for a damaged file.
         """
+        rows = self._rows(disk_index)
+        first = int(np.searchsorted(rows[:, 0], disk_offset, "left"))
+        return rows[first : first + CHANGES_MAX], first + CHANGES_MAX >= len(rows)
+
+    def changed_bytes(self, disk_index: int) -> int:
+        """Return how many bytes all ranges of a disk have. Raises: StoreError for a damaged file."""
+        rows = self._rows(disk_index)
+        return int(rows[:, 1].sum())
+
+    def _rows(self, disk_index: int) -> NDArray[np.int64]:
         path = self._path(disk_index)
         if not self.home.files.exists(path):
-            return NO_EXTENTS, True
+            return NO_EXTENTS
         try:
             data = self._bytes(path, HEADER.size + RANGES_MAX * ROW_BYTES)
             rows, _ = unpack_ranges(data, disk_index=disk_index)
         except FormatError as error:
-            raise StoreError(f"{error.message}: {error}", path=path, hint=_HINT) from None
-        first = int(np.searchsorted(rows[:, 0], disk_offset, "left"))
-        return rows[first : first + CHANGES_MAX], first + CHANGES_MAX >= len(rows)
+            raise StoreError(str(error), path=path, hint=_HINT) from None
+        return rows
 
     def _path(self, disk_index: int) -> Path:
         return self.folder / f"{disk_index:d}.ranges"

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from hvreplica.disk import convert_disk, open_disk
-from hvreplica.disk.chain import layers
 from hvreplica.errors import InvalidTransition, StoreError
 from hvreplica.files import write_durably
 from hvreplica.hrl import LogWriter
@@ -29,6 +28,7 @@ from hvreplica.store.check import file_length
 from hvreplica.store.failover import Intent, advance, begin
 from hvreplica.store.records import NIL, DiskRow, DiskSpec, LogSpec, Owner, PointRow
 from hvreplica.store.room import room
+from hvreplica.store.since import base_of
 from hvreplica.tracking.differencing import DifferencingDisk
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from hvreplica.disk import Disk
     from hvreplica.progress import ProgressCallback
     from hvreplica.store.home import VmHome
 
@@ -272,7 +271,7 @@ def _log(home: VmHome, disk: AdoptedDisk, row: DiskRow) -> LogSpec:
     index, log_id = disk.spec.index, home.clock.guid()
     path, base_path = home.paths.log(log_id), home.paths.disk(index)
     with open_disk(home.files, disk.path, shared=True, clock=home.clock) as child:
-        base = _base(child, base_path)
+        base = base_of(child, base_path)
         writer = LogWriter.create(
             home.files,
             path,
@@ -285,13 +284,6 @@ def _log(home: VmHome, disk: AdoptedDisk, row: DiskRow) -> LogSpec:
             DifferencingDisk(child, base, skip_equal=True).changes_into(writer, on_read=lambda _: None)
             summary = writer.close()
     return LogSpec(index, log_id, row.last_log_id, summary.log_bytes)
-
-
-def _base(child: Disk, path: Path) -> Disk:
-    for layer in layers(child):
-        if layer is not child and layer.path.resolve() == path.resolve():
-            return layer
-    raise StoreError("the active disk does not rest on the replica's", path=child.path, expected=path)
 
 
 def _remove_active(home: VmHome) -> None:
@@ -309,6 +301,6 @@ def _report(home: VmHome, adoption: Adoption, record: AdoptedRecord) -> AdoptRep
         store=str(home.parts.root),
         point=str(record.point),
         known=record.is_known,
-        changed_bytes=sum(int(disk.ranges[:, 1].sum()) for disk in adoption.disks),
+        changed_bytes=sum(AdoptedFiles(home).changed_bytes(disk.spec.index) for disk in adoption.disks),
         disks=[str(home.paths.disk(disk.spec.index)) for disk in adoption.disks],
     )

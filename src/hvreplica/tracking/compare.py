@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from hvreplica import native
+from hvreplica.disk.extents import NO_EXTENTS, union
 from hvreplica.errors import kept
 from hvreplica.tracking.window import WINDOW_BYTES, runs_of, windows_with_data
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from hvreplica.disk import Disk
     from hvreplica.tracking.fingerprints import FingerprintTable
     from hvreplica.tracking.window import ExtentSource
+
+_HELD_ROWS_MAX = 1 << 16
 
 
 class ChangeSink(Protocol):
@@ -130,6 +133,42 @@ class _Comparison:
     def _compare(self, disk_offset: int, window: npt.NDArray[np.uint8]) -> int:
         self._disk.read_into(window, disk_offset)
         return changes_of(window, disk_offset, self._table, self._sink)
+
+
+class RangeSink:
+    """A ChangeSink that keeps the places and forgets the data. Any thread may call."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._rows = NO_EXTENTS
+        self._new: list[npt.NDArray[np.int64]] = []
+        self._count = 0
+
+    def append(self, extents: npt.NDArray[np.int64], data: Buffer) -> None:  # noqa: ARG002 - a ChangeSink
+        """Take guest extents (offset, length), int64 (n, 2)."""
+        self._add(extents)
+
+    def append_zeroes(self, disk_offset: int, length: int) -> None:
+        """Take a range that is all zero."""
+        self._add(np.array([[disk_offset, length]], np.int64))
+
+    @property
+    def rows(self) -> npt.NDArray[np.int64]:
+        """What was taken, sorted, disjoint."""
+        with self._lock:
+            self._join()
+            return self._rows
+
+    def _add(self, rows: npt.NDArray[np.int64]) -> None:
+        with self._lock:
+            self._new.append(rows)
+            self._count += len(rows)
+            if self._count >= _HELD_ROWS_MAX:
+                self._join()
+
+    def _join(self) -> None:
+        self._rows = union(self._rows, np.concatenate([NO_EXTENTS, *self._new]))
+        self._new, self._count = [], 0
 
 
 def changes_of(
