@@ -157,9 +157,11 @@ def _adopt_unknown(
     clock: Clock,
 ) -> AdoptReport:
     with _opened(root, files, clock) as store:
-        # Of a call that was cut some disks may have left their places.
-        specs = store.adopted_specs(vm) or [
-            _spec_of(files, path, index, clock) for index, path in enumerate(paths)
+        taken = store.disk_specs(vm)
+        # Of a call that was cut some disks have left their places.
+        specs = [
+            taken[index] if index in taken and not files.exists(path) else _spec_of(files, path, index, clock)
+            for index, path in enumerate(paths)
         ]
         owner = Owner(clock.guid(), 0, "unknown primary")
         home = store.register_adopted(vm, owner, specs)

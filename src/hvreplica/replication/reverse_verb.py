@@ -29,6 +29,8 @@ from hvreplica.replication.verbs import replicate
 from hvreplica.replication.work import CONNECTIONS_DEFAULT, Tally, Work, make_link
 from hvreplica.store import Store
 from hvreplica.store.failover import Intent, advance, begin
+from hvreplica.tracking.identity import disk_identity
+from hvreplica.tracking.journal import IntentJournal
 
 if TYPE_CHECKING:
     import os
@@ -116,6 +118,7 @@ def failover_reverse(  # noqa: PLR0913 - a verb with its options, all but two by
         work.sweep_logs()
         reversal = Reversal(home)
         found = _cycle(work, reversal)
+        _make_journals(work)
         with home.catalog.transaction():
             home.set_failover(
                 advance(msgspec.structs.replace(home.failover(), generation=work.state.generation))
@@ -192,6 +195,24 @@ def _cycle(work: Work, reversal: Reversal) -> ReplicateResult:
         book.save()
     book.succeeded(found)
     return found
+
+
+def _make_journals(work: Work) -> None:
+    """Tell the first `capture` that nothing has changed since: its first cut need not read the disks."""
+    files, folder = work.files, work.folder.folder / "journal"
+    files.make_directory(folder)
+    for place in work.members:
+        index, disk = work.indexes[place], work.disks[place]
+        journal = IntentJournal.create(
+            files,
+            folder / f"{index}.ij",
+            disk_index=index,
+            virtual_bytes=disk.virtual_bytes,
+            clock=work.clock,
+        )
+        with contextlib.closing(journal):
+            identity = disk_identity(files, disk.path, data_write_guid=disk.data_write_guid)
+            journal.record(identity, clean=True)
 
 
 def _result(home: VmHome, path: Path, found: ReplicateResult, reversal: Reversal | None) -> ReverseResult:

@@ -199,12 +199,11 @@ class Store:
                         catalog.insert_disk(row.id, disk)
         return self.home(vm)
 
-    def adopted_specs(self, vm: str) -> list[DiskSpec]:
-        """Return the disks of a VM that has no point here, as an adoption that was cut leaves it."""
+    def disk_specs(self, vm: str) -> dict[int, DiskSpec]:
+        """Return the disks of a VM as they are recorded, by index; none for a VM that is not here."""
         row = self._parts.catalog.vm(vm)
-        if row is None or self._parts.catalog.points(row.id):
-            return []
-        return [disk.spec for disk in self._parts.catalog.disks(row.id)]
+        disks = [] if row is None else self._parts.catalog.disks(row.id)
+        return {disk.spec.index: disk.spec for disk in disks}
 
     def recover(self, *, progress: ProgressCallback | None = None) -> list[RecoveredVm]:
         """Finish what a cut left: apply what was acknowledged, remove what nothing knows; before any claim.
