@@ -224,26 +224,26 @@ class Store:
 
     def open_point(self, vm: str, which: uuid.UUID | str, *, disks: Iterable[int] | None = None) -> OpenPoint:
         """Return a point of a VM with its disks, for reading while replication goes on: see open_point.py."""
-        return open_point(self._known(vm), which, disks=disks)
+        return open_point(self.home(vm), which, disks=disks)
 
     def diff_points(
         self, vm: str, a: uuid.UUID | str, b: uuid.UUID | str, *, coarse: bool = False
     ) -> PointDiff:
         """Return the ranges in which two points of a VM differ: see point_diff.py."""
-        return diff_points(self._known(vm), a, b, coarse=coarse)
+        return diff_points(self.home(vm), a, b, coarse=coarse)
 
     def plan_points(self, vm: str, wish: PointPolicy | None = None) -> PointPlan:
         """Return what the VM's policy, as `wish` would change it, makes of its points; changes nothing.
 
         Raises: NoSuchPoint for an unknown VM, FieldOutOfRange for a rule that is none.
         """
-        home = self._known(vm)
+        home = self.home(vm)
         policy = policy_of(home)
         return plan_points(home, policy if wish is None else follow(policy, wish))
 
     def set_policy(self, vm: str, wish: PointPolicy) -> PointPlan:
         """Change what is kept of a VM from the next cycle on; durable on return. Raises: as plan_points()."""
-        home = self._known(vm)
+        home = self.home(vm)
         with home.catalog.transaction():
             row = home.catalog.vm(vm)
             home.catalog.set_policy(home.vm_id, changed_policy(row.policy if row else None, wish))
@@ -251,7 +251,7 @@ class Store:
 
     def delete_points(self, vm: str, point_ids: Sequence[uuid.UUID]) -> list[GonePoint]:
         """Let points go that a person named. See retain.delete_points()."""
-        return delete_points(self._known(vm), point_ids)
+        return delete_points(self.home(vm), point_ids)
 
     def export_point(
         self,
@@ -281,13 +281,13 @@ class Store:
         since_s: a disk that was read whole after that time is not read again. Raises: NoSuchPoint for an
         unknown VM, Locked where one changes too fast, Stopped.
         """
-        homes = [self._home(row) for row in self._parts.catalog.vms()] if vm is None else [self._known(vm)]
+        homes = [self._home(row) for row in self._parts.catalog.vms()] if vm is None else [self.home(vm)]
         found = [verify_vm(home, pace, since_s=since_s) for home in homes]
         return StoreVerdict(str(self._parts.root), found)
 
     def verify_point(self, vm: str, which: uuid.UUID | str, pace: Pace) -> VmVerdict:
         """Read one point again, by its id or "latest", and mark it if it is damaged. Raises: as verify()."""
-        home = self._known(vm)
+        home = self.home(vm)
         return verify_point(home, _kept_point(home, which), pace)
 
     def verified_s(self) -> dict[str, float]:
