@@ -19,6 +19,7 @@ from hvreplica.errors import (
     Locked,
     StateError,
 )
+from hvreplica.formats.messages import PointPolicy
 from hvreplica.replication.capture_verb import Capture
 from hvreplica.replication.state import NIL
 from tests.replication.two_sites import MIB, VM, TwoSites
@@ -335,3 +336,96 @@ def test_capture_serves_the_active_disks_with_the_folder_of_the_reversal(sites: 
         finally:
             capture.stop()
             thread.join()
+
+
+def export(sites: TwoSites, store: Path, point: str) -> bytes:
+    """Return what a recovery point's first disk holds."""
+    output = sites.folder / "point.raw"
+    hvreplica.point_export(store, VM, output, point=point, format="raw", overwrite=True)
+    return output.read_bytes()
+
+
+def test_points_of_both_stores_survive_failover_reversal_and_failback(sites: TwoSites) -> None:
+    points = PointPolicy(recovery_points=24, recovery_point_every_s=0)
+    old_state = sites.state
+    kept: dict[tuple[Path, str], bytes] = {}
+
+    def cycle(store: Path, **options: object) -> None:
+        sites.write(15)
+        result = sites.replicate(store, points=points, **options)
+        kept[store, result.point] = bytes(sites.models[0])
+
+    for _ in range(3):
+        cycle(sites.b)
+    at_a = [bytearray(model) for model in sites.models]
+    sites.write(15, models=at_a)
+    sites.fail_over(sites.b)
+    report = hvreplica.store_adopt(sites.a, VM, state=old_state)
+    kept[sites.a, report.point] = bytes(at_a[0])
+    sites.write(15)
+    result = hvreplica.failover_reverse(sites.b, VM, **sites.link(sites.a))
+    kept[sites.a, result.point] = bytes(sites.models[0])
+    for _ in range(2):
+        cycle(sites.a)
+    cycle(sites.a, prepare=True)
+    state = sites.state
+    hvreplica.failover_planned(sites.a, VM)
+    sites.run_at(sites.a)
+    report = hvreplica.store_adopt(sites.b, VM, state=state)
+    kept[sites.b, report.point] = bytes(sites.models[0])
+    sites.write(15)
+    result = hvreplica.failover_reverse(sites.a, VM, **sites.link(sites.b))
+    kept[sites.b, result.point] = bytes(sites.models[0])
+    cycle(sites.b)
+
+    for (store, point), content in kept.items():
+        assert export(sites, store, point) == content, f"{point} in {store}"
+
+
+def test_state_folder_from_a_backup_still_leads_back(sites: TwoSites) -> None:
+    """The folder is two cycles older than the disks: what the replica took since is in its undo parts."""
+    points = PointPolicy(recovery_points=24, recovery_point_every_s=0)
+    old_state, saved = sites.state, sites.folder / "saved"
+    sites.write(200)
+    sites.replicate(sites.b, points=points)
+    shutil.copytree(old_state, saved)
+    before = bytes(sites.models[0])
+    for _ in range(2):
+        sites.write(20)
+        sites.replicate(sites.b, points=points)
+    put_back(sites, before)  # so that the folder sees nothing changed: the other side alone can tell
+    sites.fail_over(sites.b)
+    sites.write(10)
+    shutil.rmtree(old_state)
+    saved.rename(old_state)
+
+    report = hvreplica.store_adopt(sites.a, VM, state=old_state)
+    result = hvreplica.failover_reverse(sites.b, VM, **sites.link(sites.a))
+
+    assert report.changed_bytes == 0
+    assert result.compared == []
+    assert result.union_bytes is not None
+    assert 0 < result.union_bytes <= 50 * 2 * 4096
+    assert sites.replica_equals(sites.a)
+
+
+def test_fork_that_no_part_leads_over_is_compared(sites: TwoSites) -> None:
+    points = PointPolicy(recovery_points=0)
+    old_state, saved = sites.state, sites.folder / "saved"
+    sites.write(200)
+    sites.replicate(sites.b, points=points)
+    shutil.copytree(old_state, saved)
+    before = bytes(sites.models[0])
+    sites.write(20)
+    sites.replicate(sites.b, points=points)
+    put_back(sites, before)
+    sites.fail_over(sites.b)
+    shutil.rmtree(old_state)
+    saved.rename(old_state)
+
+    hvreplica.store_adopt(sites.a, VM, state=old_state)
+    result = hvreplica.failover_reverse(sites.b, VM, **sites.link(sites.a))
+
+    assert result.compared == [0]
+    assert 0 < result.changed_bytes <= 20 * 2 * 4096
+    assert sites.replica_equals(sites.a)
