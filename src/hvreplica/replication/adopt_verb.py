@@ -70,7 +70,8 @@ def store_adopt(
     root = Path(store).absolute()
     told = progress or quiet
     if unknown:
-        return _adopt_unknown(root, vm, [Path(path).absolute() for path in disks], told, files, clock)
+        paths = [Path(path).absolute() for path in disks]
+        return _adopt_unknown(root, vm, paths, told, files=files, clock=clock)
     assert state is not None
     folder_path = Path(state).absolute()
     if not files.exists(folder_path / "state.json"):
@@ -153,6 +154,7 @@ def _adopt_unknown(
     vm: str,
     paths: list[Path],
     progress: ProgressCallback,
+    *,
     files: FileSystem,
     clock: Clock,
 ) -> AdoptReport:

@@ -75,10 +75,10 @@ class CycleRunner:
     ) -> ReplicateResult:
         """Bring the replica up to date and count it.
 
-        link: instead of the usual one. points: what the replica shall keep from now on. prepare: for a planned
-        failover: the VM cannot start from then on. is_due: whether the copy of an added disk has to make room
-        for the next cycle, which goes on with it. Raises: InvalidTransition while paused; StateError without
-        a link and when stopped; else as replicate().
+        link: instead of the usual one. points: what the replica shall keep from now on. prepare: for a
+        planned failover: the VM cannot start from then on. is_due: whether the copy of an added disk has to
+        make room for the next cycle, which goes on with it. Raises: InvalidTransition while paused or held;
+        StateError without a link and when stopped; else as replicate().
         """
         with self._turn:
             self._check(link, prepare=prepare)

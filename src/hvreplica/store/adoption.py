@@ -20,7 +20,7 @@ import msgspec
 
 from hvreplica.disk import convert_disk, open_disk
 from hvreplica.errors import InvalidTransition, StoreError
-from hvreplica.files import write_durably
+from hvreplica.files import is_device, write_durably
 from hvreplica.hrl import LogWriter
 from hvreplica.store.adopted import AdoptedFiles, AdoptedRecord
 from hvreplica.store.apply import finish
@@ -159,7 +159,7 @@ def _place(home: VmHome, disk: AdoptedDisk, progress: ProgressCallback | None) -
     old = disk.path.with_name(disk.path.name + OLD_SUFFIX)
     is_here = home.files.exists(disk.path)
     if home.files.exists(target):
-        if is_here and disk.path.is_file():
+        if is_here and not is_device(disk.path):
             raise StoreError(
                 "the disk has been taken in, and another file stands under its old name",
                 path=disk.path,
@@ -173,7 +173,7 @@ def _place(home: VmHome, disk: AdoptedDisk, progress: ProgressCallback | None) -
         partial = home.paths.partial_disk(disk.spec.index)
         source = disk.path if is_here else old  # where a call was cut before the copy got its name
         convert_disk(home.files, source, partial, clock=home.clock, progress=progress, overwrite=True)
-        if is_here and disk.path.is_file():  # a block device keeps its name
+        if is_here and not is_device(disk.path):  # a block device keeps its name
             home.files.replace(disk.path, old)
             home.files.sync_directory(disk.path.parent)
         home.files.replace(partial, target)

@@ -120,7 +120,7 @@ class VmReplica:
     def changes(self, disk_index: int, disk_offset: int) -> tuple[NDArray[np.int64], bool]:
         """Return what the old primary wrote to a disk from an offset on, and whether that is all of it.
 
-        int64 (n, 2), sorted and disjoint. Raises: InvalidTransition for any other replica, StoreError, Fenced.
+        int64 (n, 2), sorted and disjoint. Raises: InvalidTransition for another replica, StoreError, Fenced.
         """
         with self._gate, self._lock:
             files = AdoptedFiles(self._home)
