@@ -136,7 +136,7 @@ def coarsened(rows: npt.NDArray[np.int64], count_max: int) -> npt.NDArray[np.int
         return rows
     ends = rows[:, 0] + rows[:, 1]
     gaps = rows[1:, 0] - ends[:-1]
-    kept = np.sort(np.argpartition(gaps, len(gaps) - count_max + 1)[len(gaps) - count_max + 1 :])
+    kept = np.sort(np.argsort(gaps, kind="stable")[len(gaps) - count_max + 1 :])  # the widest gaps stay
     starts = rows[np.concatenate(([0], kept + 1)), 0]
     stops = ends[np.concatenate((kept, [len(rows) - 1]))]
     return np.column_stack((starts, stops - starts))
