@@ -8,17 +8,16 @@ what lies in blocks of which only some sectors count.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-
+from hvreplica.capture.block_status import block_states
 from hvreplica.clock import hrl_timestamp
 from hvreplica.errors import HvReplicaError, kept
 from hvreplica.formats.nbd import (
     OFFSET_DATA,
     PAYLOAD_BYTES_MAX,
-    BlockState,
     ChunkType,
     Command,
     CommandFlag,
@@ -33,9 +32,9 @@ from hvreplica.native.live import NbdConnection, NbdEvent, NbdExport, NbdReason,
 from hvreplica.units import GIB, MIB
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
+    import numpy as np
     import numpy.typing as npt
     from typing_extensions import Buffer
 
@@ -45,8 +44,6 @@ if TYPE_CHECKING:
     from hvreplica.native.live import Gate, Under
 
 _LOG = logging.getLogger("hvreplica.capture")
-_STATUS_BYTES_MAX = 64 * GIB  # what is looked at for one block status; a client asks on from where it ends
-_STATUS_ROWS_MAX = 8192
 _ZERO_LOOK_BYTES = 4 * GIB  # what is looked at for something to zero
 _ZERO_WINDOW_BYTES = 32 * MIB  # the gate of all disks is closed for no more at a time
 _PROVISION_BYTES = MIB
@@ -184,7 +181,7 @@ class DiskService:
             if event is NbdEvent.CLOSED:
                 return
             if event is NbdEvent.BROKEN:
-                raise ConnectionError(connection.error, f"the client of {self.disk.path} broke off")
+                raise self._broken(connection.error)
             if event is NbdEvent.REFRESH and self._under is not None:
                 connection.under = self._under.under(connection.under)
             elif event is NbdEvent.PIECE:
@@ -270,7 +267,7 @@ class DiskService:
             reply = _refusal(cookie, refused.error, refused.reason, chunked=chunked)
         failed = connection.send(reply)
         if failed:
-            raise ConnectionError(failed, f"the client of {self.disk.path} does not take its answers")
+            raise self._broken(failed)
 
     def _do(self, connection: NbdConnection, *, structured: bool) -> bytes:
         command, flags = connection.type, connection.flags
@@ -286,7 +283,8 @@ class DiskService:
         if command == Command.BLOCK_STATUS:
             if not connection.base_allocation or length == 0:
                 raise _Refused(NbdError.EINVAL, "block status needs base:allocation, and a length")
-            rows = self._states(offset, length, only_one=bool(flags & CommandFlag.REQ_ONE))
+            only_one = bool(flags & CommandFlag.REQ_ONE)
+            rows = block_states(self.disk, offset, length, only_one=only_one)
             return pack_block_status(cookie_of(cookie), rows)
         if command in {Command.TRIM, Command.WRITE_ZEROES}:
             if self._read_only:
@@ -355,16 +353,6 @@ class DiskService:
         for start in range(offset, offset + length, len(zeros)):
             self.disk.write(zeros[: min(len(zeros), offset + length - start)], start)
 
-    def _states(self, offset: int, length: int, *, only_one: bool) -> npt.NDArray[np.int64]:
-        end = offset + min(length, _STATUS_BYTES_MAX)
-        rows: list[tuple[int, int]] = []
-        for start, stop, state in _states_between(self.disk.extents(offset, end), offset, end):
-            rows.append((stop - start, state))
-            if only_one or len(rows) == _STATUS_ROWS_MAX:
-                break
-        table = np.array(rows, np.int64)
-        return table[np.cumsum(table[:, 0]) < 1 << 32] if table[:, 0].sum() >= 1 << 32 else table
-
     def _require_tracked(self) -> TrackedDisk:
         if self._tracked is None:
             raise AssertionError("only a tracked disk asks for a region or a grain")
@@ -381,6 +369,10 @@ class DiskService:
                 self.disk.path,
                 error,
             )
+
+    def _broken(self, code: int) -> ConnectionError:
+        why = f" ({os.strerror(code)})" if code else ""
+        return ConnectionError(f"the client of {self.disk.path} went away without a goodbye{why}")
 
     def _report(self, error: BaseException, what: str, offset: int) -> None:
         _LOG.error("%s at %d of %s failed: %s", what, offset, self.disk.path, error)
@@ -420,20 +412,3 @@ def _told(error: BaseException) -> NbdError:
     if isinstance(error, MemoryError):
         return NbdError.ENOMEM
     return nbd_error(error.errno or 0) if isinstance(error, OSError) else NbdError.EIO
-
-
-def _states_between(
-    held: npt.NDArray[np.int64], start: int, end: int
-) -> Iterator[tuple[int, int, BlockState]]:
-    """Yield (start, end, state) of a range, in order and without gaps."""
-    nothing = BlockState.HOLE | BlockState.ZERO
-    at = start
-    for offset, length in held.tolist():
-        low, high = max(offset, start), min(offset + length, end)
-        if low > at:
-            yield at, low, nothing
-        if low < high:
-            yield low, high, BlockState(0)
-            at = high
-    if at < end:
-        yield at, end, nothing
