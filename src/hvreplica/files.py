@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 from hvreplica.errors import Locked, Truncated, kept
+from hvreplica.image_lock import hold_image, programs_with, release_image
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -306,6 +307,7 @@ class OsBlockFile:
             # A mapping has a duplicate of the descriptor, and with it the lock, for as long as it lives.
             with contextlib.suppress(OSError):
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
+            release_image(descriptor)
             os.close(descriptor)
 
     def __enter__(self) -> Self:
@@ -527,8 +529,9 @@ def map_shared(file: BlockFile, length: int) -> mmap.mmap | None:
 def lock_open_file(file: BlockFile, *, shared: bool = False) -> None:
     """Make this the only open file of its name that holds this lock, until close; for a disk's one writer.
 
-    shared: hold it beside others that share it, against a writer; for a parent that must not change. Nothing
-    to do where there is no descriptor. Raises: Locked at once if a holder stands against it.
+    QEMU's programs are kept off too, see image_lock. shared: hold it beside others that share it, against a
+    writer; for a parent that must not change. Nothing to do where there is no descriptor. Raises: Locked at
+    once if a holder stands against it.
     """
     descriptor = file.fileno()
     if descriptor is None:
@@ -537,11 +540,16 @@ def lock_open_file(file: BlockFile, *, shared: bool = False) -> None:
         try:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Locked(
-                "another process or session has this file open for writing, or as the parent of a disk",
-                path=file.path,
-                hint="wait for it to end, or stop it; the lock goes away with its process",
-            ) from None
+            is_free = False
+        else:
+            is_free = hold_image(descriptor, writes=not shared)
+    if not is_free:
+        others = ", ".join(programs_with(descriptor)) or "another process or session"
+        raise Locked(
+            f"{others} has this file open for writing, or as the parent of a disk",
+            path=file.path,
+            hint="wait for it to end, or stop it; the lock goes away with its process",
+        )
 
 
 def require_unused(files: FileSystem, path: Path) -> None:

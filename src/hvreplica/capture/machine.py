@@ -20,6 +20,7 @@ import numpy as np
 
 from hvreplica.capture.log_folder import LogFolder
 from hvreplica.capture.service import DiskService
+from hvreplica.capture.strangers import Watch
 from hvreplica.capture.tracked import Ended, LogSettings, TrackedDisk
 from hvreplica.errors import FormatError, HvReplicaError, StateError, kept
 from hvreplica.native import live
@@ -136,6 +137,7 @@ class Machine:
         files.make_directory(self._journals)
         self._tracked: list[TrackedDisk] = []
         self._judgements: list[Judgement] = []
+        self._watches: list[Watch] = []
         for slot in slots:
             budget = (
                 slot.disk.virtual_bytes // LOG_BUDGET_SHARE if log_budget_bytes is None else log_budget_bytes
@@ -161,6 +163,7 @@ class Machine:
         tracked = TrackedDisk(disk, self._gate, journal, self._folder, settings)
         self._tracked.append(tracked)
         self._judgements.append(judgement)
+        self._watches.append(Watch(self._files, disk))
 
     def _open_journal(self, slot: Slot, now: DiskIdentity) -> tuple[IntentJournal, Judgement]:
         path = self._journals / f"{slot.index}.ij"
@@ -204,6 +207,7 @@ class Machine:
         with self._cutting:
             if self._unsettled is not None:
                 raise StateError("the cut before was neither recorded nor given back")
+            self._look_for_strangers()
             begun: list[Ended] = []
             try:
                 begun += (tracked.begin() for tracked in self._tracked)
@@ -236,6 +240,12 @@ class Machine:
             cut = Cut(instant_s, held_ns / 1000, [log for log in logs if log is not None])
             self._unsettled = cut, ended
             return cut
+
+    def _look_for_strangers(self) -> None:
+        """Count a disk as changed to which somebody else wrote; the cut that comes reads all of it."""
+        for watch, tracked in zip(self._watches, self._tracked, strict=True):
+            if watch.notices():
+                tracked.mark(np.array([[0, tracked.disk.virtual_bytes]], np.int64))
 
     def _finish(self, place: int, ended: Ended, previous_log_id: UUID) -> ClosedLog | None:
         summary = self._tracked[place].finish(ended, previous_log_id)

@@ -48,6 +48,22 @@ class Headers:
             self._file.sync()
             self._slot, self.current = slot, header
 
+    def foreign(self) -> tuple[object, ...] | None:
+        """Return what tells the newest header in the file from others; None if it was written here."""
+        candidates = [_read_header(self._file, at) for at in HEADER_OFFSETS]
+        try:
+            found = candidates[choose_header(candidates)]
+        except FormatError:
+            return ()
+        if isinstance(found, FormatError):
+            return ()
+        told = _marks(found)
+        return None if told == _marks(self.current) else told
+
+
+def _marks(header: Header) -> tuple[object, ...]:
+    return header.sequence_number, header.file_write_guid, header.data_write_guid
+
 
 def _read_header(file: BlockFile, file_offset: int) -> Header | FormatError:
     try:

@@ -183,6 +183,14 @@ class WriteSession:
                 self._failure = kept(error)
                 raise
 
+    def foreign(self) -> tuple[object, ...] | None:
+        """Return what tells a header that another program wrote since begin() from others; None without one.
+
+        Every program that writes to a VHDX begins with that. Spec: [MS-VHDX] 2.2.2.
+        """
+        with self._flush_lock, self._lock:
+            return self._headers.foreign()
+
     def changed(self) -> None:
         """Say that payload was written; called after the write and before it returns to its caller."""
         self._unsynced = True
