@@ -445,3 +445,21 @@ def test_logs_are_not_kept_where_room_is_short(tmp_path: Path, monkeypatch: pyte
             guest.write(0, random_data(64 * KIB))
             site.cycle(machine)
         assert not list((tmp_path / "state" / "spare").iterdir())
+
+
+def test_what_a_cut_holds_counts_as_changed_until_it_is_recorded(tmp_path: Path) -> None:
+    site = Site(tmp_path, sizes=[8 * MIB])
+    with site.running() as machine, Guest(machine.services[0]) as guest:
+        told: list[int] = []
+
+        def look() -> None:
+            told.append(machine.status()[0].dirty_bytes)
+
+        guest.write(0, random_data(4096))
+        for end in (machine.give_back, machine.settle):
+            look()
+            cut = machine.cut(site.previous, on_instant=look)
+            look()
+            end(cut)
+        look()
+    assert told == [65_536] * 6 + [0]

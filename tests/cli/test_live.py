@@ -99,6 +99,15 @@ def test_running_vm_is_captured_cut_killed_and_replicated(
         assert [content(site, 0), content(site, 1)] == models
         write(second, 1, 30)
         capture.end(signal.SIGKILL)
+    left = hvreplica("status", *site["state"], "--json").answer
+    assert left["disks"][1]["journal"] == {"marked_bytes": 8 * MIB, "clean": False}
+    waits = left["statistics"]["pending_replication_size"]
+    assert waits == sum(disk["journal"]["marked_bytes"] for disk in left["disks"]) >= 8 * MIB
+    assert left["statistics"]["replication_health"] == "Warning"
+    assert "was cut off" in left["statistics"]["replication_health_issues"][0]
+    shown = hvreplica("status", *site["state"]).out
+    assert "0 cuts, at most " in shown
+    assert "journal left unclean" in shown
     capture = started(*arguments)
     once = hvreplica("replicate", *site["vm"], *site["to"], "--once", "--json")
     assert once.answer["kind"] == "delta"
@@ -106,6 +115,9 @@ def test_running_vm_is_captured_cut_killed_and_replicated(
     assert [content(site, 0), content(site, 1)] == models
     code, err = capture.end()
     assert (code, "Traceback" in err) == (0, False)
+    left = hvreplica("status", *site["state"], "--json").answer
+    assert [disk["journal"] for disk in left["disks"]] == [{"marked_bytes": 0, "clean": True}] * 2
+    assert left["statistics"]["replication_health_issues"] == ["capture does not run"]
     assert not site["socket"].exists()
     assert hvreplica("disk", "check", site["disks"][0]).code == 0
 

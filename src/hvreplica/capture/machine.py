@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from hvreplica.disk.open import Format
     from hvreplica.files import FileSystem
     from hvreplica.formats.journal import DiskIdentity
+    from hvreplica.native.live import Epoch
     from hvreplica.tracking.fingerprints import FingerprintTable
 
 LOG_BUDGET_SHARE = 4  # a log may have a quarter of its disk
@@ -85,7 +86,8 @@ class Cut:
 class DiskTracking(msgspec.Struct, frozen=True):
     """What is tracked of one disk now.
 
-    judgement: what the start found of changes while nothing was tracked.
+    dirty_bytes: of grains that were written since the last cut that is recorded. judgement: what the start
+    found of changes while nothing was tracked.
     """
 
     index: int
@@ -127,6 +129,7 @@ class Machine:
         self._gate = live.Gate()
         self._cutting = threading.Lock()
         self._unsettled: tuple[Cut, list[Ended]] | None = None
+        self._unrecorded: list[Epoch] = []  # of a cut from its instant until it is settled or given back
         self._settled_s = clock.monotonic_s()
         self._indices = [slot.index for slot in slots]
         self.disks = [slot.disk for slot in slots]
@@ -218,6 +221,7 @@ class Machine:
             old, disarmed, held_ns = live.cut(
                 self._gate, [tracked.track for tracked in self._tracked], [each.epoch for each in begun]
             )
+            self._unrecorded = old
             ended = [
                 tracked.swap(epoch, new)
                 for tracked, epoch, new in zip(self._tracked, old, begun, strict=True)
@@ -265,6 +269,7 @@ class Machine:
         """Take note that a cut is recorded durably: tracking need not know what it holds any more."""
         with self._cutting:
             self._take_unsettled(cut)
+            self._unrecorded = []
             now_s = self._clock.monotonic_s()
             if now_s - self._settled_s >= _SETTLE_AFTER_S:
                 self._settled_s = now_s
@@ -298,6 +303,7 @@ class Machine:
     def _give_back(self, ended: Sequence[Ended], logs: Sequence[ClosedLog | None]) -> None:
         for tracked, each in zip(self._tracked, ended, strict=True):
             tracked.give_back(each)
+        self._unrecorded = []
         self._discard(ended)  # last: what is in memory must be whole before anything can fail
         self._folder.recycle(log.path for log in logs if log is not None)
 
@@ -323,12 +329,13 @@ class Machine:
 
     def status(self) -> list[DiskTracking]:
         """Return what is tracked of each disk."""
+        unrecorded = self._unrecorded
         return [
             DiskTracking(
                 index=index,
                 path=str(tracked.disk.path),
                 virtual_bytes=tracked.disk.virtual_bytes,
-                dirty_bytes=tracked.dirty_bytes,
+                dirty_bytes=tracked.dirty_bytes(*(unrecorded[place : place + 1])),
                 unlogged_bytes=tracked.unlogged_bytes,
                 log_bytes=tracked.track.epoch.log_bytes,
                 log_state=tracked.track.epoch.log_state.name.lower(),
@@ -337,7 +344,9 @@ class Machine:
                 written_bytes=tracked.track.written_bytes,
                 judgement=judgement.reason,
             )
-            for index, tracked, judgement in zip(self._indices, self._tracked, self._judgements, strict=True)
+            for place, (index, tracked, judgement) in enumerate(
+                zip(self._indices, self._tracked, self._judgements, strict=True)
+            )
         ]
 
     def close(self) -> None:

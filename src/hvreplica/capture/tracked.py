@@ -198,21 +198,15 @@ class TrackedDisk:
 
     # ---- figures
 
-    @property
-    def dirty_bytes(self) -> int:
-        """The bytes of grains written since the last cut."""
-        return self._count(self.track.epoch.dirty)
+    def dirty_bytes(self, *ended: Epoch) -> int:
+        """Return the bytes of grains written since the last cut, and in epochs whose cut is not recorded."""
+        epochs = (self.track.epoch, *ended)
+        return sum(_count(epoch.dirty, epoch.touched) for epoch in epochs)
 
     @property
     def unlogged_bytes(self) -> int:
         """The bytes of grains that the next cut reads from the disk."""
-        return self._count(self.track.epoch.unlogged)
-
-    def _count(self, bitmap: npt.NDArray[np.uint8]) -> int:
-        regions = np.flatnonzero(np.unpackbits(self.track.epoch.touched, bitorder="little"))
-        words = bitmap.view(np.uint64)[regions]
-        grain_count: int = native.bitmap_count(words.view(np.uint8))
-        return grain_count * GRAIN_BYTES
+        return _count(self.track.epoch.unlogged, self.track.epoch.touched)
 
     def end(self) -> None:
         """Give up the open log; the journal keeps what is changed and not cut, and nothing else."""
@@ -224,3 +218,11 @@ class TrackedDisk:
         self.journal.cleared(lapsed)
         self.discard(Ended(self.track.epoch, self._writer))
         self._writer = None
+
+
+def _count(bitmap: npt.NDArray[np.uint8], touched: npt.NDArray[np.uint8]) -> int:
+    """Return the bytes of the grains in a bitmap, in regions that were touched."""
+    regions = np.flatnonzero(np.unpackbits(touched, bitorder="little"))
+    words = bitmap.view(np.uint64)[regions]
+    grain_count: int = native.bitmap_count(words.view(np.uint8))
+    return grain_count * GRAIN_BYTES

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hvreplica.cli.render import Output
-    from hvreplica.replication.status import ReplicationStatus
+    from hvreplica.replication.status import DiskStatus, ReplicationStatus
 
 _GOOD = ("Normal", "NotApplicable")
 
@@ -28,7 +28,9 @@ def status(output: Output, *, state: Path, reset_statistics: bool) -> None:
     """Show how replication of a VM stands: health, what waits, and the statistics of the last 12 hours.
 
     Health is Normal; Warning where over a fifth of the cycles was missed, the last one ended over an hour
-    ago, the first copy is not complete, or replication is paused; Critical where cycles fail.
+    ago, the first copy is not complete, replication is paused, or capture served the disks and does not run;
+    Critical where cycles fail; NotApplicable where there is no replica yet. While capture does not run, what
+    waits is told from its journals, as at most so much.
     """
     found = hvreplica.reset_statistics(state) if reset_statistics else hvreplica.status(state)
     output.answer(found, lambda: show_status(output, found))
@@ -68,7 +70,7 @@ def show_status(output: Output, found: ReplicationStatus) -> None:
     output.table(
         (">disk", "file", ">size", ">changed", "log"),
         [
-            (disk.index, plain(disk.path), format_size(disk.virtual_bytes), *_tracked(disk.tracking))
+            (disk.index, plain(disk.path), format_size(disk.virtual_bytes), *_tracked(disk))
             for disk in found.disks
         ],
     )
@@ -89,18 +91,28 @@ def _rows(found: ReplicationStatus) -> list[tuple[str, object]]:
     return [
         ("last synchronized", record.last_synchronized_at),
         ("recovery point", found.last_point),
-        ("waiting", f"{len(found.pending)} cuts, {format_size(record.pending_replication_size)}"),
+        ("waiting", _waiting(found)),
         ("cycles", every),
         (
             "since " + record.start_statistic_time,
             f"{done} done, {record.replication_miss_count} missed, {record.replication_failure_count} failed",
         ),
-        ("sizes", sizes if done else None),
-        ("lengths", lengths if done else None),
+        ("sizes", sizes if record.max_replication_size else None),
+        ("lengths", lengths if record.max_replication_latency else None),
     ]
 
 
-def _tracked(tracking: object) -> tuple[str, str]:
-    if tracking is None:
-        return "", ""
-    return format_size(getattr(tracking, "dirty_bytes", 0)), str(getattr(tracking, "log_state", ""))
+def _waiting(found: ReplicationStatus) -> str:
+    count = len(found.pending)
+    most = "at most " if any(disk.journal is not None for disk in found.disks) else ""
+    size = format_size(found.statistics.pending_replication_size)
+    return f"{count} cut{'' if count == 1 else 's'}, {most}{size}"
+
+
+def _tracked(disk: DiskStatus) -> tuple[str, str]:
+    if disk.tracking is not None:
+        return format_size(disk.tracking.dirty_bytes), disk.tracking.log_state
+    if disk.journal is not None:
+        state = "journal left clean" if disk.journal.clean else "journal left unclean"
+        return f"at most {format_size(disk.journal.marked_bytes)}", state
+    return "", ""

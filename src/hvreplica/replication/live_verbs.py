@@ -13,20 +13,22 @@ import msgspec
 
 from hvreplica.capture.guest_agent import DEFAULT_FREEZE_LIMIT_S, checked_freeze_limit_s
 from hvreplica.clock import SYSTEM
-from hvreplica.errors import StateError
+from hvreplica.errors import FormatError, StateError
 from hvreplica.files import OS_FILES
+from hvreplica.formats.journal import JournalState
 from hvreplica.progress import quiet
 from hvreplica.replication.bookkeeping import Bookkeeper, load_statistics
 from hvreplica.replication.control import SOCKET_NAME, CutRequest, cut_result
 from hvreplica.replication.live import cut_compared
 from hvreplica.replication.opening import disk_paths, opened_disks
 from hvreplica.replication.results import CutResult
-from hvreplica.replication.shape import follow
+from hvreplica.replication.shape import follow, indexes
 from hvreplica.replication.state import StateFolder, load_state
 from hvreplica.replication.statistics import Statistics
-from hvreplica.replication.status import ReplicationStatus, make_status
+from hvreplica.replication.status import JournalStatus, ReplicationStatus, make_status
 from hvreplica.replication.stopped import require_running
 from hvreplica.replication.work import Tally, Work
+from hvreplica.tracking.journal import read_regions
 from hvreplica.transport.local import Owner
 
 if TYPE_CHECKING:
@@ -151,7 +153,26 @@ def _read_status(
     known: PrimaryState, folder_path: Path, *, files: FileSystem, clock: Clock
 ) -> ReplicationStatus:
     record = load_statistics(files, folder_path) or Statistics(clock.now_s())
-    return make_status(known, record, now_s=clock.now_s())
+    return make_status(
+        known, record, now_s=clock.now_s(), journals=_read_journals(known, folder_path, files=files)
+    )
+
+
+def _read_journals(known: PrimaryState, folder_path: Path, *, files: FileSystem) -> dict[int, JournalStatus]:
+    """Return what a capture that ran last has left; where its journal is damaged that is the whole disk."""
+    left = {}
+    for index in indexes(known):
+        path, virtual_bytes = folder_path / "journal" / f"{index}.ij", known.disks[index].virtual_bytes
+        if not files.exists(path):
+            continue
+        try:
+            header, regions = read_regions(files, path)
+        except FormatError:
+            left[index] = JournalStatus(virtual_bytes, clean=False)
+        else:
+            is_clean = header.state == JournalState.CLEAN
+            left[index] = JournalStatus(int(regions[:, 1].sum()), clean=is_clean)
+    return left
 
 
 def _existing(files: FileSystem, state: PathLike) -> Path:

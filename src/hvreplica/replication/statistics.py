@@ -93,6 +93,7 @@ class Situation:
     """What health depends on beside the record.
 
     has_replica: whether there is one, or shall be. phase: as in the primary's state. now_s: Unix time.
+    issues: what else is worth a warning.
     """
 
     has_replica: bool
@@ -100,6 +101,7 @@ class Situation:
     is_paused: bool
     pending_bytes: int
     now_s: float
+    issues: tuple[str, ...] = ()
 
 
 def succeeded(record: Statistics, *, size_bytes: int, latency_s: float, synchronized_s: float) -> Statistics:
@@ -204,7 +206,7 @@ def _critical_issues(record: Statistics) -> list[str]:
 
 
 def _warnings(record: Statistics, situation: Situation) -> list[str]:
-    issues = []
+    issues = list(situation.issues)
     if situation.phase != "ready":
         issues.append("the initial replication is not complete")
     if situation.is_paused:

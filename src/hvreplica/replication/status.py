@@ -12,7 +12,7 @@ from hvreplica.replication.state import cuts
 from hvreplica.replication.statistics import ReplicationStatistics, Situation, Statistics
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from hvreplica.capture.machine import DiskTracking
     from hvreplica.replication.state import PrimaryState, Transfer
@@ -29,10 +29,10 @@ class WaitingCut(msgspec.Struct, frozen=True):
 class TrackedStatus(msgspec.Struct, frozen=True):
     """What live tracking knows of a disk.
 
-    dirty_bytes: changed since the last cut, in whole grains; unlogged_bytes: those of them that the next cut
-    reads from the disk. log_bytes: of the open log. log_state: open, full, failed or off. writes,
-    written_bytes: of the guest since the process began. judgement: what its start found of changes made
-    while nothing was tracked.
+    dirty_bytes: changed since the last cut that is recorded, in whole grains; unlogged_bytes: those of them
+    that the next cut reads from the disk. log_bytes: of the open log. log_state: open, full, failed or off.
+    writes, written_bytes: of the guest since the process began. judgement: what its start found of changes
+    made while nothing was tracked.
     """
 
     dirty_bytes: int
@@ -45,8 +45,19 @@ class TrackedStatus(msgspec.Struct, frozen=True):
     judgement: str = ""
 
 
+class JournalStatus(msgspec.Struct, frozen=True):
+    """What a capture that does not run has left of a disk.
+
+    marked_bytes: at most so much was changed and is in no cut; the next start of capture looks at it. clean:
+    False where it was cut off, by kill -9 or with its host.
+    """
+
+    marked_bytes: int
+    clean: bool
+
+
 class DiskStatus(msgspec.Struct, frozen=True):
-    """One disk. tracking: None where no process captures it.
+    """One disk. tracking: None where no process captures it; journal: what the last one left then.
 
     stage: "protected"; "joining" while the replica has no whole copy of a disk that was added; "joined" once
     it has one that no recovery point has yet; "leaving" for one that was removed and that the newest point
@@ -58,6 +69,7 @@ class DiskStatus(msgspec.Struct, frozen=True):
     virtual_bytes: int
     tracking: TrackedStatus | None
     stage: str = "protected"
+    journal: JournalStatus | None = None
 
 
 class Cycles(msgspec.Struct, frozen=True):
@@ -101,13 +113,16 @@ def make_status(
     tracking: Sequence[DiskTracking] = (),
     running: str | None = None,
     cycles: Cycles | None = None,
+    journals: Mapping[int, JournalStatus] | None = None,
 ) -> ReplicationStatus:
-    """Return the status of a VM from what is known of it."""
+    """Return the status of a VM from what is known of it. journals: by index, where no capture runs."""
+    left = journals or {}
     known = {disk.index: disk for disk in tracking}
     waiting = [_waiting(transfer) for transfer in cuts(state) if transfer.stage == "cut"]
     has_replica = cycles is not None or state.phase != "new" or record.trouble is not None
     pending_bytes = sum(cut.bytes for cut in waiting) + sum(disk.dirty_bytes for disk in tracking)
-    situation = Situation(has_replica, state.phase, state.paused, pending_bytes, now_s)
+    pending_bytes += sum(journal.marked_bytes for journal in left.values())
+    situation = Situation(has_replica, state.phase, state.paused, pending_bytes, now_s, _left_issues(left))
     return ReplicationStatus(
         vm=state.vm,
         running=running,
@@ -125,12 +140,21 @@ def make_status(
                 disk.virtual_bytes,
                 _tracked(known[index]) if index in known else None,
                 disk.stage,
+                left.get(index),
             )
             for index, disk in enumerate(state.disks)
             if disk.stage != "removed"
         ],
         statistics=statistics.show(record, situation),
     )
+
+
+def _left_issues(left: Mapping[int, JournalStatus]) -> tuple[str, ...]:
+    if not left:
+        return ()
+    if all(journal.clean for journal in left.values()):
+        return ("capture does not run",)
+    return ("capture does not run, and was cut off: what its journals name is looked at when it starts",)
 
 
 def _state_name(state: PrimaryState, record: Statistics) -> str:
