@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import hvreplica
-from hvreplica.errors import StateError
+from hvreplica.errors import ReplicaDiverged, StateError
 from hvreplica.replication.capture_verb import Capture
 from tests.support.live_client import SocketGuest
 
@@ -211,4 +212,22 @@ def test_added_disk_is_copied_by_a_loop_between_its_cycles(site: Site) -> None:
         site.write(2, 500)
         site.write(0)
         site.replicate()
+        site.check()
+
+
+def test_lost_state_of_a_vm_that_lost_a_disk_is_taken_over_with_the_disk_named(site: Site) -> None:
+    site.add(2, 4 * MIB)
+    with site.running():
+        site.write(2, at=0)
+        site.replicate()
+    site.remove(1)
+    with site.running(remove_disks=["1"]):
+        site.replicate()
+    shutil.rmtree(site.state)
+    with site.running(), pytest.raises(ReplicaDiverged) as refused:
+        hvreplica.replicate(VM, state=site.state, takeover=True, **site.link)
+    assert refused.value.hint == "stop capture, start it again with --remove-disk 1, then take over"
+    with site.running(remove_disks=["1"]):
+        site.write(2)
+        assert hvreplica.replicate(VM, state=site.state, takeover=True, **site.link).kind == "delta"
         site.check()

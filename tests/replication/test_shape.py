@@ -260,16 +260,18 @@ def test_lost_state_is_found_again_after_a_resize(vm: Vm, served: Served) -> Non
     assert vm.replicate(served).kind == "none"
 
 
-def test_lost_state_of_a_vm_that_lost_a_disk_keeps_the_indexes(vm: Vm, served: Served) -> None:
+@pytest.mark.parametrize("is_named", [False, True])
+def test_lost_state_of_a_vm_that_lost_a_disk_keeps_the_indexes(
+    vm: Vm, served: Served, *, is_named: bool
+) -> None:
     vm.create("2.vhdx", 2 * MIB)
     vm.remove("1.vhdx")
     vm.replicate(served, remove_disks=["1"])
     vm.files.unlink(STATE / "state.json")
-    with pytest.raises(ReplicaDiverged):
-        vm.replicate(served, takeover=True)
-    vm.files.unlink(STATE / "state.json")
+    with pytest.raises(Fenced):
+        vm.replicate(served)
     vm.write("2.vhdx", 4096)
-    result = vm.replicate(served, takeover=True, remove_disks=["1"])
+    result = vm.replicate(served, takeover=True, remove_disks=["1"] if is_named else [])
     assert result.kind == "delta"
     assert result.disks[1].changed_bytes <= 2 * 4096
     vm.check(served)

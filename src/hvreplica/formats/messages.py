@@ -132,6 +132,9 @@ class Claim(Message, frozen=True, tag="claim"):
     reverse: bool = False
 
 
+DISK_REMOVED = "none, it was removed"  # what a refused claim expects where an index is used up
+
+
 class DiskState(msgspec.Struct, frozen=True):
     """What the replica holds of one disk.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import threading
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ from hvreplica.replication.live import cut_live, drop_damaged
 from hvreplica.replication.repair import repair
 from hvreplica.replication.results import GonePoint
 from hvreplica.replication.resync import resync
-from hvreplica.replication.shape import agree, differs
+from hvreplica.replication.shape import agree, differs, leave_gap
 from hvreplica.replication.state import NIL, shapes
 from hvreplica.replication.stopped import confirm_prepared
 from hvreplica.replication.version import SOFTWARE
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger("hvreplica.replicate")
 RETRY_AFTER_S = (1.0, 2.0, 4.0)  # a line that is gone for longer is for the next call
 _DAMAGE = (FormatError, LogError, FileNotFoundError)  # what a log that is damaged on this side may raise
+_REMOVED_DISK = re.compile(rf"field disk (\d{{1,2}}), expected {re.escape(messages.DISK_REMOVED)}")
 _RESYNC_HINT = "--resync compares both sides by fingerprints and sends only what differs"
 
 
@@ -194,14 +196,32 @@ class Primary:
             # What earlier calls sent is hashed again, before the session: the replica does not wait for that.
             prepare_initial(self._work)
             self._is_prepared = True
-        try:
-            return self._meet()
-        except Fenced as error:
-            may_outrun = self._takeover or self._is_reversing
-            if not may_outrun or error.generation < self._work.state.generation:
-                raise
-            self._work.state.generation = error.generation
-            return self._meet()
+        may_outrun, was_fenced = self._takeover or self._is_reversing, False
+        while True:
+            try:
+                return self._meet()
+            except Fenced as error:
+                if was_fenced or not may_outrun or error.generation < self._work.state.generation:
+                    raise
+                was_fenced, self._work.state.generation = True, error.generation
+            except ReplicaDiverged as error:
+                if not self._left_gap(error):
+                    raise
+
+    def _left_gap(self, error: ReplicaDiverged) -> bool:
+        """Leave out an index that the replica says is that of a removed disk, for a state that was lost."""
+        state = self._work.state
+        told = _REMOVED_DISK.search(error.message)  # a refusal comes in words
+        number = "" if told is None else told[1]
+        if not number or not self._takeover or state.phase != "new":
+            return False
+        if int(number) >= len(state.disks) or len(state.disks) >= messages.DISKS_MAX:
+            return False
+        if self._work.machine is not None:  # its exports and journals have their indexes
+            error.hint = f"stop capture, start it again with --remove-disk {number}, then take over"
+            return False
+        leave_gap(state, int(number))
+        return True
 
     def _meet(self) -> ReplicaSession:
         session = self._work.session()

@@ -53,7 +53,7 @@ def state_of_call(
     fresh = track(vm, disks, clock=clock)
     for index in sorted(_numbers(remove)):
         # The indexes of a VM whose state was lost: what was removed then keeps its place.
-        fresh.disks.insert(index, TrackedDisk("", 512, 512, 512, 0, stage="removed"))
+        leave_gap(fresh, index)
     if known is not None:
         fresh.relationship_id, fresh.generation, fresh.paused = (
             known.relationship_id,
@@ -99,6 +99,11 @@ def follow(
 def removed_indexes(state: PrimaryState, names: Iterable[str | int], folder: Path) -> set[int]:
     """Return the disks that are named to be removed, by path or index. Raises: StateError."""
     return {_index_of(state, name, folder) for name in names}
+
+
+def leave_gap(state: PrimaryState, index: int) -> None:
+    """Give the disk at an index, and those behind it, the next one: it was that of a disk that is removed."""
+    state.disks.insert(index, TrackedDisk("", 512, 512, 512, 0, stage="removed"))
 
 
 def indexes(state: PrimaryState) -> list[int]:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from hvreplica.clock import iso_time
 from hvreplica.errors import Fenced, ReplicaDiverged
+from hvreplica.formats.messages import DISK_REMOVED
 from hvreplica.store.failover import require_thawed, unpack_failover
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def validate_disks_follow(
 def _describe(row: DiskRow | None) -> str:
     if row is None:
         return "no such disk"
-    return "none, it was removed" if row.removed_s is not None else _describe_spec(row.spec)
+    return DISK_REMOVED if row.removed_s is not None else _describe_spec(row.spec)
 
 
 def _describe_spec(spec: DiskSpec) -> str:
