@@ -55,7 +55,7 @@ if TYPE_CHECKING:
         store_status,
         store_verify,
     )
-    from hvreplica.replication.tls_verbs import tls_init, tls_trust
+    from hvreplica.replication.tls_verbs import tls_init, tls_nbd, tls_trust
     from hvreplica.replication.verbs import replicate
     from hvreplica.replication.version import VERSION as __version__  # noqa: N811 - the name that Python tools look for
 
@@ -120,6 +120,7 @@ __all__ = [
     "store_status",
     "store_verify",
     "tls_init",
+    "tls_nbd",
     "tls_trust",
 ]
 

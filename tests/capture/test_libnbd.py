@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import hvreplica
 from hvreplica.address import Address
 from hvreplica.capture.listen import NbdListener
+from hvreplica.transport import server_context
 from tests.support.plain_nbd import PlainDisk
 from tests.support.tools import missing, run_tool
 
 if TYPE_CHECKING:
     import random
-    import ssl
     from collections.abc import Iterator
     from pathlib import Path
 
@@ -121,13 +121,11 @@ def test_qemu_reads_and_writes(world: World) -> None:
     assert "Permission denied" in refused.stderr
 
 
-def test_nbdinfo_speaks_tls(
-    tmp_path: Path, tls_folder: Path, tls_server: ssl.SSLContext, rng: random.Random
-) -> None:
-    certificates = tmp_path / "pki"
-    certificates.mkdir()
-    for ours, theirs in (("ca", "ca-cert"), ("primary", "client-cert"), ("primary-key", "client-key")):
-        shutil.copy(tls_folder / f"{ours}.pem", certificates / f"{theirs}.pem")
+def test_nbdinfo_and_qemu_speak_tls(tmp_path: Path, rng: random.Random) -> None:
+    hvreplica.tls_init(tmp_path)
+    hvreplica.tls_nbd(tmp_path)
+    certificates = tmp_path / "nbd"
+    tls_server = server_context(certificates)
     disk = PlainDisk(bytearray(rng.randbytes(3 << 20)))
     with NbdListener(
         Address("127.0.0.1", 0), lambda: [disk.export()], disk.serve, tls_context=tls_server
@@ -143,3 +141,8 @@ def test_nbdinfo_speaks_tls(
         run_tool("nbdcopy", uri, tmp_path / "out.raw")
         assert (tmp_path / "out.raw").read_bytes() == bytes(disk.data)
         run_tool("nbdinfo", f"nbd://{place}/0", expected=(1,))
+        credentials = f"tls-creds-x509,id=tls0,endpoint=client,dir={certificates}"
+        image = f"driver=nbd,host=127.0.0.1,port={listener.address.port},export=0"
+        opened = ("--object", credentials, "--image-opts", f"{image},tls-creds=tls0")
+        assert "3 MiB" in run_tool("qemu-img", "info", *opened).stdout
+        run_tool("qemu-img", "info", "--image-opts", image, expected=(1,))

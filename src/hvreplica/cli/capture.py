@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     "--nbd-tls",
     type=PATH,
     metavar="DIR",
-    help="Certificates, as `tls init` makes them, for NBD clients on the TCP port; without, it is plain.",
+    help="Certificates, as `tls nbd` makes them, for NBD clients on the TCP port; without, it is plain.",
 )
 @option(
     "--state",

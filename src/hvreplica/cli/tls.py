@@ -47,6 +47,31 @@ def _show_made(output: Output, folder: Path, made: list[str]) -> None:
     output.note(f"next: hvreplica serve --store DIR --tls {shlex.quote(plain(folder))}")
 
 
+@tls.command(short_help="Make certificates for NBD over TLS.")
+@click.argument("folder", type=PATH, metavar="DIR")
+@option(
+    "--name",
+    "names",
+    multiple=True,
+    metavar="HOST",
+    help="A name or address that NBD clients connect to, besides localhost and this host's; repeatable.",
+)
+@verb
+def nbd(output: Output, folder: Path, names: tuple[str, ...]) -> None:
+    """Make DIR/nbd, for `capture --nbd-tls DIR/nbd` and for NBD clients, with the CA of `tls init` in DIR.
+
+    QEMU and libnbd find ca-cert.pem, client-cert.pem and client-key.pem there. These certificates are in no
+    trust list: they write nothing to a replica.
+    """
+    made = hvreplica.tls_nbd(folder, names=names)
+
+    def show() -> None:
+        for path in made:
+            output.line(plain(path))
+
+    output.answer({"folder": folder / "nbd", "files": made}, show)
+
+
 @tls.command(short_help="Let a certificate write VMs.")
 @click.argument("folder", type=PATH, metavar="DIR")
 @option("--certificate", required=True, metavar="ID", help='"sha256:…" of a certificate, or its common name.')

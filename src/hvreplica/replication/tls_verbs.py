@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from hvreplica.clock import SYSTEM
 from hvreplica.files import OS_FILES
 from hvreplica.transport import TRUST_FILE, allow
-from hvreplica.transport.certificates import init_tls
+from hvreplica.transport.certificates import init_tls, issue_nbd
 
 if TYPE_CHECKING:
     import os
@@ -23,6 +23,14 @@ def tls_init(folder: PathLike, *, names: Sequence[str] = ()) -> list[str]:
     return the paths. Never overwrites.
     """
     return [str(path) for path in init_tls(OS_FILES, Path(folder), clock=SYSTEM, names=names)]
+
+
+def tls_nbd(folder: PathLike, *, names: Sequence[str] = ()) -> list[str]:
+    """Make certificates for `capture --nbd-tls` and its NBD clients in `folder`/nbd, of the CA in `folder`;
+
+    return the paths. Never overwrites.
+    """
+    return [str(path) for path in issue_nbd(OS_FILES, Path(folder), clock=SYSTEM, names=names)]
 
 
 def tls_trust(folder: PathLike, certificate: str, vm_patterns: Sequence[str]) -> None:

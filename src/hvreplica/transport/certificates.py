@@ -42,6 +42,7 @@ CA_DAYS = 3650
 LEAF_DAYS = 825  # the longest that common verifiers accept
 _BACKDATE = timedelta(hours=1)  # the other host's clock may be behind
 _PRIVATE = 0o600
+NBD_FOLDER = "nbd"
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
@@ -112,7 +113,55 @@ def issue(
     folder = Path(folder)
     paths = (folder / certificate_file(role), folder / key_file(role))
     _refuse_existing(files, paths)
-    ca, ca_key = _load_ca(files, folder)
+    certificate, key = _issued(_load_ca(files, folder), name, names, days, clock)
+    write_durably(files, paths[1], key, clock=clock, mode=_PRIVATE)
+    write_durably(files, paths[0], certificate.public_bytes(serialization.Encoding.PEM), clock=clock)
+    return IssuedCertificate(
+        certificate=paths[0],
+        key=paths[1],
+        fingerprint_sha256=certificate.fingerprint(hashes.SHA256()).hex(),
+        not_after=certificate.not_valid_after_utc.timestamp(),
+    )
+
+
+def issue_nbd(
+    files: FileSystem, folder: Path, *, clock: Clock, names: Sequence[str] = (), days: int = LEAF_DAYS
+) -> list[Path]:
+    """Make `folder`/nbd, with what an NBD server of ours and its clients need; return the paths written.
+
+    The server's files have our names, those of clients the names that QEMU and libnbd look for. Both
+    certificates are of the CA in `folder`, and in no trust list. names: as for init_tls(), of the server's
+    host. Raises: as issue().
+    """
+    folder = Path(folder)
+    ca = _load_ca(files, folder)
+    target = folder / NBD_FOLDER
+    authority = ca[0].public_bytes(serialization.Encoding.PEM)
+    content: list[tuple[str, bytes, int]] = [(name, authority, 0o644) for name in (CA_FILE, "ca-cert.pem")]
+    for name, certificate_name, key_name in (
+        ("nbd-server", certificate_file(REPLICA), key_file(REPLICA)),
+        ("nbd-client", "client-cert.pem", "client-key.pem"),
+    ):
+        certificate, key = _issued(ca, name, names, days, clock)
+        content.append((key_name, key, _PRIVATE))
+        content.append((certificate_name, certificate.public_bytes(serialization.Encoding.PEM), 0o644))
+    paths = [target / name for name, _, _ in content]
+    _refuse_existing(files, paths)
+    files.make_directory(target)
+    for path, (_, data, mode) in zip(paths, content, strict=True):
+        write_durably(files, path, data, clock=clock, mode=mode)
+    return paths
+
+
+def _issued(
+    authority: tuple[x509.Certificate, ec.EllipticCurvePrivateKey],
+    name: str,
+    names: Sequence[str],
+    days: int,
+    clock: Clock,
+) -> tuple[x509.Certificate, bytes]:
+    """Return a new certificate and its key, as it stands in a file."""
+    ca, ca_key = authority
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     until = min(_days_from_now(clock, days), ca.not_valid_after_utc)
@@ -126,15 +175,7 @@ def issue(
         .add_extension(x509.SubjectAlternativeName(_alternative_names(names)), critical=False)
         .add_extension(ca_identifier, critical=False)
     )
-    certificate = builder.sign(ca_key, hashes.SHA256())
-    write_durably(files, paths[1], _pem_key(key), clock=clock, mode=_PRIVATE)
-    write_durably(files, paths[0], certificate.public_bytes(serialization.Encoding.PEM), clock=clock)
-    return IssuedCertificate(
-        certificate=paths[0],
-        key=paths[1],
-        fingerprint_sha256=certificate.fingerprint(hashes.SHA256()).hex(),
-        not_after=certificate.not_valid_after_utc.timestamp(),
-    )
+    return builder.sign(ca_key, hashes.SHA256()), _pem_key(key)
 
 
 def _builder(
