@@ -116,6 +116,7 @@ class _Line:
         self.connection = connection
         self.deadline_s = deadline_s
         self.clock = clock
+        self.is_lost = False
 
     def receive(self, count: int, *, may_end: bool = False) -> bytes:
         """Return `count` bytes, never one more taken; b"" for an end before the first, if it may be there."""
@@ -146,6 +147,7 @@ class _Line:
         except TimeoutError:
             raise PeerClosed("the client did not finish the negotiation in time") from None
         except OSError as error:
+            self.is_lost = True
             raise PeerClosed(f"the connection broke: {error.strerror or error}") from None
 
 
@@ -188,8 +190,13 @@ class _Handshake:
 
     def run(self) -> Negotiated | None:
         """Return the choice, or None for a client that left."""
-        self._line.send(pack_greeting())
-        packed = self._line.receive(CLIENT_FLAGS.size, may_end=True)
+        try:
+            self._line.send(pack_greeting())
+            packed = self._line.receive(CLIENT_FLAGS.size, may_end=True)
+        except PeerClosed:
+            if self._line.is_lost:
+                return None  # it only looked whether somebody listens
+            raise
         if not packed:
             return None
         self._client_flags = unpack_client_flags(packed)

@@ -36,7 +36,42 @@ CLOSE_GRACE_S = 5.0
 _PAUSE_S = 0.1  # after accept() failed, for example for want of descriptors
 _KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}  # a dead host shows in 90 s
 
+_COMPLAINTS = 5  # in so many seconds; a program that knocks at random could fill the log
+_COMPLAINTS_S = 10.0
+
 log = logging.getLogger("hvreplica.capture")
+
+
+class _Complaints:
+    """Logs what is wrong with clients, the first few of a while one by one and the rest as a number."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._since_s = float("-inf")
+        self._count = 0
+
+    def say(self, words: str, *arguments: object) -> None:
+        """Log a warning, or count it."""
+        with self._lock:
+            now_s = self._clock.monotonic_s()
+            if now_s - self._since_s >= _COMPLAINTS_S:
+                self._tell_count()
+                self._since_s, self._count = now_s, 0
+            self._count += 1
+            is_told = self._count <= _COMPLAINTS
+        if is_told:
+            log.warning(words, *arguments)
+
+    def end(self) -> None:
+        """Log the number of those that were not told."""
+        with self._lock:
+            self._tell_count()
+            self._count = 0
+
+    def _tell_count(self) -> None:
+        if self._count > _COMPLAINTS:
+            log.warning("%d further clients were refused or failed as well", self._count - _COMPLAINTS)
 
 
 @dataclass(eq=False, slots=True)
@@ -86,6 +121,7 @@ class NbdListener:
         self._clock = clock
         self._places = threading.BoundedSemaphore(connections_max)
         self._undecided_max = max(connections_max // 2, 1)
+        self._complaints = _Complaints(clock)
         self._lock = threading.Lock()
         self._clients: dict[_Client, None] = {}  # oldest first
         self._stopping = threading.Event()
@@ -121,6 +157,7 @@ class NbdListener:
             client.thread.join(max(deadline_s - self._clock.monotonic_s(), 0))
         for client in self._end_all(socket.SHUT_RDWR):
             client.thread.join()
+        self._complaints.end()
 
     def __enter__(self) -> Self:
         self.start()
@@ -156,7 +193,7 @@ class NbdListener:
             return
         name = _name(connection, peer)
         if not self._places.acquire(blocking=False):
-            log.warning("%s: refused, all places are taken", name)
+            self._complaints.say("%s: refused, all places are taken", name)
             connection.close()
             return
         try:
@@ -174,7 +211,7 @@ class NbdListener:
             for each in given_up:  # all but the last were ended before, and are on their way out
                 each.end(socket.SHUT_RDWR)
         if given_up:
-            log.warning("%s: given up, it has chosen no export and others wait", given_up[-1].name)
+            self._complaints.say("%s: given up, it has chosen no export and others wait", given_up[-1].name)
         try:
             client.thread.start()
         except RuntimeError as error:  # no more threads from the system
@@ -184,7 +221,7 @@ class NbdListener:
     def _refuse(self, connection: socket.socket, name: str, reason: str) -> None:
         self._places.release()
         connection.close()
-        log.warning("%s: refused: %s", name, reason)
+        self._complaints.say("%s: refused: %s", name, reason)
 
     def _run(self, client: _Client) -> None:
         try:
@@ -211,7 +248,7 @@ class NbdListener:
                 clock=self._clock,
             )
         except HvReplicaError as error:
-            log.warning("%s: %s", client.name, error)
+            self._complaints.say("%s: %s", client.name, error)
             kept(error)
         except Exception as error:
             log.exception("%s: the negotiation failed", client.name)
