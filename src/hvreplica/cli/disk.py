@@ -124,7 +124,7 @@ def create(  # noqa: PLR0913 - one for each option
         parent=parent,
         overwrite=overwrite,
     )
-    output.answer(made, lambda: output.structure(made))
+    output.answer(made, lambda: None if output.quiet else output.structure(made))
 
 
 def _check_options(kind: Format, given: dict[str, object]) -> None:

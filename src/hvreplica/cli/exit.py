@@ -42,7 +42,7 @@ CODES: tuple[tuple[int, str, str], ...] = (
     (129, "SIGHUP", "the terminal went away"),
     (INTERRUPTED, "SIGINT", "stopped with Ctrl-C"),
     (OUTPUT_CLOSED, "SIGPIPE", "nobody reads the output any more, as in `hvreplica disk map a.vhdx | head`"),
-    (143, "SIGTERM", "ended by SIGTERM; `serve` alone ends with 0 then"),
+    (143, "SIGTERM", "ended by SIGTERM; `serve`, `capture` and `replicate` without --once end with 0 then"),
 )
 
 

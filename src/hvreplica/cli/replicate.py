@@ -80,6 +80,11 @@ _HEADLINES = {"initial": "initial replication", "delta": "changes replicated"}
     help="With --prepare-failover: cut off the clients of a running `capture`. With --cancel-prepare: do not"
     " ask the replica whether it was promoted.",
 )
+@option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    help="What is logged to stderr.  [default: info, a line for each cycle; with --once warning]",
+)
 @verb
 def replicate(  # noqa: PLR0913 - the options of the verb
     output: Output,
@@ -95,6 +100,7 @@ def replicate(  # noqa: PLR0913 - the options of the verb
     prepare: bool,
     cancel_prepare: bool,
     force: bool,
+    log_level: str | None,
     **settings: Any,
 ) -> None:
     """Bring the replica of a VM up to date.
@@ -122,11 +128,12 @@ def replicate(  # noqa: PLR0913 - the options of the verb
     cycles = {"interval_s": interval_s, "continuous": continuous, "metrics": metrics}
     _check(settings, cycles, once=once, resync=resync or takeover)
     if not once:
-        _run_forever(output, vm, disks, settings | cycles)
+        level = log_level or ("warning" if output.quiet else "info")
+        _run_forever(output, vm, disks, settings | cycles, level=level)
         return
     from hvreplica.cli.diagnostics import logging_shown  # noqa: PLC0415 - the start-up time of --help
 
-    level = "error" if output.quiet else "warning"
+    level = log_level or ("error" if output.quiet else "warning")
     with logging_shown(level, as_json=output.json), progress_shown(output) as progress:
         result = hvreplica.replicate(
             vm,
@@ -175,11 +182,12 @@ def _check(settings: dict[str, Any], cycles: dict[str, Any], *, once: bool, resy
         raise click.UsageError(message, click.get_current_context())
 
 
-def _run_forever(output: Output, vm: str, disks: tuple[Path, ...], settings: dict[str, Any]) -> None:
+def _run_forever(
+    output: Output, vm: str, disks: tuple[Path, ...], settings: dict[str, Any], *, level: str
+) -> None:
     from hvreplica.cli.diagnostics import logging_shown  # noqa: PLC0415 - as above
 
     number = 0
-    level = "warning" if output.quiet else "info"
     try:
         with (
             logging_shown(level, as_json=output.json),

@@ -42,7 +42,7 @@ def status(output: Output, *, state: Path, reset_statistics: bool) -> None:
 def pause(output: Output, *, state: Path) -> None:
     """Begin no further cycles until `resume`, in later runs too. What the VM writes is tracked on."""
     found = hvreplica.pause(state)
-    output.answer(found, lambda: show_status(output, found))
+    output.answer(found, lambda: None if output.quiet else show_status(output, found))
 
 
 @click.command(short_help="Go on with cycles.")
@@ -51,7 +51,7 @@ def pause(output: Output, *, state: Path) -> None:
 def resume(output: Output, *, state: Path) -> None:
     """Go on with cycles after `pause`, or after an error that had stopped them."""
     found = hvreplica.resume(state)
-    output.answer(found, lambda: show_status(output, found))
+    output.answer(found, lambda: None if output.quiet else show_status(output, found))
 
 
 def show_status(output: Output, found: ReplicationStatus) -> None:

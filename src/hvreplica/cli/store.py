@@ -163,11 +163,12 @@ def _show(output: Output, found: StoreStatus) -> None:
 
 def _row(vm: VmStatus) -> tuple[object, ...]:
     newest = vm.points[-1] if vm.points else None
+    disks = [disk for disk in vm.disks if disk.state != "removed"]
     return (
         vm.name,
         vm.phase,
-        len(vm.disks),
-        format_size(sum(disk.virtual_bytes for disk in vm.disks)),
+        len(disks),
+        format_size(sum(disk.virtual_bytes for disk in disks)),
         format_size(sum(disk.file_bytes or 0 for disk in vm.disks)),
         len(vm.points),
         moment(newest.instant_s) if newest else None,

@@ -1,6 +1,6 @@
 """The statistics of a VM while it is replicated, kept in STATE/statistics.json.
 
-They help people and decide nothing, so they are saved at most every half a minute and at the end; a file that
+They help people and decide nothing, so they are saved at most every five seconds and at the end; a file that
 is damaged is begun anew.
 """
 
@@ -46,7 +46,7 @@ FATAL = (
     StateError,
     TrackingLost,
 )
-_SAVE_EVERY_S = 30.0
+_SAVE_EVERY_S = 5.0
 _FILE_BYTES_MAX = 1 << 20
 _LOG = logging.getLogger("hvreplica.replicate")
 

@@ -267,7 +267,7 @@ class CycleLoop:
         self._runner.book.missed(count)
         try:
             until_s = self._clock.monotonic_s() + (self.interval_s or _JOINING_S)
-            self._runner.run(is_due=lambda: self._clock.monotonic_s() >= until_s)
+            result = self._runner.run(is_due=lambda: self._clock.monotonic_s() >= until_s)
         except Exception as error:
             state = self._work.state
             is_held = state.paused or state.stopped is not None
@@ -275,10 +275,25 @@ class CycleLoop:
             if not (is_pause or self._stopping or self._runner.is_stopping):
                 self._failed(kept(error))
         else:
+            self._tell(result)
             with self._lock:
                 count = self._schedule.end(self._clock.monotonic_s())
             self._runner.book.missed(count)
         return self.wait_s()
+
+    def _tell(self, result: ReplicateResult) -> None:
+        """Log a cycle that went well; those of disks that are tracked may be several a second."""
+        changed_bytes = sum(disk.changed_bytes for disk in result.disks)
+        _LOG.log(
+            logging.DEBUG if self._work.machine is not None else logging.INFO,
+            "%s: %s in %.1f s, %d bytes changed, %d sent, recovery point %s",
+            result.vm,
+            {"initial": "first copy", "delta": "changes replicated"}.get(result.kind, "nothing changed"),
+            result.seconds,
+            changed_bytes,
+            result.wire_bytes,
+            result.point,
+        )
 
     def _failed(self, error: Exception) -> None:
         is_fatal, is_full = isinstance(error, FATAL), isinstance(error, StoreFull)
