@@ -130,6 +130,12 @@ def _run(words: list[str], name: str, limit_s: float) -> None:
             path=words[0],
             hint="it was killed; give it longer with --command-limit",
         ) from None
+    except OSError as error:
+        raise FreezeFailed(
+            f"the command of --{name} cannot be run: {error.strerror or error}",
+            path=words[0],
+            hint=f"--{name} takes a program with its arguments, without a shell",
+        ) from None
     if done.returncode:
         raise FreezeFailed(
             f"the command of --{name} failed", path=words[0], expected="exit code 0", actual=done.returncode
@@ -142,7 +148,8 @@ def _show(output: Output, result: CutResult) -> None:
         return
     held = f" · writes held for {result.held_us:.0f} µs" if result.held_us else ""
     frozen = "" if result.frozen is None else f" · {result.frozen} file systems frozen"
-    output.line(f"recovery point {result.point} at {result.instant}{held}{frozen}")
+    what = "cut" if result.point is None else f"recovery point {result.point}"
+    output.line(f"{what} at {result.instant}{held}{frozen}")
     output.line()
     output.table(
         (">disk", "log", ">size", ">entries"),

@@ -130,7 +130,18 @@ SIZE = SizeType()
 DURATION = DurationType()
 ADDRESS = AddressType()
 LOG = LogType()
-PATH = click.Path(path_type=Path)
+
+
+class _NamedPath(click.Path):
+    """A path that has a name: an empty one would be the folder where the program was started."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not os.fspath(value):
+            self.fail("the path is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = _NamedPath(path_type=Path)
 DISK_FORMAT = click.Choice(["vhdx", "vhd", "raw"])
 DISK_TYPE = click.Choice(["dynamic", "fixed"])
 _RAW_ENDINGS = (".raw", ".img")

@@ -30,7 +30,7 @@ from hvreplica.replication.bookkeeping import Bookkeeper
 from hvreplica.replication.cycle import drop_unfinished
 from hvreplica.replication.joining import is_begun
 from hvreplica.replication.loop import CycleLoop, CycleRunner
-from hvreplica.replication.opening import check_vm, disk_paths, state_for
+from hvreplica.replication.opening import check_start, check_vm, disk_paths, state_for
 from hvreplica.replication.resident import Resident, interval_of
 from hvreplica.replication.state import StateFolder
 from hvreplica.replication.work import CONNECTIONS_DEFAULT, Tally, Work, make_link
@@ -99,6 +99,7 @@ class Capture:
         places = _places(socket, tcp)
         link, interval_s = _standing(to, tls, (compression, connections), interval_s, continuous=continuous)
         context = None if nbd_tls is None else server_context(Path(nbd_tls))
+        check_start(files, Path(state).absolute(), disks)
         with contextlib.ExitStack() as stack:
             folder = StateFolder(files, Path(state).absolute(), clock=clock)
             stack.callback(folder.release)

@@ -34,11 +34,13 @@ if TYPE_CHECKING:
 
     Tell = Callable[[object], None]
 
-SOCKET_NAME = "control.sock"
 _RESTART_HINT = "stop it, then start it again with the disks of now; --remove-disk says which one is gone"
 _NOTHING_FROZEN = (
     "the guest froze no file system, so the cut is what a power cut would leave: has it mounted any that its"
     " agent can freeze?"
+)
+_NO_COPY_YET = (
+    "the replica has no copy of the VM yet: the first one holds what was cut, and no point shows it alone"
 )
 Text = Annotated[str, Meta(min_length=1, max_length=4096)]
 
@@ -264,6 +266,7 @@ class Control:
 def cut_result(work: Work, recorded: RecordedCut, *, frozen: int | None = None) -> CutResult:
     """Return what is told of a cut."""
     transfer = recorded.transfer
+    is_early = work.state.phase == "new"
     logs = [] if transfer is None else transfer.logs
     paths = [work.folder.log_path(log.log_id) for log in logs]
     return CutResult(
@@ -273,9 +276,9 @@ def cut_result(work: Work, recorded: RecordedCut, *, frozen: int | None = None) 
         ],
         held_us=round(recorded.held_us, 1),
         instant=iso_time(recorded.instant_s),
-        point=None if transfer is None else str(transfer.point_id),
+        point=None if transfer is None or is_early else str(transfer.point_id),
         frozen=frozen,
-        warnings=[_NOTHING_FROZEN] if frozen == 0 else [],
+        warnings=[_NOTHING_FROZEN] * (frozen == 0) + [_NO_COPY_YET] * is_early,
     )
 
 

@@ -18,12 +18,12 @@ from hvreplica.files import OS_FILES
 from hvreplica.formats.journal import JournalState
 from hvreplica.progress import quiet
 from hvreplica.replication.bookkeeping import Bookkeeper, load_statistics
-from hvreplica.replication.control import SOCKET_NAME, CutRequest, cut_result
+from hvreplica.replication.control import CutRequest, cut_result
 from hvreplica.replication.live import cut_compared
 from hvreplica.replication.opening import disk_paths, opened_disks
 from hvreplica.replication.results import CutResult
 from hvreplica.replication.shape import follow, indexes
-from hvreplica.replication.state import StateFolder, load_state
+from hvreplica.replication.state import SOCKET_NAME, StateFolder, load_state
 from hvreplica.replication.statistics import Statistics
 from hvreplica.replication.status import JournalStatus, ReplicationStatus, make_status
 from hvreplica.replication.stopped import require_running
@@ -81,6 +81,7 @@ def cut(
             path=folder_path,
             hint="serve them with `hvreplica capture`",
         )
+    _known(load_state(files, folder_path), folder_path)  # before a lock is made in a folder of something else
     with contextlib.ExitStack() as stack:
         folder = StateFolder(files, folder_path, clock=clock)
         stack.callback(folder.release)
@@ -136,6 +137,7 @@ def _changed(verb: str, state: PathLike, *, files: FileSystem, clock: Clock) -> 
     owner = Owner.find(folder_path / SOCKET_NAME)
     if owner is not None:
         return _converted(owner.ask(verb), ReplicationStatus)
+    _known(load_state(files, folder_path), folder_path)
     folder = StateFolder(files, folder_path, clock=clock)
     try:
         known = _known(folder.load(), folder_path)
@@ -179,7 +181,11 @@ def _existing(files: FileSystem, state: PathLike) -> Path:
     """Return the folder, which these verbs do not make."""
     path = Path(state).absolute()
     if not files.exists(path):
-        raise StateError("there is no such state folder", path=path, hint="is it the one of --state?")
+        raise StateError(
+            "there is no such state folder",
+            path=path,
+            hint="--state names the folder that `capture` or `replicate` made for the VM",
+        )
     return path
 
 

@@ -32,6 +32,7 @@ from hvreplica.replication.state import (
     CutLog,
     StateFolder,
     Transfer,
+    load_state,
     logs_kept,
     previous_log_ids,
 )
@@ -98,9 +99,11 @@ def log_import(
     for a log that is not whole or does not fit its disk; ChainBroken; InvalidTransition before the replica
     has a whole copy; LogError where the disk holds something else; Locked.
     """
-    folder = StateFolder(files, Path(state).absolute(), clock=clock)
+    folder_path = Path(state).absolute()
+    _ready(load_state(files, folder_path), folder_path)  # before a lock is made in a folder of something else
+    folder = StateFolder(files, folder_path, clock=clock)
     try:
-        known = _ready_state(folder)
+        known = _ready(folder.load(), folder.folder)
         work = _Import(folder, known, files, clock, progress)
         indexes = _disk_indexes(known, logs, disks, folder.folder)
         folder.discard_logs(keep=logs_kept(known))
@@ -233,19 +236,18 @@ class _Import:
         return transfer
 
 
-def _ready_state(folder: StateFolder) -> PrimaryState:
+def _ready(state: PrimaryState | None, folder: Path) -> PrimaryState:
     """Return the state if a cut can be put behind it."""
-    state = folder.load()
     if state is None:
         raise StateError(
             "nothing is protected with this state folder",
-            path=folder.folder,
+            path=folder,
             hint="bring a first copy to the replica with `hvreplica replicate`",
         )
     if state.phase != "ready" or state.mixed:
         raise InvalidTransition(
             "the replica has no whole copy of one instant yet, which a log could change",
-            path=folder.folder,
+            path=folder,
             field="phase",
             expected="ready",
             actual="mixed" if state.mixed else state.phase,
@@ -254,7 +256,7 @@ def _ready_state(folder: StateFolder) -> PrimaryState:
     if len(state.pending) >= PENDING_MAX:
         raise StateError(
             "too many cuts wait to be shipped",
-            path=folder.folder,
+            path=folder,
             expected=f"at most {PENDING_MAX}",
             actual=len(state.pending),
             hint="ship them with `hvreplica replicate --once`",

@@ -11,6 +11,7 @@ from hvreplica.errors import FieldOutOfRange, StateError
 from hvreplica.formats import messages
 from hvreplica.formats.hrl import SECTOR_BYTES
 from hvreplica.replication.shape import removed_indexes, state_of_call
+from hvreplica.replication.state import load_state
 from hvreplica.replication.stopped import require_running
 
 if TYPE_CHECKING:
@@ -84,13 +85,28 @@ def disk_paths(
     if disks:
         return [Path(path).absolute() for path in disks]
     if known is None:
-        raise StateError(
-            "this state folder does not know the VM's disks yet",
-            path=folder.folder,
-            hint="name each of them with --disk FILE",
-        )
+        raise _unknown_disks(folder.folder)
     gone = removed_indexes(known, remove, folder.folder)
     return [Path(disk.path) for index, disk in enumerate(known.disks) if disk.is_here and index not in gone]
+
+
+def check_start(files: FileSystem, folder: Path, disks: Sequence[PathLike]) -> None:
+    """Refuse a call that cannot begin before it makes a state folder: `folder`, or disks, that are not there.
+
+    Raises: StateError where neither call nor folder names disks; FileNotFoundError, OSError.
+    """
+    for path in disks:
+        files.identity(Path(path).absolute())
+    if not disks and load_state(files, folder) is None:
+        raise _unknown_disks(folder)
+
+
+def _unknown_disks(folder: Path) -> StateError:
+    return StateError(
+        "this state folder does not know the VM's disks yet",
+        path=folder,
+        hint="name each of them with --disk FILE; or is --state another folder?",
+    )
 
 
 def check_vm(vm: str, disks: Sequence[PathLike]) -> None:

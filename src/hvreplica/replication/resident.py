@@ -15,12 +15,12 @@ from hvreplica.clock import SYSTEM
 from hvreplica.files import OS_FILES
 from hvreplica.progress import quiet
 from hvreplica.replication.bookkeeping import Bookkeeper
-from hvreplica.replication.control import SOCKET_NAME, Control
+from hvreplica.replication.control import Control
 from hvreplica.replication.loop import CycleLoop, CycleRunner
 from hvreplica.replication.metrics import exposition
-from hvreplica.replication.opening import check_vm, disk_paths, opened_disks, state_for
+from hvreplica.replication.opening import check_start, check_vm, disk_paths, opened_disks, state_for
 from hvreplica.replication.shape import follow
-from hvreplica.replication.state import StateFolder
+from hvreplica.replication.state import SOCKET_NAME, StateFolder
 from hvreplica.replication.work import CONNECTIONS_DEFAULT, Tally, Work, make_link
 from hvreplica.transport.exposition import PageServer
 from hvreplica.transport.local import LocalServer
@@ -149,6 +149,7 @@ class Replicator:
         check_vm(vm, disks)
         interval_s = interval_of(interval_s, continuous=continuous)
         link = make_link(to, tls, compression, connections)
+        check_start(files, Path(state).absolute(), disks)
         with contextlib.ExitStack() as stack:
             folder = StateFolder(files, Path(state).absolute(), clock=clock)
             stack.callback(folder.release)

@@ -76,9 +76,9 @@ class CutLog(msgspec.Struct, frozen=True):
 class CutResult(msgspec.Struct, frozen=True):
     """A cut. logs: of the disks that changed. held_us: microseconds for which writes were held.
 
-    instant: ISO 8601 in UTC. point: the recovery point that it becomes, None where nothing had changed.
-    frozen: file systems that the guest held still for it, None where it was not asked to. warnings: sentences
-    that say where the cut is less than what was asked for.
+    instant: ISO 8601 in UTC. point: the recovery point that it becomes, None where nothing had changed or the
+    replica has no copy yet. frozen: file systems that the guest held still for it, None where it was not
+    asked to. warnings: sentences that say where the cut is less than what was asked for.
     """
 
     logs: list[CutLog]

@@ -214,7 +214,10 @@ def _require_all(state: PrimaryState, accounted: set[int], added: Sequence[Disk]
     if not missing:
         return
     path = state.disks[missing[0]].path
-    hint = f"name it too; if the VM does not have it any more, say so with --remove-disk {path}"
+    hint = (
+        "name every disk that the VM has now with --disk, or none where they are those of before; for one"
+        f" that it does not have any more say --remove-disk {missing[0]}"
+    )
     if added:
         hint += f"; {added[0].path} is none of the disks that are known"
     raise StateError(

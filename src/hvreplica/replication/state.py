@@ -11,15 +11,18 @@ Every verb writes its intention here before it acts, so that it can be killed an
 
 from __future__ import annotations
 
+import contextlib
+import re
 import uuid
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 from msgspec import Meta
 
-from hvreplica.errors import FormatError, UnsupportedVersion
+from hvreplica.errors import FormatError, HvReplicaError, Locked, UnsupportedVersion
 from hvreplica.files import write_durably
 from hvreplica.formats import messages
+from hvreplica.transport.local import Owner
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from hvreplica.files import FileSystem
 
 VERSION = 3
+SOCKET_NAME = "control.sock"  # of the process that owns the folder
 NIL = uuid.UUID(int=0)
 PENDING_MAX = 256  # cuts that wait to be shipped; more only cost room that one later cut would not
 _STATE_BYTES_MAX = 16 << 20  # twice what that many cuts of 64 disks take
@@ -142,7 +146,10 @@ class StateFolder:
         self._clock = clock
         for path in (folder, self.fingerprints, self.logs):
             files.make_directory(path)
-        self._lock = files.lock(folder / "lock")
+        try:
+            self._lock = files.lock(folder / "lock")
+        except Locked as error:
+            raise _in_use(folder, error) from None
 
     @property
     def fingerprints(self) -> Path:
@@ -199,6 +206,20 @@ class StateFolder:
     def release(self) -> None:
         """Give the folder back."""
         self._lock.release()
+
+
+def _in_use(folder: Path, error: Locked) -> Locked:
+    """Return the error of a folder that another process owns, with its verb and number where known."""
+    verb = None
+    with contextlib.suppress(HvReplicaError, OSError):
+        owner = Owner.find(folder / SOCKET_NAME)
+        verb = None if owner is None else owner.ask("status")["running"]
+    number = re.search(r"pid \d+", error.message)
+    who = f"{f'`{verb}`' if verb else 'another verb'} runs{f' ({number[0]})' if number else ''}"
+    hint = "stop it first, or wait for it"
+    if verb is not None:
+        hint = "ask it for a cycle with `replicate --once`, or for a cut with `cut`; else stop it first"
+    return Locked(f"{who} and owns this state folder", path=folder, hint=hint)
 
 
 def load_state(files: FileSystem, folder: Path) -> PrimaryState | None:

@@ -16,11 +16,11 @@ from hvreplica.clock import SYSTEM
 from hvreplica.files import OS_FILES
 from hvreplica.progress import Progress, quiet
 from hvreplica.replication.bookkeeping import Bookkeeper
-from hvreplica.replication.control import SOCKET_NAME, ReplicateRequest
+from hvreplica.replication.control import ReplicateRequest
 from hvreplica.replication.loop import CycleRunner
-from hvreplica.replication.opening import check_vm, disk_paths, opened_disks, state_for
+from hvreplica.replication.opening import check_start, check_vm, disk_paths, opened_disks, state_for
 from hvreplica.replication.results import ReplicateResult
-from hvreplica.replication.state import StateFolder
+from hvreplica.replication.state import SOCKET_NAME, StateFolder
 from hvreplica.replication.work import CONNECTIONS_DEFAULT, Tally, Work, make_link
 from hvreplica.transport.local import Owner
 
@@ -99,6 +99,7 @@ def replicate(  # noqa: PLR0913 - a verb with its options, all but two by keywor
     if link is None:
         message = "say where the replica is, with `to` and `tls`: no process captures this VM"
         raise ValueError(message)
+    check_start(files, folder_path, disks)
     with contextlib.ExitStack() as stack:
         folder = StateFolder(files, folder_path, clock=clock)
         stack.callback(folder.release)
