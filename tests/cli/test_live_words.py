@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import socket
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import hvreplica
+from hvreplica.cli.store import _row
+from hvreplica.store.status import DiskStatus
 from tests.support.command_line import Running
 from tests.support.live_client import SocketGuest
 
@@ -143,3 +146,9 @@ def test_garbage_and_probes_do_not_fill_the_log(
     assert 6 <= len(warnings) <= 12, err
     assert "further clients were refused or failed as well" in err
     assert "connection broke" not in err
+
+
+def test_store_status_counts_the_disks_that_the_vm_has() -> None:
+    disks = [DiskStatus(0, "a", "0.vhdx", MIB, MIB), DiskStatus(1, "b", "1.vhdx", MIB, MIB, "removed")]
+    row = _row(SimpleNamespace(name="web01", phase="ready", disks=disks, points=[]))  # type: ignore[arg-type]
+    assert row[2:5] == (1, "1.0 MiB", "2.0 MiB")
