@@ -13,10 +13,10 @@ from hvreplica.errors import StateError
 from hvreplica.files import OS_FILES
 from hvreplica.progress import quiet
 from hvreplica.replication.bookkeeping import Bookkeeper
-from hvreplica.replication.control import SOCKET_NAME, CancelPrepareRequest
+from hvreplica.replication.control import CancelPrepareRequest
 from hvreplica.replication.live_verbs import status
 from hvreplica.replication.loop import CycleRunner
-from hvreplica.replication.state import StateFolder
+from hvreplica.replication.state import SOCKET_NAME, StateFolder
 from hvreplica.replication.status import ReplicationStatus
 from hvreplica.replication.work import CONNECTIONS_DEFAULT, Tally, Work, make_link
 from hvreplica.transport.local import Owner
