@@ -217,6 +217,14 @@ def test_cut_tells_the_instant_before_its_answer(owned: Owned) -> None:
     assert owned.ask("cut").logs == []
 
 
+def test_cut_is_app_consistent_only_where_somebody_says_so(owned: Owned) -> None:
+    for app_consistent in (True, False):
+        owned.site.write(4096)
+        owned.ask("cut", app_consistent=app_consistent)
+        expected = "app" if app_consistent else "crash"
+        assert owned.site.work.state.pending[-1].consistency == expected
+
+
 def test_cut_with_a_guest_that_does_not_freeze_is_none(
     owned: Owned, served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,6 +262,7 @@ def test_cut_with_a_guest_that_does_not_freeze_is_none(
     owned.site.machine.on_cut = lambda: order.append("instant")
     owned.site.write(4096)
     done = owned.ask("cut", freeze="/agent", freeze_limit_s=2.0)
+    assert owned.site.work.state.pending[-1].consistency == "app"
     assert (done.frozen, done.warnings) == (3, [])
     assert order == ["collapse", "/agent", "freeze 2", "instant", "thaw"]
     assert free == [False], "a frozen guest waits for no other cut"

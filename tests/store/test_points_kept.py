@@ -453,3 +453,16 @@ def test_file_system_without_second_names_keeps_whole_disks_too(
     assert life.listed() == made
     assert len(life.parts("whole")) == 2
     life.check()
+
+
+def test_parts_behind_a_whole_disk_are_not_handed_on(root: Path) -> None:
+    life = Life(root, disks=1)
+    life.cycle()
+    again = life.again(200)
+    life.cycle()
+    older = life.parts()
+    assert len(older) == 2
+    drop_point(life.home, uuid.UUID(again))
+    assert life.parts() == older[:1] or life.parts() == older[1:]
+    assert [part.kind for part in chain(life.home, guid(100), 0)] == ["undo", "whole"]
+    life.check()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hvreplica.disk import Disk
     from hvreplica.hrl import LogWriter
 
-STEP_BYTES = 4 << 20
+STEP_BYTES = 1 << 20  # stays within a processor's own cache between the read and the write
 _LONG_BYTES = 16 << 20  # from here on a look at the disk's own map is cheaper than reading zeros
 
 _Step = tuple["NDArray[np.int64]", "NDArray[np.uint8]"]
