@@ -57,6 +57,9 @@ def _show(output: Output, vm: str, points: list[PointStatus]) -> None:
             for each in points
         ],
     )
+    for each in points:
+        if each.warning is not None:
+            output.line(plain(each.warning))
 
 
 @point.command(short_help="Copy a disk at a point to a file of its own.")

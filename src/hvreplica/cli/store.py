@@ -157,6 +157,8 @@ def _show(output: Output, found: StoreStatus) -> None:
             output.line(f"{plain(vm.name)}: {vm.failover}; see `hvreplica failover status`")
         if vm.test is not None:
             output.line(f"{plain(vm.name)}: a test failover of point {vm.test}")
+        for warning in vm.warnings:
+            output.line(f"{plain(vm.name)}: {plain(warning)}")
         for damage in vm.damage:
             output.line(f"{plain(vm.name)}: DAMAGED: {plain(damage)}")
 

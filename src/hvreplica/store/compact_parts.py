@@ -22,6 +22,7 @@ from hvreplica.errors import Locked
 from hvreplica.formats.hrl import FILE_TYPE_UNDO
 from hvreplica.hrl import LogReader, LogWriter
 from hvreplica.hrl.verify import check_log
+from hvreplica.store.digest import Digest
 from hvreplica.store.part_plan import choose_merge, plan_rewrites
 from hvreplica.store.points_kept import part_path, remove_parts
 from hvreplica.store.room import room
@@ -235,10 +236,9 @@ def _windows(extents: _Extents) -> Iterator[_Extents]:
 
 def joined_change(rows: Sequence[UndoRow]) -> str | None:
     """Return what applying all of the changes changed in the disk's digest; None where that is not known."""
-    low = high = 0
+    total = Digest()
     for row in rows:
         if row.digest_change is None:
             return None
-        high += int(row.digest_change[:16], 16)
-        low += int(row.digest_change[16:], 16)
-    return f"{high % (1 << 64):016x}{low % (1 << 64):016x}"
+        total += Digest.of_hex(row.digest_change)
+    return total.hex()

@@ -8,6 +8,7 @@ import msgspec
 
 from hvreplica.store.check import find_damage
 from hvreplica.store.failover import describe
+from hvreplica.store.warning import point_warning, room_warning
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,7 +22,8 @@ class PointStatus(msgspec.Struct, frozen=True):
 
     state: "complete" (it can be had), "damaged" (it could, but for what `damage` says), "spooled" (received,
     the disks are still on the point before) or "applying". kind: "initial", "standard", "planned" or
-    "manual". consistency: "crash" or "app". bytes: what was received for it.
+    "manual". consistency: "crash" or "app". bytes: what was received for it. warning: of the point that
+    goes next where older points take nearly all of their budget.
     """
 
     id: str
@@ -33,6 +35,7 @@ class PointStatus(msgspec.Struct, frozen=True):
     received_s: float
     applied_s: float | None
     damage: str | None = None
+    warning: str | None = None
 
 
 class DiskStatus(msgspec.Struct, frozen=True):
@@ -77,6 +80,7 @@ class VmStatus(msgspec.Struct, frozen=True):
     of a copy that was made while the VM wrote; "ready". points: oldest first. spool_bytes: of logs that wait
     to be applied. owners: the present one last. joining: the first copy of disks that were added. failover:
     the state of it, "Replicating" where there is none. test: the point of a test failover.
+    warnings: of points that go next for their budget, and of room, a sentence each.
     """
 
     name: str
@@ -91,6 +95,7 @@ class VmStatus(msgspec.Struct, frozen=True):
     joining: TransferStatus | None = None
     failover: str = "Replicating"
     test: str | None = None
+    warnings: list[str] = []
 
 
 class StoreStatus(msgspec.Struct, frozen=True):
@@ -146,7 +151,13 @@ def vm_status(home: VmHome) -> VmStatus:
         joining=joining,
         failover=describe(failover),
         test=None if failover.test is None else str(failover.test.point),
+        warnings=_warnings(home),
     )
+
+
+def _warnings(home: VmHome) -> list[str]:
+    of_points = point_warning(home)
+    return [*([] if of_points is None else of_points[:1]), *filter(None, [room_warning(home)])]
 
 
 def _disk_state(row: DiskRow, members: set[int]) -> str:
@@ -163,7 +174,12 @@ def points_of(home: VmHome) -> list[PointStatus]:
     A copy that shows no single instant is not listed, nor is a point that the disks have left and that is
     not kept.
     """
-    return [_point_status(row) for row in home.catalog.points(home.vm_id) if row.state != "base"]
+    sentence, point_id = point_warning(home) or (None, None)
+    return [
+        _point_status(row, sentence if str(row.id) == point_id else None)
+        for row in home.catalog.points(home.vm_id)
+        if row.state != "base"
+    ]
 
 
 def store_status(root: Path, free_bytes: int, homes: list[VmHome]) -> StoreStatus:
@@ -171,7 +187,7 @@ def store_status(root: Path, free_bytes: int, homes: list[VmHome]) -> StoreStatu
     return StoreStatus(str(root), free_bytes, [vm_status(home) for home in homes])
 
 
-def _point_status(row: PointRow) -> PointStatus:
+def _point_status(row: PointRow, warning: str | None) -> PointStatus:
     return PointStatus(
         id=str(row.id),
         instant_s=row.instant_s,
@@ -182,6 +198,7 @@ def _point_status(row: PointRow) -> PointStatus:
         received_s=row.received_s,
         applied_s=row.applied_s,
         damage=row.damage,
+        warning=warning,
     )
 
 
