@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from hvreplica.errors import InvalidTransition, PointInUse, StoreFull
 from hvreplica.store.budget import WARNING_SHARE, budget_limit, budget_warning, used_bytes
+from hvreplica.store.failover import Failover, Firedrill, pack_failover
 from hvreplica.store.part_plan import MERGE_MIN
 from hvreplica.store.policy import Policy, pack_policy
 from hvreplica.store.retain import compact_many, let_go, retain
@@ -223,6 +224,18 @@ def test_point_that_cannot_go_for_want_of_room_fails_nothing(
     assert f"point {ids[0]} stays for now: no room left" in caplog.text
     assert disk.kept() == ids
     assert [point.id for point in retain(disk.home).gone] == [str(ids[0])]
+
+
+def test_point_that_a_test_failover_rests_on_stays(disk: Disk, caplog: pytest.LogCaptureFixture) -> None:
+    first, second, _ = [disk.cycle(range(number, number + 10)) for number in range(3)]
+    test = Firedrill(first, [0], 0.0)
+    with disk.home.catalog.transaction():
+        disk.home.catalog.set_failover(disk.home.vm_id, pack_failover(Failover(test=test)))
+    set_policy(disk, Policy(recovery_points=0, budget_bytes=0))
+    assert [point.id for point in retain(disk.home).gone] == [str(second)]
+    assert disk.kept()[0] == first
+    assert "stays for now" not in caplog.text
+    disk.check()
 
 
 class Retaining(RuleBasedStateMachine):
