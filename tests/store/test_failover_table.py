@@ -97,17 +97,16 @@ def test_cut_commit_and_cut_cancel_cannot_be_cancelled() -> None:
         begin("web01", cut, "unplanned")
 
 
-def test_cancel_to_another_point_leaves_no_gap_for_a_primary() -> None:
-    record = begin(
-        "web01",
-        reach("FailedOverWaitingCompletion"),
-        "cancel",
-        intent=Intent("cancel", "remove", then_point=OTHER),
-    )
+@pytest.mark.parametrize("state", ["FailedOverWaitingCompletion", "PreparedForFailover"])
+def test_cancel_to_another_point_leaves_no_gap_for_a_primary(state: table.State) -> None:
+    record = begin("web01", reach(state), "cancel", intent=Intent("cancel", "remove", then_point=OTHER))
+    points = set()
     while record.intent is not None:
         assert table.is_frozen(record)
+        points.add(record.intent.point)
         record = advance(record)
     assert record.state == "FailedOverWaitingCompletion"
+    assert OTHER in points
 
 
 def test_cut_unplanned_of_a_prepared_vm_is_cancelled_as_any() -> None:

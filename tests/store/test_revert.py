@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hvreplica.errors import FailoverRefused, InvalidTransition, NoSuchPoint, PointInUse
-from hvreplica.store.failover import AT_WORK
+from hvreplica.store.failover import AT_WORK, begin
 from hvreplica.store.open_point import LATEST, open_point
 from hvreplica.store.pace import Pace
 from hvreplica.store.points_kept import drop_point
@@ -106,6 +106,14 @@ def test_cancel_to_another_point_shows_that_one(world: World) -> None:
     world.check_kept()
     cancel(world.home, Wish(LATEST, wait_s=0.0))
     assert world.active() == world.latest
+
+
+def test_prepared_replica_goes_straight_to_another_point(world: World) -> None:
+    with world.home.catalog.transaction():
+        world.home.set_failover(begin("web01", world.home.failover(), "prepare"))
+    record = cancel(world.home, Wish(point(world, 0), wait_s=0.0))
+    assert (record.state, record.generation) == ("FailedOverWaitingCompletion", 2)
+    assert world.active() == world.images[point(world, 0)]
 
 
 def test_same_call_again_is_done_and_another_point_is_refused(world: World) -> None:

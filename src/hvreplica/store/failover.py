@@ -224,7 +224,7 @@ def begin(name: str, failover: Failover, intent_verb: Verb, *, intent: Intent | 
         raise _unfinished(name, running, intent_verb)
     rule = _cancel_rule() if running is not None else find_rule(name, failover, intent_verb)
     if not rule.steps:
-        return _arrive(failover, rule)
+        return _arrive(replace(failover, intent=intent), rule)
     chosen = intent or Intent(intent_verb, rule.steps[0])
     return replace(failover, intent=replace(chosen, verb=intent_verb, step=rule.steps[0]))
 

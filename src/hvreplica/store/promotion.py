@@ -105,6 +105,8 @@ def cancel(home: VmHome, wish: Wish) -> Failover:
             _require_revertible(home, then, without=leaving)
             if not is_repeated and not wish.force:
                 _require_unwritten(home)
+            if begun.intent is not None and not begun.started_s:
+                begun = _stamped(home, begun)  # one that was only prepared goes straight to another point
             home.set_failover(begun)
         return _run(home, wish)
 
