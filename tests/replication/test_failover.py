@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 
 import hvreplica
 from hvreplica.errors import Fenced, InvalidTransition, Locked
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from tests.replication.sites import Guest, Served
 
 ROOT = Path(__file__).parents[2]
-KILLS_MAX = 12
+KILLS_MAX = 60 if settings().max_examples > 1000 else 6
 
 
 @pytest.fixture
