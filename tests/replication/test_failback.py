@@ -429,3 +429,33 @@ def test_fork_that_no_part_leads_over_is_compared(sites: TwoSites) -> None:
     assert result.compared == [0]
     assert 0 < result.changed_bytes <= 20 * 2 * 4096
     assert sites.replica_equals(sites.a)
+
+
+@pytest.mark.parametrize("committed", [False, True], ids=["at once", "after commit"])
+def test_reversal_after_a_failover_to_an_older_point_ships_what_was_undone(
+    sites: TwoSites, *, committed: bool
+) -> None:
+    points = PointPolicy(recovery_points=24, recovery_point_every_s=0)
+    old_state = sites.state
+    sites.write(100)
+    older = sites.replicate(sites.b, points=points).point
+    content = bytes(sites.models[0])
+    for _ in range(2):
+        sites.write(20)
+        sites.replicate(sites.b, points=points)
+    at_a = [bytearray(model) for model in sites.models]
+    sites.fail_over(sites.b, point=older)
+    sites.models = [bytearray(content)]
+    if committed:
+        hvreplica.failover_commit(sites.b, VM)
+    sites.write(10)
+
+    report = hvreplica.store_adopt(sites.a, VM, state=old_state)
+    result = hvreplica.failover_reverse(sites.b, VM, **sites.link(sites.a))
+
+    assert report.changed_bytes == 0
+    assert result.compared == []
+    assert result.union_bytes is not None
+    assert 0 < result.union_bytes <= 50 * 2 * 4096
+    assert sites.replica_equals(sites.a)
+    assert export(sites, sites.a, report.point) == at_a[0], "what was left behind is a point at the old site"
