@@ -597,13 +597,6 @@ def _punch(descriptor: int, file_offset: int, length: int) -> bool:
 OS_FILES: FileSystem = OsFiles()
 
 
-def is_device(path: Path) -> bool:
-    """Return whether a block device has this name, which is not to be renamed."""
-    with contextlib.suppress(FileNotFoundError):
-        return stat.S_ISBLK(os.stat(path).st_mode)
-    return False
-
-
 def socket_identity(path: Path) -> tuple[int, int] | None:
     """Return the (device, inode) of the Unix socket that stands at `path`, or None if no socket does."""
     try:

@@ -20,7 +20,7 @@ import msgspec
 
 from hvreplica.disk import convert_disk, open_disk
 from hvreplica.errors import InvalidTransition, StoreError
-from hvreplica.files import is_device, write_durably
+from hvreplica.files import write_durably
 from hvreplica.hrl import LogWriter
 from hvreplica.store.adopted import AdoptedFiles, AdoptedRecord
 from hvreplica.store.apply import finish
@@ -159,7 +159,7 @@ def _place(home: VmHome, disk: AdoptedDisk, progress: ProgressCallback | None) -
     old = disk.path.with_name(disk.path.name + OLD_SUFFIX)
     is_here = home.files.exists(disk.path)
     if home.files.exists(target):
-        if is_here and not is_device(disk.path):
+        if is_here and not _is_device(home, disk.path):
             raise StoreError(
                 "the disk has been taken in, and another file stands under its old name",
                 path=disk.path,
@@ -173,15 +173,20 @@ def _place(home: VmHome, disk: AdoptedDisk, progress: ProgressCallback | None) -
         partial = home.paths.partial_disk(disk.spec.index)
         source = disk.path if is_here else old  # where a call was cut before the copy got its name
         convert_disk(home.files, source, partial, clock=home.clock, progress=progress, overwrite=True)
-        if is_here and not is_device(disk.path):  # a block device keeps its name
+        if is_here and not _is_device(home, disk.path):  # a block device keeps its name
             home.files.replace(disk.path, old)
             home.files.sync_directory(disk.path.parent)
         home.files.replace(partial, target)
         home.files.sync_directory(target.parent)
     note = f"This disk of VM {home.name!r} became a replica: {target}\nSee docs/failback.md of hvreplica.\n"
     moved = disk.path.with_name(disk.path.name + MOVED_SUFFIX)
-    if not home.files.exists(moved):
+    if not home.files.exists(moved) and not home.files.exists(disk.path):
         write_durably(home.files, moved, note.encode(), clock=home.clock)
+
+
+def _is_device(home: VmHome, path: Path) -> bool:
+    """Return whether a block device has this name, which is not to be renamed."""
+    return home.files.identity(path).inode == 0  # as a disk's identity has it, for the name says nothing
 
 
 def _may_move(home: VmHome, disk: AdoptedDisk) -> bool:
