@@ -107,6 +107,7 @@ def test_only_what_may_hold_data_is_read(monkeypatch: pytest.MonkeyPatch, rng: r
 def test_small_windows_change_nothing(monkeypatch: pytest.MonkeyPatch, rng: random.Random) -> None:
     monkeypatch.setattr(digest_module, "_WINDOW_BYTES", 3 * PAGE_BYTES)
     monkeypatch.setattr(digest_module, "_SEARCH_BYTES", MIB)
+    monkeypatch.setattr(digest_module, "_LONG_BYTES", 5 * PAGE_BYTES)
     content = content_of(rng)
     with filled_disk(content) as disk:
         assert digest_of(disk) == expected(content)

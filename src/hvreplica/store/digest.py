@@ -18,6 +18,7 @@ import numpy as np
 
 from hvreplica import native
 from hvreplica.disk.extents import batches, widened
+from hvreplica.disk.parallel import map_ordered
 from hvreplica.errors import FieldOutOfRange
 from hvreplica.native import PAGE_BYTES
 from hvreplica.units import align_down, align_up
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _WORD = 1 << 64
 _TEXT = re.compile("[0-9a-f]{32}")
 _WINDOW_BYTES = 4 << 20  # read at a time
+_LONG_BYTES = 16 << 20  # from here on a look at where data is costs less than reading zeros
 _SEARCH_BYTES = 4 << 30  # of the disk, for each look at where data is
 
 
@@ -94,7 +96,7 @@ class Readable(Protocol):
 
 
 class DigestReader:
-    """Reads parts of one disk for their digest; its window is used again and again. One thread at a time.
+    """Reads parts of one disk for their digest, two windows at a time. One owner.
 
     on_read: told how many bytes were read, after each window.
     """
@@ -102,7 +104,7 @@ class DigestReader:
     def __init__(self, disk: Readable, *, on_read: Callable[[int], None] = lambda _: None) -> None:
         self._disk = disk
         self._on_read = on_read
-        self._window = np.empty(0, np.uint8)
+        self._free: list[NDArray[np.uint8]] = []  # windows that nobody uses now; lists take many threads
 
     def of_extents(self, extents: NDArray[Any]) -> Digest:
         """Return that of all pages that the extents touch, each counted once.
@@ -110,9 +112,11 @@ class DigestReader:
         extents: (disk_offset, length), sorted and disjoint; what lies beyond the end of the disk counts as
         zeros.
         """
-        total = Digest()
-        for part in batches(pages_of(extents, self._disk.virtual_bytes), _WINDOW_BYTES):
-            total += self._read(part)
+        rows = pages_of(extents, self._disk.virtual_bytes)
+        is_long = rows[:, 1] >= _LONG_BYTES
+        total = self._sum(rows[~is_long])
+        for start, length in rows[is_long].tolist():
+            total += self.of_range(start, start + length)
         return total
 
     def of_range(self, start: int, end: int) -> Digest:
@@ -122,8 +126,7 @@ class DigestReader:
         position = align_down(start, PAGE_BYTES)
         while position < stop:
             piece_end = min(position + _SEARCH_BYTES, stop)
-            for part in batches(self._pages_with_data(position, piece_end), _WINDOW_BYTES):
-                total += self._read(part)
+            total += self._sum(self._pages_with_data(position, piece_end))
             position = piece_end
         return total
 
@@ -148,14 +151,30 @@ class DigestReader:
         """Return the pages of [start, end), where a page begins, that may hold data."""
         return pages_of(self._disk.extents(start, end), end)
 
-    def _read(self, extents: NDArray[np.int64]) -> Digest:
+    def _sum(self, extents: NDArray[np.int64]) -> Digest:
+        total = Digest()
+        if not len(extents):
+            return total
+        for digest, length in map_ordered(self._read_counted, batches(extents, _WINDOW_BYTES)):
+            total += digest
+            self._on_read(length)
+        return total
+
+    def _read_counted(self, extents: NDArray[np.int64]) -> tuple[Digest, int]:
         length = int(extents[:, 1].sum())
-        if len(self._window) < length:
-            self._window = np.empty(max(length, _WINDOW_BYTES), np.uint8)
-        view = self._window[:length]
-        self._disk.read_extents(extents, view.data)
+        try:
+            window = self._free.pop()
+        except IndexError:
+            window = np.empty(_WINDOW_BYTES, np.uint8)
+        self._disk.read_extents(extents, window[:length].data)
+        digest = Digest.of_extents(window[:length].data, extents)
+        self._free.append(window)
+        return digest, length
+
+    def _read(self, extents: NDArray[np.int64]) -> Digest:
+        digest, length = self._read_counted(extents)
         self._on_read(length)
-        return Digest.of_extents(view.data, extents)
+        return digest
 
 
 def digest_of(disk: Readable, *, on_read: Callable[[int], None] = lambda _: None) -> Digest:
