@@ -305,8 +305,6 @@ class OsBlockFile:
         if self._descriptor >= 0:
             descriptor, self._descriptor = self._descriptor, -1
             # A mapping has a duplicate of the descriptor, and with it the lock, for as long as it lives.
-            with contextlib.suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_UN)
             release_image(descriptor)
             os.close(descriptor)
 
@@ -537,12 +535,7 @@ def lock_open_file(file: BlockFile, *, shared: bool = False) -> None:
     if descriptor is None:
         return
     with _noted("lock", file.path):
-        try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            is_free = False
-        else:
-            is_free = hold_image(descriptor, writes=not shared)
+        is_free = hold_image(descriptor, writes=not shared)
     if not is_free:
         others = ", ".join(programs_with(descriptor)) or "another process or session"
         raise Locked(

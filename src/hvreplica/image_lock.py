@@ -1,4 +1,4 @@
-"""The locks by which QEMU's programs keep off disk images that are in use, taken and tested as QEMU does.
+"""The locks that keep disk images which are in use: our own, and QEMU's, taken and tested as QEMU does.
 
 Each permission has a number; who has it holds a shared lock on one byte of the file, and who lets nobody else
 have it holds one on another. The locks belong to the open file description, so that they go with its last
@@ -40,33 +40,41 @@ class _Flock(ctypes.Structure):
 
 
 def hold_image(descriptor: int, *, writes: bool) -> bool:
-    """Keep QEMU's programs from writing to an open file; from reading it, unless they are told to, if
-    `writes`.
+    """Lock an open file against programs of ours and QEMU's: for its one writer, or against any writer.
 
-    Returns False, with nothing held, where one of them has it open in a way that this stands against. Where
-    the system or the file system has no such locks nobody can hold any, and True is returned. Raises:
-    OSError.
+    QEMU's programs may still read it, unless `writes`, and then only if they are told to. Returns False where
+    a holder stands against it; the caller closes the file. Raises: OSError.
     """
-    held = (_READ, _WRITE, _RESIZE) if writes else (_READ,)
-    unshared = (_WRITE, _RESIZE)
     try:
-        # First our own, then those of others: of two that come at once at least one sees the other.
-        own = [_HELD_BASE + number for number in held] + [_UNSHARED_BASE + number for number in unshared]
-        for start in own:
-            _lock(descriptor, fcntl.F_RDLCK, start, 1)
-        bars = [_UNSHARED_BASE + number for number in held] + [_HELD_BASE + number for number in unshared]
-        is_free = all(_is_free(descriptor, start) for start in bars)
+        fcntl.flock(descriptor, (fcntl.LOCK_EX if writes else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    try:
+        is_free = _hold_qemu(descriptor, writes=writes)
     except OSError as error:
         if error.errno in _UNSUPPORTED:
-            return True
+            return True  # nobody can hold such a lock there
         raise
     if not is_free:
         release_image(descriptor)
     return is_free
 
 
+def _hold_qemu(descriptor: int, *, writes: bool) -> bool:
+    held = (_READ, _WRITE, _RESIZE) if writes else (_READ,)
+    unshared = (_WRITE, _RESIZE)
+    # First our own, then those of others: of two that come at once at least one sees the other.
+    own = [_HELD_BASE + number for number in held] + [_UNSHARED_BASE + number for number in unshared]
+    for start in own:
+        _lock(descriptor, fcntl.F_RDLCK, start, 1)
+    bars = [_UNSHARED_BASE + number for number in held] + [_HELD_BASE + number for number in unshared]
+    return all(_is_free(descriptor, start) for start in bars)
+
+
 def release_image(descriptor: int) -> None:
     """Give the locks back, also where a mapping keeps the file open."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
     with contextlib.suppress(OSError):
         _lock(descriptor, fcntl.F_UNLCK, _HELD_BASE, _BYTES_END - _HELD_BASE)
 

@@ -166,7 +166,7 @@ def test_replicate_without_once_runs_until_it_is_told(
     assert (taken.code, taken.error["class"]) == (51, "Locked")
     code, err = loop.end()
     assert code == 0
-    assert re.search(r"info replicate: web01: (first copy|nothing changed) in .* recovery point", err), err
+    assert re.search(r"web01: (first copy|nothing changed) in .* recovery point", err), err
 
 
 def test_commands_around_a_cut_run_in_order_and_the_second_always(

@@ -256,7 +256,7 @@ def test_statistics_survive_and_are_not_saved_at_every_cycle(
     folder = Path(FOLDER_PATH)
     for _ in range(100):
         book.succeeded(result())
-        clock.advance(0.2)
+        clock.advance(0.04)
     saved = load_statistics(files, folder)
     assert saved is not None
     assert saved.replication_success_count == 1

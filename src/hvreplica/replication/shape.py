@@ -216,7 +216,7 @@ def _require_all(state: PrimaryState, accounted: set[int], added: Sequence[Disk]
     path = state.disks[missing[0]].path
     hint = (
         "name every disk that the VM has now with --disk, or none where they are those of before; for one"
-        f" that it does not have any more say --remove-disk {missing[0]}"
+        f" that it does not have any more say --remove-disk {path}"
     )
     if added:
         hint += f"; {added[0].path} is none of the disks that are known"

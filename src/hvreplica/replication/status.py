@@ -19,9 +19,12 @@ if TYPE_CHECKING:
 
 
 class WaitingCut(msgspec.Struct, frozen=True):
-    """A cut that the replica does not have yet. bytes: of its logs. instant: ISO 8601 in UTC."""
+    """A cut that the replica does not have yet. bytes: of its logs. instant: ISO 8601 in UTC.
 
-    point: str
+    point: None before the first copy, which takes the place of the cut.
+    """
+
+    point: str | None
     instant: str
     bytes: int
 
@@ -48,7 +51,7 @@ class TrackedStatus(msgspec.Struct, frozen=True):
 class JournalStatus(msgspec.Struct, frozen=True):
     """What a capture that does not run has left of a disk.
 
-    marked_bytes: at most so much was changed and is in no cut; the next start of capture looks at it. clean:
+    marked_bytes: at most so much differs from the last cut; the next start of capture looks at it. clean:
     False where it was cut off, by kill -9 or with its host.
     """
 
@@ -118,7 +121,11 @@ def make_status(
     """Return the status of a VM from what is known of it. journals: by index, where no capture runs."""
     left = journals or {}
     known = {disk.index: disk for disk in tracking}
-    waiting = [_waiting(transfer) for transfer in cuts(state) if transfer.stage == "cut"]
+    waiting = [
+        _waiting(transfer, is_early=state.phase == "new")
+        for transfer in cuts(state)
+        if transfer.stage == "cut"
+    ]
     has_replica = cycles is not None or state.phase != "new" or record.trouble is not None
     pending_bytes = sum(cut.bytes for cut in waiting) + sum(disk.dirty_bytes for disk in tracking)
     pending_bytes += sum(journal.marked_bytes for journal in left.values())
@@ -171,9 +178,10 @@ def _state_name(state: PrimaryState, record: Statistics) -> str:
     return names.get(state.phase, "Replicating")
 
 
-def _waiting(transfer: Transfer) -> WaitingCut:
+def _waiting(transfer: Transfer, *, is_early: bool) -> WaitingCut:
     log_bytes = sum(log.log_bytes for log in transfer.logs)
-    return WaitingCut(str(transfer.point_id), iso_time(transfer.instant_s), log_bytes)
+    point = None if is_early else str(transfer.point_id)
+    return WaitingCut(point, iso_time(transfer.instant_s), log_bytes)
 
 
 def _tracked(disk: DiskTracking) -> TrackedStatus:
