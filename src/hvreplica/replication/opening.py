@@ -90,14 +90,19 @@ def disk_paths(
     return [Path(disk.path) for index, disk in enumerate(known.disks) if disk.is_here and index not in gone]
 
 
-def check_start(files: FileSystem, folder: Path, disks: Sequence[PathLike]) -> None:
+def check_start(files: FileSystem, folder: Path, disks: Sequence[PathLike], *, prepare: bool = False) -> None:
     """Refuse a call that cannot begin before it makes a state folder: `folder`, or disks, that are not there.
 
-    Raises: StateError where neither call nor folder names disks; FileNotFoundError, OSError.
+    prepare: the VM may be prepared for failover. Raises: InvalidTransition for one that is stopped here,
+    whose disks may have left their places; StateError where neither call nor folder names disks;
+    FileNotFoundError, OSError.
     """
+    known = load_state(files, folder)
+    if known is not None:
+        require_running(known, folder, prepare=prepare)
     for path in disks:
         files.identity(Path(path).absolute())
-    if not disks and load_state(files, folder) is None:
+    if not disks and known is None:
         raise _unknown_disks(folder)
 
 

@@ -99,7 +99,7 @@ def replicate(  # noqa: PLR0913 - a verb with its options, all but two by keywor
     if link is None:
         message = "say where the replica is, with `to` and `tls`: no process captures this VM"
         raise ValueError(message)
-    check_start(files, folder_path, disks)
+    check_start(files, folder_path, disks, prepare=prepare)
     with contextlib.ExitStack() as stack:
         folder = StateFolder(files, folder_path, clock=clock)
         stack.callback(folder.release)
