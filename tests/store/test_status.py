@@ -69,7 +69,7 @@ def test_phases_follow_the_transfers(store: Store) -> None:
     primary.ship(replica, cycle)
     assert seen() == ("ready", None, ["complete", "spooled"], sum(log.log_bytes for log in cycle.logs))
     replica.apply()
-    assert seen() == ("ready", None, ["complete"], 0)
+    assert seen() == ("ready", None, ["complete", "complete"], 0)
 
 
 def test_status_is_json_and_back(store: Store) -> None:
