@@ -14,7 +14,6 @@ An OSError passes through with the path, the operation and the offset added as a
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import mmap
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 from hvreplica.errors import Locked, Truncated, kept
 from hvreplica.image_lock import hold_image, programs_with, release_image
+from hvreplica.punch import punch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
     from hvreplica.clock import Clock
 
-_PUNCH_HOLE = 0x01 | 0x02  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
 _ZERO_WINDOW_BYTES = 1 << 20
 _SOCKET_NAME_BYTES_MAX = 107  # struct sockaddr_un has 108 with the NUL
 _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -265,7 +264,7 @@ class OsBlockFile:
         if length <= 0:
             return
         with _noted("zero", self._path, file_offset):
-            if _punch(self._descriptor, file_offset, length):
+            if punch(self._descriptor, file_offset, length):
                 return
         zeros = bytes(min(length, _ZERO_WINDOW_BYTES))
         for done in range(0, length, len(zeros)):
@@ -560,31 +559,6 @@ def require_unused(files: FileSystem, path: Path) -> None:
         lock_open_file(file)
     finally:
         file.close()
-
-
-def _load_fallocate() -> object:
-    try:
-        function = ctypes.CDLL(None, use_errno=True).fallocate
-    except (OSError, AttributeError):
-        return None
-    function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    function.restype = ctypes.c_int
-    return function
-
-
-_FALLOCATE = _load_fallocate()
-
-
-def _punch(descriptor: int, file_offset: int, length: int) -> bool:
-    """Punch a hole; False where the file system or the system cannot."""
-    if not callable(_FALLOCATE):
-        return False
-    if _FALLOCATE(descriptor, _PUNCH_HOLE, file_offset, length) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in _UNSUPPORTED:
-        return False
-    raise OSError(code, os.strerror(code))
 
 
 OS_FILES: FileSystem = OsFiles()

@@ -19,7 +19,7 @@ IMPORTS = {
     "cffi": ["native/*"],
     "_cffi_backend": ["native/*"],
     "hvreplica.native._hvr": ["native/*"],
-    "ctypes": ["files.py", "image_lock.py"],
+    "ctypes": ["punch.py", "image_lock.py"],
     "time": ["clock.py"],
     "random": ["clock.py"],
     "secrets": ["clock.py"],
