@@ -139,7 +139,7 @@ def _points(store: Path, log: Path) -> list[Point]:
             durable_s[point_id] = datetime.fromisoformat(words["time"]).timestamp() + _LOG_RESOLUTION_S
     with contextlib.closing(sqlite3.connect(f"file:{store / 'catalog.db'}?mode=ro", uri=True)) as catalog:
         rows = catalog.execute(
-            "SELECT id, instant_s, applied_s FROM point WHERE kind = 'delta' ORDER BY sequence"
+            "SELECT id, instant_s, applied_s FROM point WHERE kind = 'standard' ORDER BY sequence"
         )
         return [
             Point(instant_s, durable_s[point_id], applied_s is not None)

@@ -166,6 +166,7 @@ def check_answer(answer: dict[str, object], kind: str, *, changed_bytes: list[in
         "point",
         "gone",
         "warning",
+        "prepared",
     ]
     assert (answer["vm"], answer["kind"]) == ("web01", kind)
     disks, logs = answer["disks"], answer["logs"]
