@@ -12,7 +12,7 @@ import pytest
 
 from hvreplica.cli import demo_guest, demo_process
 from tests.support.command_line import TIMEOUT_S, Run, environment
-from tests.support.tools import require_tool, run_tool
+from tests.support.tools import find_tool, require_tool, run_tool
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +38,11 @@ def test_demo_proves_both_sides_equal_with_a_real_file_system(
     assert 0 < answer["guest_changed_bytes"] == delta["changed_bytes"]
     assert (none["changed_bytes"], none["point"]) == (0, delta["point"])
     assert answer["proof"]["primary_sha256"] == answer["proof"]["replica_sha256"]
+    life = answer["life"]
+    assert (life["equal"], life["points_kept"]) == (True, 2)
+    assert 0 < life["union_bytes"]
+    assert 0 < life["wire_bytes"] < initial["wire_bytes"]
+    assert life["file_system_sound"] is (True if find_tool("nbdcopy") else None)
     assert answer["folder"] == str(kept)
     check_exported_file_system(kept)
 
@@ -63,6 +68,8 @@ def test_demo_works_without_any_tool(invoke: Callable[..., Run], tmp_path: Path)
     assert "both sides are equal" in run.out
     assert "plain files" in run.out
     assert "not installed here" in run.out
+    assert "not checked here" in run.out
+    assert "2 of 2 of before the failovers are what they were" in run.out
     words = run.out.split()
     assert [words.count(kind) for kind in ("initial", "delta", "none")] == [2, 2, 2], "a step and a row each"
 
@@ -75,6 +82,16 @@ def test_demo_fails_where_the_sides_differ(
     run = invoke("demo", "--size", "32M")
     assert run.code == 1
     assert "THE TWO SIDES DIFFER" in run.out
+
+
+@pytest.mark.usefixtures("without_tools")
+def test_demo_fails_where_a_disk_is_not_what_it_should_be_after_a_failover(
+    invoke: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo_guest, "data_digest", str)
+    run = invoke("demo", "--size", "32M")
+    assert run.code == 1
+    assert "A DISK IS NOT WHAT IT SHOULD BE" in run.out
 
 
 def test_demo_keeps_nothing_of_others(invoke: Callable[..., Run], tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hvreplica.cli.render import Output
 
 SIZE_BYTES_MIN = 32 * MIB
+_SOUND = {True: "sound", False: "DAMAGED", None: "not checked here"}
 
 
 @click.command(short_help="Replicate a real disk on this machine and prove both sides equal.")
@@ -33,8 +34,9 @@ def demo(output: Output, size_bytes: int, folder: Path | None) -> None:
     """Replicate a real disk on this machine and prove both sides equal.
 
     Two processes talk over TLS on 127.0.0.1: an initial replication, a change as a guest makes it, the change
-    shipped as an [MS-HRL] log, a run that finds nothing. Everything happens in a temporary folder, and the
-    exit code is 0 only if both sides are equal.
+    shipped as an [MS-HRL] log, a run that finds nothing. Then the VM fails over: a test from an older
+    point, a planned failover and back again, and an unplanned one to the older point. Everything happens
+    in a temporary folder, and the exit code is 0 only if every disk is what it should be.
     """
     from hvreplica.cli.demo_run import Story  # noqa: PLC0415
 
@@ -87,9 +89,14 @@ def _show(output: Output, result: DemoResult) -> None:
             ("sha256 of the primary", result.proof.primary_sha256),
             ("sha256 of the replica", result.proof.replica_sha256),
             ("qemu-img compare", compared),
+            ("file system of the older point", _SOUND[result.life.file_system_sound]),
+            ("points of before the failovers", f"{result.life.points_kept} are what they were"),
             ("kept in", result.folder),
         ]
     )
     output.line()
-    verdict = "both sides are equal" if result.equal else "THE TWO SIDES DIFFER"
+    sides = result.proof.equal
+    verdict = "both sides are equal" if sides else "THE TWO SIDES DIFFER"
+    if sides and not result.equal:
+        verdict = "A DISK IS NOT WHAT IT SHOULD BE AFTER THE FAILOVERS"
     output.headline(f"{verdict} · {result.seconds:.1f} s", good=result.equal)

@@ -18,6 +18,8 @@ import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from hvreplica import native
 from hvreplica.clock import SYSTEM
 from hvreplica.disk import open_disk
@@ -81,13 +83,13 @@ def make_guest(image: Path, size_bytes: int) -> Guest:
     return Guest(image, kind, size_bytes, files, spare_files)
 
 
-def change_guest(guest: Guest) -> str:
-    """Let the guest work on its image; return what it did, in words."""
+def change_guest(guest: Guest, *, turn: int = 0) -> str:
+    """Let the guest work on its image, each time with other files; return what it did, in words."""
     if guest.kind == "ext4":
-        removed = guest.files[:: max(len(guest.files) // _REMOVED_FILES, 1)][:_REMOVED_FILES]
-        _work_in_ext4(guest.image, removed, guest.spare_files)
+        removed = guest.files[turn :: max(len(guest.files) // _REMOVED_FILES, 1)][:_REMOVED_FILES]
+        _work_in_ext4(guest.image, f"/work{turn or ''}", removed, guest.spare_files)
         return f"removed {len(removed)} files and wrote {len(guest.spare_files)} new ones"
-    _scatter_writes(guest)
+    _scatter_writes(guest, turn * _SCATTERED_WRITES)
     return f"wrote {_SCATTERED_WRITES} scattered pieces of 4 KiB"
 
 
@@ -133,6 +135,25 @@ def digest(disk_path: Path) -> str:
                 state.update(window)
             else:
                 state.update(memoryview(zeros)[:length])
+    finally:
+        disk.close()
+    return state.hexdigest()
+
+
+def data_digest(disk_path: Path) -> str:
+    """Return a hash of where the disk holds something else than zeros, and what: quick for a sparse one."""
+    state = hashlib.sha256()
+    buffer = bytearray(_WINDOW_BYTES)
+    disk = open_disk(OS_FILES, disk_path, clock=SYSTEM)
+    try:
+        for start in range(0, disk.virtual_bytes, _WINDOW_BYTES):
+            length = min(_WINDOW_BYTES, disk.virtual_bytes - start)
+            if len(disk.extents(start, start + length)):
+                window = memoryview(buffer)[:length]
+                disk.read_into(window, start)
+                if np.frombuffer(window, np.uint8).any():
+                    state.update(b"%d:" % start)
+                    state.update(window)
     finally:
         disk.close()
     return state.hexdigest()
@@ -199,9 +220,11 @@ def _make_ext4(image: Path, files: Sequence[SourceFile]) -> None:
     _debugfs(image, commands)
 
 
-def _work_in_ext4(image: Path, removed: Sequence[SourceFile], written: Sequence[SourceFile]) -> None:
+def _work_in_ext4(
+    image: Path, folder: str, removed: Sequence[SourceFile], written: Sequence[SourceFile]
+) -> None:
     commands = [f"rm {file.path}" for file in removed]
-    commands += ["mkdir /work", "cd /work"]
+    commands += [f"mkdir {folder}", f"cd {folder}"]
     commands += [f"write {file.path} {index:03}-{file.path.name}" for index, file in enumerate(written)]
     _debugfs(image, commands)
 
@@ -235,11 +258,11 @@ def _read(file: SourceFile) -> bytes:
         source.close()
 
 
-def _scatter_writes(guest: Guest) -> None:
+def _scatter_writes(guest: Guest, first: int) -> None:
     """Overwrite grains at places that a seed decides; a third of each compresses."""
     target = OS_FILES.open(guest.image, writable=True)
     try:
-        for index in range(_SCATTERED_WRITES):
+        for index in range(first, first + _SCATTERED_WRITES):
             stream = hashlib.shake_128(b"hvreplica demo %d" % index).digest(GRAIN_BYTES)
             grain = int.from_bytes(stream[:8], "little") % (guest.size_bytes // GRAIN_BYTES)
             text_bytes = GRAIN_BYTES // 3
@@ -287,4 +310,22 @@ def images_identical(first: Path, second: Path) -> bool | None:
     if done.returncode not in (0, 1):
         words = done.stderr.decode(errors="replace").strip()
         raise HvReplicaError(f"qemu-img compare ended with {done.returncode}: {words}", path=second)
+    return done.returncode == 0
+
+
+def copy_export(socket: Path, image: Path) -> bool:
+    """Copy the first disk that is served over NBD at a Unix socket; return False without nbdcopy."""
+    if _tool("nbdcopy") is None:
+        return False
+    _run(["nbdcopy", f"nbd+unix:///0?socket={socket}", os.fspath(image)])
+    return True
+
+
+def file_system_sound(image: Path) -> bool | None:
+    """Return whether e2fsck finds nothing to repair in the image; None where there is no e2fsck."""
+    tool = _tool("e2fsck")
+    if tool is None:
+        return None
+    command = [tool, "-f", "-n", os.fspath(image)]
+    done = subprocess.run(command, capture_output=True, check=False, timeout=_TOOL_TIMEOUT_S)
     return done.returncode == 0

@@ -1,4 +1,4 @@
-"""The demo's processes: a server that stops when its block ends, and one replicate run after the other."""
+"""The demo's processes: servers that stop when their block ends, and one verb after the other."""
 
 from __future__ import annotations
 
@@ -33,21 +33,20 @@ class ProcessFailed(HvReplicaError):
 @contextlib.contextmanager
 def serving(store: Path, tls: Path, log: Path) -> Iterator[tuple[str, int]]:
     """Run `serve` on a free port of 127.0.0.1; yield (HOST:PORT, process id), SIGTERM it at the end."""
-    command = [
-        "serve",
-        "--store",
-        os.fspath(store),
-        "--tls",
-        os.fspath(tls),
-        "--listen",
-        "127.0.0.1:0",
-        "--json",
-    ]
-    with _log_file(log) as errors, _process(command, stderr=errors) as process:
+    command = ("serve", "--store", store, "--tls", tls, "--listen", "127.0.0.1:0")
+    with running(command, log) as (ready, process_id):
+        yield str(ready["address"]), process_id
+
+
+@contextlib.contextmanager
+def running(command: Sequence[object], log: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """Run a server; yield its first line and process id once it listens, SIGTERM it at the end."""
+    words = [*(str(word) for word in command), "--json"]
+    with _log_file(log) as errors, _process(words, stderr=errors) as process:
         ready = _ready_line(process)
         if ready is None:
             raise ProcessFailed("the server did not start", path=log, hint=_last_words(log))
-        yield str(ready["address"]), process.pid
+        yield ready, process.pid
         process.terminate()
         code = None
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -62,9 +61,10 @@ def serving(store: Path, tls: Path, log: Path) -> Iterator[tuple[str, int]]:
             )
 
 
-def replicate(arguments: Sequence[str]) -> dict[str, Any]:
-    """Run `replicate --once --json` in a process of its own and return its answer."""
-    with _process(["replicate", *arguments, "--once", "--json"], stderr=subprocess.PIPE) as process:
+def ask(verb: str, *arguments: object) -> dict[str, Any]:
+    """Run a verb with --json in a process of its own and return its answer."""
+    command = [verb, *(str(argument) for argument in arguments), "--json"]
+    with _process(command, stderr=subprocess.PIPE) as process:
         out, errors = process.communicate()
     if process.returncode == 0:
         answer: dict[str, Any] = json.loads(out)
@@ -74,7 +74,7 @@ def replicate(arguments: Sequence[str]) -> dict[str, Any]:
     with contextlib.suppress(ValueError, KeyError, TypeError, IndexError):
         told = json.loads(words.splitlines()[-1])["error"]
         message, hint = f"{told['class']}: {told['message']}", told["hint"]
-    raise ProcessFailed(f"replicate ended with exit code {process.returncode}: {message}", hint=hint)
+    raise ProcessFailed(f"{verb} ended with exit code {process.returncode}: {message}", hint=hint)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
-"""The demo's story: a guest, its replica, a first copy, a change, a delta, nothing, an export, the proof."""
+"""The demo's story: a guest, its replica, a first copy, a delta, nothing, the proof; failovers."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -10,16 +11,17 @@ import msgspec
 
 import hvreplica
 from hvreplica.cli import demo_guest, demo_process
+from hvreplica.cli.demo_life import EVERY_POINT, VM, Life, LifeProof
 from hvreplica.cli.exit import Unequal
 from hvreplica.clock import SYSTEM
 from hvreplica.units import format_size
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from hvreplica.cli.render import Steps
 
-VM = "web01"
 _WORDS = {
     "initial": "replicating the whole disk",
     "delta": "finding and shipping what changed",
@@ -64,6 +66,7 @@ class DemoResult(msgspec.Struct, frozen=True):
     guest_changed_bytes: int
     steps: list[Step]
     proof: Proof
+    life: LifeProof
     seconds: float
     folder: str | None
 
@@ -92,12 +95,16 @@ class Story:
         ):
             self._done("replica", f"serve listens on {address}, a process of its own ({process_id})")
             self._replicate("initial", address)
+            before = demo_guest.data_digest(self._disk)
             words, changed_bytes = self._change(guest)
             self._replicate("delta", address)
             self._replicate("none", address)
             proof = self._prove()
+            digests = (before, demo_guest.data_digest(self._disk))
+            points = {step.point: held for step, held in zip(self._steps[:2], digests, strict=True)}
+            life = Life(self._folder, guest, self._tell).run(address, points)
         return DemoResult(
-            equal=proof.equal,
+            equal=proof.equal and life.equal,
             size_bytes=self._size_bytes,
             guest=guest.kind,
             guest_files=len(guest.files),
@@ -106,6 +113,7 @@ class Story:
             guest_changed_bytes=changed_bytes,
             steps=self._steps,
             proof=proof,
+            life=life,
             seconds=SYSTEM.monotonic_s() - start_s,
             folder=os.fspath(self._folder) if kept else None,
         )
@@ -126,11 +134,10 @@ class Story:
     def _replicate(self, kind: str, address: str) -> None:
         self._begin(_WORDS[kind])
         folder = self._folder
-        answer = demo_process.replicate(
-            [
-                *("--vm", VM, "--disk", os.fspath(self._disk), "--to", address),
-                *("--tls", os.fspath(folder / "tls"), "--state", os.fspath(folder / "state")),
-            ]
+        answer = demo_process.ask(
+            "replicate",
+            *("--vm", VM, "--disk", self._disk, "--to", address, "--once", *EVERY_POINT),
+            *("--tls", folder / "tls", "--state", folder / "state"),
         )
         step = Step(
             name=kind,
@@ -176,6 +183,14 @@ class Story:
             "both sides hashed" if identical is None else "both sides hashed, and compared by qemu-img",
         )
         return proof
+
+    @contextlib.contextmanager
+    def _tell(self, begin: str, name: str) -> Iterator[list[str]]:
+        """Show a step from its beginning to its end, when the list must hold what to say of it."""
+        self._begin(begin)
+        said: list[str] = []
+        yield said
+        self._done(name, said[0])
 
     def _begin(self, words: str) -> None:
         self._shown.begin(words)

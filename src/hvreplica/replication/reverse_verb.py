@@ -187,13 +187,13 @@ def _cycle(work: Work, reversal: Reversal) -> ReplicateResult:
     try:
         primary.run()
         found = make_result(work, clock.monotonic_s() - start_s)
+        book.succeeded(found)
     except Exception as error:
         book.failed(error)
         raise
     finally:
         primary.close()
         book.save()
-    book.succeeded(found)
     return found
 
 
