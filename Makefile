@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 help: ## say what there is to make
 	@sed -n 's/^\([a-z-]*\):[^#]*## /make \1	/p' Makefile | expand -t 20
 
-demo: $(VENV)/.built ## build, then replicate a real disk between two processes and prove the copies equal
+demo: $(VENV)/.built ## build, then replicate a real disk between two processes, fail over and back, and prove it
 	$(PY) -m hvreplica demo
 
 test: dev check ## all set-up, then lint, types, layers and tests

@@ -280,11 +280,15 @@ def frozen_error(name: str, failover: Failover) -> Fenced:
         hint = "stop this VM: its disks become the replica with `hvreplica failover reverse` at that site"
     elif failover.state == "FailedOver":
         message = f"VM {name!r} was failed over to this site{since}, and that was committed"
-        hint = "stop this VM; `hvreplica failover reverse` at the replica's site makes it the replica"
+        hint = (
+            "stop this VM; `hvreplica store adopt` here, then `hvreplica failover reverse` at the replica's site"
+            " make it the replica"
+        )
     else:
         message = f"VM {name!r} is failed over to this site{since}: its replica is in use, or about to be"
         hint = (
-            "stop this VM; then at the replica's site `hvreplica failover reverse` to go on from there, or"
+            "stop this VM; then `hvreplica store adopt` here and `hvreplica failover reverse` at the replica's"
+            " site to go on from there, or"
             " `hvreplica failover cancel` to give up what was written there and go on from here"
         )
     error = Fenced(message, field="state", actual=describe(failover), hint=hint)
