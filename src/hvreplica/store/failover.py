@@ -281,15 +281,14 @@ def frozen_error(name: str, failover: Failover) -> Fenced:
     elif failover.state == "FailedOver":
         message = f"VM {name!r} was failed over to this site{since}, and that was committed"
         hint = (
-            "stop this VM; `hvreplica store adopt` here, then `hvreplica failover reverse` at the replica's site"
-            " make it the replica"
+            "stop this VM; `hvreplica store adopt` here, then `hvreplica failover reverse` at the replica's"
+            " site make it the replica"
         )
     else:
         message = f"VM {name!r} is failed over to this site{since}: its replica is in use, or about to be"
         hint = (
-            "stop this VM; then `hvreplica store adopt` here and `hvreplica failover reverse` at the replica's"
-            " site to go on from there, or"
-            " `hvreplica failover cancel` to give up what was written there and go on from here"
+            "stop this VM; then `hvreplica store adopt` here and `hvreplica failover reverse` at the"
+            " replica's site to go on from there, or `hvreplica failover cancel` to give up what was written there and go on from here"
         )
     error = Fenced(message, field="state", actual=describe(failover), hint=hint)
     error.generation = failover.generation
