@@ -288,8 +288,8 @@ def frozen_error(name: str, failover: Failover) -> Fenced:
         message = f"VM {name!r} is failed over to this site{since}: its replica is in use, or about to be"
         hint = (
             "stop this VM; then `hvreplica store adopt` here and `hvreplica failover reverse` at the"
-            " replica's site to go on from there, or `hvreplica failover cancel` to give up what was written there"
-            " and go on from here"
+            " replica's site to go on from there, or `hvreplica failover cancel` to give up what was written"
+            " there and go on from here"
         )
     error = Fenced(message, field="state", actual=describe(failover), hint=hint)
     error.generation = failover.generation
