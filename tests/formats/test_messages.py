@@ -164,7 +164,7 @@ GOLDEN: list[tuple[messages.Message, str]] = [
         ),
     ),
     (
-        messages.Applied(ONE, [0, 3]),
+        messages.Applied(ONE, damaged=[0, 3]),
         (
             "83a26973a76170706c696564a8706f696e745f6964d92430303030303030302d303030302d303030302d303030302d30"
             "3030303030303030303031a764616d61676564920003"
