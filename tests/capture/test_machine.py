@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from hvreplica.capture.machine import ORDERED_WRITE_BYTES_MAX
 from hvreplica.clock import SYSTEM
 from hvreplica.disk import open_disk
 from hvreplica.errors import StateError
@@ -463,3 +464,38 @@ def test_what_a_cut_holds_counts_as_changed_until_it_is_recorded(tmp_path: Path)
             end(cut)
         look()
     assert told == [65_536] * 6 + [0]
+
+
+def test_log_is_ordered_only_where_nothing_is_read_for_it(tmp_path: Path) -> None:
+    site = Site(tmp_path, sizes=[16 * MIB])
+    with site.running() as machine, Guest(machine.services[0]) as guest:
+        guest.write(0, random_data(4096))
+        assert site.cycle(machine).logs[0].is_ordered
+        guest.write(0, random_data(4096))
+        guest.write(MIB, random_data(512 * KIB))  # long: read at the cut
+        assert not site.cycle(machine).logs[0].is_ordered
+        guest.write(0, random_data(4096))
+        guest.trim(0, 4096)
+        assert not site.cycle(machine).logs[0].is_ordered
+        machine.mark(0, np.array([[0, 4096]], np.int64))
+        assert not site.cycle(machine).logs[0].is_ordered
+    with site.running(log_budget_bytes=64 * KIB) as machine, Guest(machine.services[0]) as guest:
+        for at in range(32):
+            guest.write(at * MIB // 4, random_data(4096))
+        assert not site.cycle(machine).logs[0].is_ordered, "the log was full"
+    with site.running(log_budget_bytes=0) as machine, Guest(machine.services[0]) as guest:
+        guest.write(0, random_data(4096))
+        assert not site.cycle(machine).logs[0].is_ordered, "there was no log"
+
+
+def test_long_writes_are_logged_where_logs_are_to_be_ordered(tmp_path: Path) -> None:
+    site = Site(tmp_path, sizes=[64 * MIB])
+    with (
+        site.running(write_bytes_max=ORDERED_WRITE_BYTES_MAX, log_budget_bytes=32 * MIB) as machine,
+        Guest(machine.services[0]) as guest,
+    ):
+        guest.write(0, random_data(4096))
+        guest.write(MIB, random_data(4 * MIB))
+        guest.write(2 * MIB, random_data(512))
+        assert site.cycle(machine).logs[0].is_ordered
+        assert site.copy_of(0) == site.disk_of(machine, 0)

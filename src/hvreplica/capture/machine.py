@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 LOG_BUDGET_SHARE = 4  # a log may have a quarter of its disk
 WRITE_BYTES_MAX = 128 * KIB  # longer writes cost less to read at the cut than to write twice
+ORDERED_WRITE_BYTES_MAX = 64 << 20  # longer than any write over NBD: all of them are logged
 _SETTLE_AFTER_S = 5.0
 
 
@@ -62,7 +63,8 @@ class Slot:
 class ClosedLog:
     """One disk's part of a cut.
 
-    changed_bytes: guest bytes in the log, a byte that was written twice counts twice.
+    changed_bytes: guest bytes in the log, a byte that was written twice counts twice. is_ordered: whether its
+    entries are every write since the cut before, in the guest's order: nothing was read from the disk.
     """
 
     disk_index: int
@@ -72,6 +74,7 @@ class ClosedLog:
     log_bytes: int
     entries: int
     changed_bytes: int
+    is_ordered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +266,7 @@ class Machine:
             log_bytes=summary.log_bytes,
             entries=summary.entries,
             changed_bytes=summary.data_bytes,
+            is_ordered=ended.is_ordered,
         )
 
     def settle(self, cut: Cut) -> None:

@@ -46,10 +46,14 @@ class LogSettings(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """An epoch that a cut has ended, and the log that grew with it, if one did."""
+    """An epoch that a cut has ended, and the log that grew with it, if one did.
+
+    is_ordered: whether the log holds every write of the epoch, so that nothing is read from the disk for it.
+    """
 
     epoch: Epoch
     writer: LogWriter | None
+    is_ordered: bool = False
 
 
 class TrackedDisk:
@@ -148,7 +152,7 @@ class TrackedDisk:
 
         known: see Machine.cut(). Raises: OSError.
         """
-        epoch, writer = ended
+        epoch, writer = ended.epoch, ended.writer
         if not epoch.touched.any():
             return ended
         if writer is not None and epoch.log_state in {LogState.OFF, LogState.FAILED}:
@@ -156,12 +160,13 @@ class TrackedDisk:
                 _LOG.warning("the log of %s could not be written; the cut reads the disk", self.disk.path)
             self.discard(ended)
             writer = None
+        is_ordered = writer is not None and not _count(epoch.unlogged, epoch.touched)
         if writer is None:
             writer = self._folder.create(self.disk.data_write_guid)
         else:
             writer.adopt(GrownLog(**epoch.grown()))
         self._reader = CutReader(self.disk, epoch, writer, known, stopping=self._stopping)
-        return Ended(epoch, writer)
+        return Ended(epoch, writer, is_ordered)
 
     def finish(self, ended: Ended, previous_log_id: UUID) -> LogSummary | None:
         """Read what the log of an ended epoch lacks, and close it, durably; None where nothing changed."""

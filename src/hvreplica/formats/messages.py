@@ -85,13 +85,18 @@ class DiskSize(msgspec.Struct, frozen=True):
     virtual_bytes: DiskBytes
 
 
-class LogShape(msgspec.Struct, frozen=True):
-    """One closed .hrl of a cycle."""
+class LogShape(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One closed .hrl of a cycle.
+
+    is_ordered: its entries are every write of the cycle, in the order of the guest's writes: nothing was read
+    from the disk for it.
+    """
 
     disk_index: DiskIndex
     log_id: uuid.UUID
     previous_log_id: uuid.UUID
     log_bytes: ByteCount
+    is_ordered: bool = False
 
 
 class PointPolicy(msgspec.Struct, frozen=True, omit_defaults=True):

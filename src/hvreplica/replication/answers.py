@@ -165,7 +165,7 @@ class AnswerSession:
             previous_point_id=question.previous_point_id,
             instant_s=question.instant_s,
             logs=[
-                LogSpec(log.disk_index, log.log_id, log.previous_log_id, log.log_bytes)
+                LogSpec(log.disk_index, log.log_id, log.previous_log_id, log.log_bytes, log.is_ordered)
                 for log in question.logs
             ],
             disks={disk.index: disk.virtual_bytes for disk in question.disks} or None,

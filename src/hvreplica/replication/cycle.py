@@ -83,7 +83,7 @@ def ship(work: Work, session: ReplicaSession, transfer: Transfer) -> None:
         previous_point_id=work.state.last_point or NIL,
         instant_s=transfer.instant_s,
         logs=[
-            messages.LogShape(log.disk_index, log.log_id, log.previous_log_id, log.log_bytes)
+            messages.LogShape(log.disk_index, log.log_id, log.previous_log_id, log.log_bytes, log.is_ordered)
             for log in transfer.logs
         ],
         positions=transfer.positions,

@@ -243,7 +243,14 @@ def _check_cut(work: Work) -> None:
 
 def _record(work: Work, cut: Cut, closed: Sequence[ClosedLog], consistency: Consistency) -> Transfer | None:
     logs = [
-        CutLog(log.disk_index, log.log_id, log.previous_log_id, log.log_bytes, log.changed_bytes)
+        CutLog(
+            log.disk_index,
+            log.log_id,
+            log.previous_log_id,
+            log.log_bytes,
+            log.changed_bytes,
+            is_ordered=log.is_ordered,
+        )
         for log in closed
     ]
     if not logs and (work.state.mixed or differs(work.state)):

@@ -67,13 +67,14 @@ class TrackedDisk(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class CutLog(msgspec.Struct, forbid_unknown_fields=True):
-    """One log of a cycle, in logs/<log_id>.hrl."""
+    """One log of a cycle, in logs/<log_id>.hrl. is_ordered: see messages.LogShape."""
 
     disk_index: messages.DiskIndex
     log_id: uuid.UUID
     previous_log_id: uuid.UUID
     log_bytes: messages.ByteCount
     changed_bytes: messages.ByteCount
+    is_ordered: bool = False
 
 
 class Transfer(msgspec.Struct, forbid_unknown_fields=True):

@@ -259,19 +259,20 @@ class Catalog(UndoRows, ScanRows):
     def logs(self, vm_id: int, point_id: uuid.UUID) -> list[LogSpec]:
         """Return the logs of a point or transfer that are not applied yet, in the order of applying."""
         rows = self.rows(
-            "SELECT disk_index, log_id, previous_log_id, log_bytes FROM log"
+            "SELECT disk_index, log_id, previous_log_id, log_bytes, is_ordered FROM log"
             " WHERE vm_id = ? AND point_id = ? ORDER BY place",
             (vm_id, str(point_id)),
         )
-        return [LogSpec(row[0], uuid.UUID(row[1]), uuid.UUID(row[2]), row[3]) for row in rows]
+        return [LogSpec(row[0], uuid.UUID(row[1]), uuid.UUID(row[2]), row[3], bool(row[4])) for row in rows]
 
     def insert_logs(self, vm_id: int, point_id: uuid.UUID, logs: Iterable[LogSpec]) -> None:
         """Add logs that a point or transfer has, in the order of applying; it must have none."""
         for place, log in enumerate(logs):
             ids = (str(log.log_id), str(log.previous_log_id))
             self.change(
-                "INSERT INTO log VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (vm_id, str(point_id), place, log.disk_index, *ids, log.log_bytes),
+                "INSERT INTO log (vm_id, point_id, place, disk_index, log_id, previous_log_id, log_bytes,"
+                " is_ordered) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (vm_id, str(point_id), place, log.disk_index, *ids, log.log_bytes, log.is_ordered),
             )
 
     def log_ids(self, vm_id: int) -> set[uuid.UUID]:
@@ -296,12 +297,27 @@ class Catalog(UndoRows, ScanRows):
     def insert_point(self, vm_id: int, row: PointRow) -> None:
         """Add a point as the newest one; its sequence is given here."""
         newest = self.rows("SELECT coalesce(max(sequence), 0) FROM point WHERE vm_id = ?", (vm_id,))[0][0]
+        self._insert_point(vm_id, newest + 1, row)
+
+    def _insert_point(self, vm_id: int, sequence: int, row: PointRow) -> None:
         times = (row.received_s, row.applied_s)
         states = (row.instant_s, row.kind, row.consistency, row.state, _text(row.previous_id), row.bytes)
         self.change(
             "INSERT INTO point VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (vm_id, newest + 1, str(row.id), *states, *times, row.damage),
+            (vm_id, sequence, str(row.id), *states, *times, row.damage),
         )
+
+    def insert_point_behind(self, vm_id: int, before_id: uuid.UUID, row: PointRow) -> None:
+        """Add a point right behind another one, whatever comes behind that; later ones move on by one."""
+        sequence = self.rows(
+            "SELECT sequence FROM point WHERE vm_id = ? AND id = ?", (vm_id, str(before_id))
+        )[0][0]
+        # In two steps, for no two rows may have one number at any moment.
+        self.change(
+            "UPDATE point SET sequence = -(sequence + 1) WHERE vm_id = ? AND sequence > ?", (vm_id, sequence)
+        )
+        self.change("UPDATE point SET sequence = -sequence WHERE vm_id = ? AND sequence < 0", (vm_id,))
+        self._insert_point(vm_id, sequence + 1, row)
 
     def set_point_state(self, vm_id: int, point_id: uuid.UUID, state: str) -> None:
         """Record how far a point is."""

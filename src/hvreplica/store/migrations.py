@@ -169,6 +169,7 @@ MIGRATIONS = {
         "INSERT INTO position SELECT * FROM position_2",
         "DROP TABLE position_2",
         "DROP TABLE transfer_2",
+        "ALTER TABLE log ADD COLUMN is_ordered INTEGER NOT NULL DEFAULT 0 CHECK (is_ordered IN (0, 1))",
         _UNDO_3,
         _KEPT_LOG_3,
         _SCAN_3,

@@ -110,12 +110,16 @@ def validate_disks(disks: Sequence[DiskSpec]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class LogSpec:
-    """One closed .hrl as the primary announces it. previous_log_id: nil where a chain begins."""
+    """One closed .hrl as the primary announces it. previous_log_id: nil where a chain begins.
+
+    is_ordered: whether its entries are every write of its cycle, in the order of the guest's writes.
+    """
 
     disk_index: int
     log_id: uuid.UUID
     previous_log_id: uuid.UUID
     log_bytes: int
+    is_ordered: bool = False
 
     def validate(self, disk_indexes: set[int]) -> None:
         """Refuse what no log of these disks can be. Raises: FieldOutOfRange."""

@@ -85,6 +85,7 @@ CREATE TABLE log (
     log_id TEXT NOT NULL,
     previous_log_id TEXT NOT NULL,
     log_bytes INTEGER NOT NULL,
+    is_ordered INTEGER NOT NULL DEFAULT 0 CHECK (is_ordered IN (0, 1)),
     PRIMARY KEY (vm_id, point_id, place),
     UNIQUE (vm_id, log_id)
 );
