@@ -58,6 +58,15 @@ def hrl_timestamp(unix_s: float) -> int:
     return min(max(int(unix_s) - HRL_EPOCH_S, 0), 0xFFFFFFFF)
 
 
+def parse_iso(text: str) -> float:
+    """Return the Unix seconds of an ISO 8601 time with its zone. Raises: ValueError, also without a zone."""
+    moment = datetime.fromisoformat(text.strip())
+    if moment.tzinfo is None:
+        message = f"{text!r} does not say its zone; write Z behind it for UTC"
+        raise ValueError(message)
+    return moment.timestamp()
+
+
 def iso_time(unix_s: float) -> str:
     """Return `unix_s` as ISO 8601 in UTC with milliseconds, for people and JSON."""
     return datetime.fromtimestamp(unix_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

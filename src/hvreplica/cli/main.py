@@ -24,7 +24,7 @@ from hvreplica.cli.disk_merge import merge, rebase
 from hvreplica.cli.failover import failover
 from hvreplica.cli.log import log
 from hvreplica.cli.point import point
-from hvreplica.cli.point_keep import delete, plan, policy
+from hvreplica.cli.point_keep import at, delete, plan, policy
 from hvreplica.cli.point_open import diff, serve_point
 from hvreplica.cli.render import Output, nobody_reads, silence_output, write_error
 from hvreplica.cli.replicate import replicate
@@ -187,7 +187,7 @@ for _verb in (check, repair, resize, compact, merge, rebase):
     disk.add_command(_verb)
 for _verb in (serve_point, diff):
     point.add_command(_verb)
-for _verb in (plan, delete):
+for _verb in (at, plan, delete):
     point.add_command(_verb)
 store.add_command(policy)
 for _command in (

@@ -34,6 +34,7 @@ def plan(
     recovery_point_every: float | None,
     keep: str | None,
     points_budget: str | None,
+    keep_logs: float | None,
 ) -> None:
     """Show which recovery points stay, why, and which go first over a budget. Nothing is changed.
 
@@ -47,8 +48,25 @@ def plan(
         recovery_point_every=recovery_point_every,
         keep=keep,
         points_budget=points_budget,
+        keep_logs=keep_logs,
     )
     output.answer(found, lambda: _show_plan(output, found))
+
+
+@click.command(short_help="Make a recovery point of any instant between two cycles.")
+@store_option
+@vm_option
+@click.argument("instant")
+@verb
+def at(output: Output, *, store: Path, vm: str, instant: str) -> None:
+    """Make a recovery point of any INSTANT between two cycles, such as 2026-11-23T10:15:30Z.
+
+    Needs the cycle's log, see --keep-logs, and the log must hold each write in the guest's order. The writes
+    of that second are in the point. No disk is copied, no other point changes, and `serve` may run. The point
+    is of kind manual: it stays until it is deleted.
+    """
+    made = hvreplica.point_at(store, vm, instant)
+    output.answer(made, lambda: output.line(f"{made.id} shows {moment(made.instant_s)}"))
 
 
 @click.command(short_help="Let recovery points go.")
@@ -80,6 +98,7 @@ def policy(
     recovery_point_every: float | None,
     keep: str | None,
     points_budget: str | None,
+    keep_logs: float | None,
 ) -> None:
     """Show which recovery points of a VM stay, or change it from the next cycle on. Works while `serve` runs.
 
@@ -93,6 +112,7 @@ def policy(
         recovery_point_every=recovery_point_every,
         keep=keep,
         points_budget=points_budget,
+        keep_logs=keep_logs,
     )
     output.answer(found, lambda: _show_policy(output, found))
 
@@ -106,6 +126,7 @@ def _show_policy(output: Output, found: PointPlan) -> None:
             ("one each", _period(wanted.recovery_point_every_s) if wanted.recovery_points else None),
             ("keep", wanted.keep),
             ("budget", None if found.budget_bytes is None else format_size(found.budget_bytes)),
+            ("logs stay", _period(wanted.keep_logs_s) if wanted.keep_logs_s else None),
             ("used", format_size(found.used_bytes)),
             ("points", f"{len(found.points) - len(going)} stay, {len(going)} go with the next cycle"),
         ]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
 
-from hvreplica.cli.options import TextParameter, option
+from hvreplica.cli.options import DURATION, TextParameter, option
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,8 +53,14 @@ class BudgetType(TextParameter):
 
 
 def policy_options(function: Callable[P, R]) -> Callable[P, R]:
-    """Add --recovery-points, --recovery-point-every, --keep and --points-budget."""
+    """Add --recovery-points, --recovery-point-every, --keep, --points-budget and --keep-logs."""
     for decorate in (
+        option(
+            "--keep-logs",
+            type=DURATION,
+            metavar="DURATION",
+            help="How long logs stay after they were applied, for `point at`: 12h, 2d, 0s for not at all.",
+        ),
         option(
             "--points-budget",
             type=BudgetType(),
@@ -89,7 +95,7 @@ def point_options(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def with_points(*args: P.args, **kwargs: P.kwargs) -> R:
-        names = ("recovery_points", "recovery_point_every", "keep", "points_budget")
+        names = ("recovery_points", "recovery_point_every", "keep", "points_budget", "keep_logs")
         given: list[Any] = [kwargs.pop(name) for name in names]
         kwargs["points"] = None
         if any(value is not None for value in given):

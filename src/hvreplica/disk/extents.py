@@ -6,7 +6,7 @@ data_windows().
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
-
-    from hvreplica.disk.disk import Disk
 
 NO_EXTENTS = np.empty((0, 2), np.int64)
 _WINDOW_BYTES_MIN = GIB
@@ -248,7 +246,15 @@ def select_runs(rows: NDArray[np.int64], runs: NDArray[np.int64]) -> NDArray[np.
     return np.column_stack((rows[row, 0] + starts - (ends - rows[:, 1])[row], lengths))
 
 
-def data_windows(disk: Disk, start: int, end: int) -> Iterator[tuple[int, int, NDArray[np.int64]]]:
+class Mapped(Protocol):
+    """What data_windows() needs of a disk."""
+
+    def extents(self, start: int, end: int) -> NDArray[Any]:
+        """Return the ranges that may hold data, sorted and disjoint."""
+        ...
+
+
+def data_windows(disk: Mapped, start: int, end: int) -> Iterator[tuple[int, int, NDArray[np.int64]]]:
     """Yield (start, end, extents) of windows that tile start..end.
 
     Windows without data grow, to cross holes fast.

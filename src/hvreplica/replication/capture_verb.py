@@ -19,7 +19,7 @@ from hvreplica.capture.clients import ClientGate
 from hvreplica.capture.export import ExportInfo
 from hvreplica.capture.listen import NbdListener
 from hvreplica.capture.log_folder import remove_loose_logs
-from hvreplica.capture.machine import Machine, Slot
+from hvreplica.capture.machine import ORDERED_WRITE_BYTES_MAX, WRITE_BYTES_MAX, Machine, Slot
 from hvreplica.clock import SYSTEM
 from hvreplica.disk import open_disk
 from hvreplica.errors import FormatError
@@ -92,7 +92,8 @@ class Capture:
         encrypted. to, tls: the replica, to which cycles run every interval_s seconds or back to back
         (`continuous`); without them cycles run only when asked for. log_budget_bytes: of each disk's log, a
         quarter of the disk by default; 0 keeps no log, and each cut reads what changed from the disk.
-        points: as of replicate(). metrics: HOST:PORT to serve measurements. Raises: Locked where state, a
+        points: as of replicate(); where logs are to be kept, long writes are logged too, so that logs hold
+        all of them in order. metrics: HOST:PORT to serve measurements. Raises: Locked where state, a
         disk or a socket is another process's; Unreachable, HvReplicaError, OSError, ValueError.
         """
         check_vm(vm, disks)
@@ -105,7 +106,7 @@ class Capture:
             stack.callback(folder.release)
             work = _open(vm, disks, remove_disks, folder, stack, files=files, clock=clock)
             self._indexes = work.indexes
-            machine = _track(work, stack, log_budget_bytes)
+            machine = _track(work, stack, log_budget_bytes, points)
             work.machine = self.machine = machine
             work.points = points
             forget_lost_cuts(work)
@@ -299,7 +300,9 @@ def _abandoned(disks: list[Disk]) -> Callable[..., None]:
     return leave
 
 
-def _track(work: Work, stack: contextlib.ExitStack, log_budget_bytes: int | None) -> Machine:
+def _track(
+    work: Work, stack: contextlib.ExitStack, log_budget_bytes: int | None, points: PointPolicy | None
+) -> Machine:
     remove_loose_logs(work.files, work.folder.folder)
     known = work.folder.load()
     # Where the folder knows the VM, something may be built upon what the disks were when it was left.
@@ -314,6 +317,8 @@ def _track(work: Work, stack: contextlib.ExitStack, log_budget_bytes: int | None
         ],
         clock=work.clock,
         log_budget_bytes=log_budget_bytes,
+        # Logs that are kept should hold each write in order: what is read at the cut has none.
+        write_bytes_max=ORDERED_WRITE_BYTES_MAX if points and points.keep_logs_s else WRITE_BYTES_MAX,
     )
     stack.callback(machine.close)
     return machine

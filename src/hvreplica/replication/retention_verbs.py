@@ -7,7 +7,7 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hvreplica.clock import SYSTEM
+from hvreplica.clock import SYSTEM, parse_iso
 from hvreplica.errors import FieldOutOfRange, NoSuchPoint
 from hvreplica.files import OS_FILES
 from hvreplica.formats.messages import RECOVERY_POINTS_MAX, PointPolicy
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from hvreplica.store.plan import PointPlan
     from hvreplica.store.retain import GonePoint
+    from hvreplica.store.status import PointStatus
 
     PathLike = str | os.PathLike[str]
 
@@ -36,13 +37,14 @@ def point_plan(
     recovery_point_every: float | None = None,
     keep: str | None = None,
     points_budget: str | int | None = None,
+    keep_logs: float | None = None,
 ) -> PointPlan:
     """Return which recovery points of a VM stay, why, and which go first; nothing is changed.
 
     By the VM's policy, as store_policy() with the same arguments would change it. Raises: NoSuchPoint for an
     unknown VM, FieldOutOfRange for an argument out of its range.
     """
-    wish = make_wish(recovery_points, recovery_point_every, keep, points_budget)
+    wish = make_wish(recovery_points, recovery_point_every, keep, points_budget, keep_logs)
     with contextlib.closing(Store.open_reading(OS_FILES, Path(store), clock=SYSTEM)) as opened:
         return opened.plan_points(vm, wish)
 
@@ -58,6 +60,34 @@ def point_delete(store: PathLike, vm: str, points: Sequence[str]) -> list[GonePo
         return opened.delete_points(vm, ids)
 
 
+def point_at(store: PathLike, vm: str, instant: str | float) -> PointStatus:
+    """Make a recovery point of any instant between two cycles whose logs were kept; no disk is copied.
+
+    instant: as ISO 8601 with its zone, as in "2026-11-23T10:15:30Z", or Unix seconds. Entries of logs carry
+    whole seconds: the writes of that second are in it. The same instant again is the same point. Raises:
+    NoSuchPoint where it is outside of what was kept, StoreError where the log does not hold each write in
+    the guest's order, FieldOutOfRange for what is no instant, Locked, StoreFull.
+    """
+    instant_s = parse_instant(instant)
+    with contextlib.closing(Store.open_reading(OS_FILES, Path(store), clock=SYSTEM)) as opened:
+        return opened.make_point_at(vm, instant_s)
+
+
+def parse_instant(instant: str | float) -> float:
+    """Return the Unix seconds of an instant. Raises: FieldOutOfRange for what is none."""
+    if isinstance(instant, (int, float)):
+        return float(instant)
+    try:
+        return parse_iso(instant)
+    except ValueError:
+        raise FieldOutOfRange(
+            "this is no instant",
+            field="instant",
+            expected="ISO 8601 with its zone, as in 2026-11-23T10:15:30Z",
+            actual=instant[:64],
+        ) from None
+
+
 def store_policy(
     store: PathLike,
     vm: str,
@@ -66,16 +96,18 @@ def store_policy(
     recovery_point_every: float | None = None,
     keep: str | None = None,
     points_budget: str | int | None = None,
+    keep_logs: float | None = None,
 ) -> PointPlan:
     """Change what is kept of a VM, from its next cycle on; return the policy and what it makes of the points.
 
     What is None stays as it is. recovery_points: 0 to 24 older points, one each recovery_point_every seconds,
     0 for each point. keep: a rule such as "last 12, hourly 24, daily 7", instead of a number, or beside it
     where both are given; "none" for no rule. points_budget: of what older points may take, bytes or a size
-    such as "20G", or "15%" of what the disks take, or "none". A primary that says otherwise in a later cycle
-    is followed. Raises: as point_plan(), StoreFull.
+    such as "20G", or "15%" of what the disks take, or "none". keep_logs: for how many seconds logs stay after
+    they were applied, to make points between two cycles; 0 for not at all. A primary that says otherwise in a
+    later cycle is followed. Raises: as point_plan(), StoreFull.
     """
-    wish = make_wish(recovery_points, recovery_point_every, keep, points_budget)
+    wish = make_wish(recovery_points, recovery_point_every, keep, points_budget, keep_logs)
     with contextlib.closing(Store.open_reading(OS_FILES, Path(store), clock=SYSTEM)) as opened:
         return opened.plan_points(vm) if wish == PointPolicy() else opened.set_policy(vm, wish)
 
@@ -85,6 +117,7 @@ def make_wish(
     recovery_point_every_s: float | None,
     keep: str | None,
     points_budget: str | int | None,
+    keep_logs_s: float | None = None,
 ) -> PointPolicy:
     """Return what is wanted, checked but for the rule. Raises: FieldOutOfRange."""
     if recovery_points is not None and not 0 <= recovery_points <= RECOVERY_POINTS_MAX:
@@ -102,6 +135,13 @@ def make_wish(
             expected="seconds, 0 for each point",
             actual=recovery_point_every_s,
         )
+    if keep_logs_s is not None and not 0 <= keep_logs_s <= 1e9:
+        raise FieldOutOfRange(
+            "no such time to keep logs for",
+            field="keep_logs",
+            expected="seconds, 0 for not at all",
+            actual=keep_logs_s,
+        )
     budget_bytes, budget_percent = (None, None) if points_budget is None else parse_budget(points_budget)
     return PointPolicy(
         recovery_points=recovery_points,
@@ -109,6 +149,7 @@ def make_wish(
         keep="" if keep == NONE else keep,
         budget_bytes=budget_bytes,
         budget_percent=budget_percent,
+        keep_logs_s=keep_logs_s,
     )
 
 

@@ -1,7 +1,7 @@
 """Bring a VM's disks to the newest point that was received, in steps that may be cut anywhere and repeated.
 
     logs     point "spooled" -> undo parts durable -> commit their rows and "applying" -> counter
-             -> disks flushed -> commit "complete" -> spool removed
+             -> disks flushed -> commit "complete" -> spool removed, or moved to logs/
     initial  transfer "receiving" -> commit "renaming" -> old disks become parts, commit -> counter
              -> .partial become the disks -> commit "complete"
 
@@ -27,6 +27,7 @@ from hvreplica.store.check import file_length, require_sound
 from hvreplica.store.counter import Counter
 from hvreplica.store.failover import frozen_error, may_apply
 from hvreplica.store.follow import begin_anew, holds, measure, pass_on_damage, put_in, take_out
+from hvreplica.store.kept_logs import record_kept, settle_kept
 from hvreplica.store.records import NIL, DiskRow, PointRow
 from hvreplica.store.resize import fit_disk
 from hvreplica.store.room import room
@@ -186,7 +187,12 @@ def _apply_point(home: VmHome, point: PointRow, progress: ProgressCallback | Non
         _complete(home, point.id, states, "complete")
         pass_on_damage(home, point.id)
         catalog.delete_logs(vm_id, point.id)
-    _remove_logs(home, logs)
+        is_kept = record_kept(home, point, logs)
+    if is_kept:
+        home.verified_logs.difference_update(log.log_id for log in logs)
+        settle_kept(home)
+    else:
+        _remove_logs(home, logs)
     return point.id
 
 

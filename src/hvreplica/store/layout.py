@@ -190,9 +190,14 @@ class VmPaths:
         """Return the lock file of a point: shared to read it, exclusive to drop it."""
         return self.points / f"{point_id}.use"
 
+    @property
+    def logs(self) -> Path:
+        """The folder of the logs that are kept after they were applied."""
+        return self.folder / "logs"
+
     def kept_log(self, log_id: uuid.UUID) -> Path:
         """Return where a log stands that is kept after it was applied."""
-        return self.folder / "logs" / f"{log_id}.hrl"
+        return self.logs / f"{log_id}.hrl"
 
     def active(self, disk_index: int) -> Path:
         """Return where a disk stands that runs here after a failover."""

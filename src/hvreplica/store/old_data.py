@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from hvreplica.disk import Disk
     from hvreplica.hrl import LogWriter
+    from hvreplica.store.digest import Readable
 
 STEP_BYTES = 1 << 20  # stays within a processor's own cache between the read and the write
 _LONG_BYTES = 16 << 20  # from here on a look at the disk's own map is cheaper than reading zeros
@@ -28,7 +28,7 @@ _LONG_BYTES = 16 << 20  # from here on a look at the disk's own map is cheaper t
 _Step = tuple["NDArray[np.int64]", "NDArray[np.uint8]"]
 
 
-def append_old(writer: LogWriter, disk: Disk, extents: NDArray[np.int64]) -> None:
+def append_old(writer: LogWriter, disk: Readable, extents: NDArray[np.int64]) -> None:
     """Append what `disk` holds in `extents`, sorted and disjoint; beyond the end of the disk are zeros."""
     inside, behind = clipped(spans_of(extents), disk.virtual_bytes)
     _Appender(writer, disk).run(np.ascontiguousarray(inside[:, :2]))
@@ -37,7 +37,7 @@ def append_old(writer: LogWriter, disk: Disk, extents: NDArray[np.int64]) -> Non
 
 
 class _Appender:
-    def __init__(self, writer: LogWriter, disk: Disk) -> None:
+    def __init__(self, writer: LogWriter, disk: Readable) -> None:
         self._writer = writer
         self._disk = disk
         self._free: list[NDArray[np.uint8]] = []  # steps that nobody uses now; lists take many threads

@@ -1,6 +1,7 @@
 """Let points go that the VM's policy does not keep, keep their parts few, and hold the budget.
 
     after each applied point   rule: what decide() does not keep goes, the oldest first
+                               logs: those that were kept long enough go, see store/kept_logs.py
                                parts: those of each point that have become many are written as one
                                budget: while more is used than allowed, the first in decide()'s order goes,
                                see store/budget.py
@@ -22,6 +23,7 @@ from hvreplica.clock import iso_time
 from hvreplica.errors import HvReplicaError, StoreError
 from hvreplica.store.budget import budget_limit, budget_warning, used_bytes
 from hvreplica.store.compact_parts import Compacted, compact_parts
+from hvreplica.store.kept_logs import expire_kept
 from hvreplica.store.part_plan import choose_merge
 from hvreplica.store.points_kept import drop_point, kept_points, require_droppable
 from hvreplica.store.policy import policy_of
@@ -67,6 +69,7 @@ def retain(home: VmHome) -> Retained:
     for verdict in verdicts(home, policy):
         if not verdict.is_kept:
             gone += _let_go(home, verdict.point, "no rule keeps it")
+    expire_kept(home, policy)
     compact_many(home)
     gone += _hold_budget(home, policy)
     return Retained(gone, _warn(home, policy))

@@ -25,6 +25,7 @@ from hvreplica.store.catalog import Catalog
 from hvreplica.store.failover import may_apply
 from hvreplica.store.fencing import validate_claim, validate_disks_follow
 from hvreplica.store.home import StoreParts, VmHome
+from hvreplica.store.instant import make_point_at
 from hvreplica.store.layout import (
     CATALOG_NAME,
     STORE_LOCK_NAME,
@@ -248,6 +249,12 @@ class Store:
             row = home.catalog.vm(vm)
             home.catalog.set_policy(home.vm_id, changed_policy(row.policy if row else None, wish))
         return self.plan_points(vm)
+
+    def make_point_at(self, vm: str, instant_s: float) -> PointStatus:
+        """Make a point of any instant between two cycles. See instant.make_point_at()."""
+        home = self.home(vm)
+        made = make_point_at(home, instant_s)
+        return next(point for point in points_of(home) if point.id == str(made.id))
 
     def delete_points(self, vm: str, point_ids: Sequence[uuid.UUID]) -> list[GonePoint]:
         """Let points go that a person named. See retain.delete_points()."""

@@ -108,6 +108,7 @@ def sweep(home: VmHome) -> None:
     with home.catalog.snapshot():
         initials = [row for row in home.catalog.transfers(home.vm_id) if row.kind != "logs"]
         log_ids = home.catalog.log_ids(home.vm_id)
+        log_ids |= {row.log_id for row in home.catalog.kept_logs(home.vm_id)}  # on their way to logs/
     keep = {
         path.name for log_id in log_ids for path in (home.paths.log(log_id), home.paths.partial_log(log_id))
     }

@@ -99,6 +99,15 @@ class UndoRows(Database):
             )
             place += 1
 
+    def move_part(self, vm_id: int, part_id: uuid.UUID, target_id: uuid.UUID) -> None:
+        """Make one part that of another point, behind its own."""
+        row = next(row for row in self.undo_rows(vm_id) if row.id == part_id)
+        place = self._free_place(vm_id, str(target_id), row.disk_index)
+        self.change(
+            "UPDATE undo SET point_id = ?, place = ? WHERE vm_id = ? AND id = ?",
+            (str(target_id), place, vm_id, str(part_id)),
+        )
+
     def delete_undo(self, vm_id: int, part_id: uuid.UUID) -> None:
         """Forget a part."""
         self.change("DELETE FROM undo WHERE vm_id = ? AND id = ?", (vm_id, str(part_id)))

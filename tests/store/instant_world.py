@@ -1,0 +1,147 @@
+"""A primary whose logs hold each write with its second, and what its disks held at any second."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hvreplica.hrl import LogWriter
+from hvreplica.store import AlreadyHave, LogSpec, Store
+from hvreplica.store.digest import Digest, digest_of
+from hvreplica.store.follow import expected_digest
+from hvreplica.store.open_point import open_point
+from hvreplica.store.policy import Policy, pack_policy
+from tests.store.world import INSTANT_S, Cycle, Primary, guid, send_logs, small_disk
+from tests.support.fakeclock import FakeClock
+from tests.support.faultfile import FaultFiles
+from tests.support.points import read_point
+
+if TYPE_CHECKING:
+    import uuid
+
+    from hvreplica.store.home import VmHome
+
+KEEP = Policy(recovery_point_every_s=0, keep_logs_s=3600)
+
+
+class InstantWorld:
+    """Two disks, a store in memory, and the writes of the guest in order: (second, disk, offset, data)."""
+
+    def __init__(self, root: Path, seed: int, policy: Policy = KEEP) -> None:
+        self.root = root
+        self.rng = random.Random(seed)
+        self.files = FaultFiles(root)
+        self.clock = FakeClock(now_s=INSTANT_S, seed=seed)
+        self.primary = Primary(self.clock, [small_disk(index, 2) for index in range(2)])
+        self.primary.scribble(self.rng, 8)
+        self.base = self.primary.image()
+        self.store = Store.create_or_open(self.files, root, clock=self.clock)
+        self.replica = self.primary.replicate(self.store)
+        self.set_policy(policy)
+        self.writes: list[tuple[float, int, int, bytes]] = []
+        self.logged = 0
+        self.points: dict[uuid.UUID, float] = {}
+        self.clock.advance(1)  # no write has the second of the first copy
+
+    @property
+    def home(self) -> VmHome:
+        return self.store.home("web01")
+
+    def set_policy(self, policy: Policy) -> None:
+        with self.home.catalog.transaction():
+            self.home.catalog.set_policy(self.home.vm_id, pack_policy(policy))
+
+    def write(self, count: int = 12) -> None:
+        """Let the guest write here and there, some seconds apart or in the same one, zeros too."""
+        for _ in range(count):
+            self.clock.advance(self.rng.choice((0, 0, 1, 3)))
+            index, length = self.rng.randrange(2), self.rng.randint(1, 40) * 512
+            offset = self.rng.randrange(0, (1 << 20) // 512) * 512
+            data = bytes(length) if self.rng.random() < 0.2 else self.rng.randbytes(length)
+            self.primary.write(index, offset, data)
+            self.writes.append((self.clock.now_s(), index, offset, data))
+
+    def cut(self, *, ordered: bool = True) -> Cycle:
+        """Cut all disks now; each has a log of its writes in their order, one that has none has no log."""
+        self.clock.advance(2)
+        files, logs, contents = FaultFiles("/primary"), [], []
+        for index in range(2):
+            own = [each for each in self.writes[self.logged :] if each[1] == index]
+            if not own:
+                continue
+            log_id, path = self.clock.guid(), Path(f"/primary/{index}.hrl")
+            previous = self.primary.last_log[index]
+            writer = LogWriter.create(
+                files, path, log_id=log_id, previous_log_id=previous, data_write_guid=None, clock=self.clock
+            )
+            for second, _, offset, data in own:
+                writer.append(np.array([[offset, len(data)]], np.int64), data, time_s=second)
+            summary = writer.close()
+            logs.append(LogSpec(index, log_id, previous, summary.log_bytes, is_ordered=ordered))
+            contents.append(files.content_of(path))
+            self.primary.last_log[index] = log_id
+        self.logged = len(self.writes)
+        assert self.primary.last_point is not None
+        cycle = Cycle(
+            self.clock.guid(),
+            self.clock.guid(),
+            self.primary.last_point,
+            logs,
+            contents,
+            self.primary.image(),
+        )
+        self.primary.last_point = cycle.point_id
+        self.primary.changes = {0: [], 1: []}
+        return cycle
+
+    def cycle(self, count: int = 12, *, ordered: bool = True, apply: bool = True) -> uuid.UUID:
+        """Let the guest write, cut, ship and apply; return the point's id."""
+        self.write(count)
+        cycle = self.cut(ordered=ordered)
+        self.points[cycle.point_id] = self.clock.now_s()
+        sink = self.replica.begin_logs(
+            cycle.transfer_id,
+            point_id=cycle.point_id,
+            previous_point_id=cycle.previous_point_id,
+            instant_s=self.clock.now_s(),
+            logs=cycle.logs,
+            disks=cycle.sizes,
+        )
+        assert not isinstance(sink, AlreadyHave)
+        send_logs(sink, cycle)
+        sink.commit()
+        if apply:
+            self.replica.apply()
+        self.clock.advance(1)  # no write of the next cycle has the second of this cut
+        return cycle.point_id
+
+    def at(self, instant_s: float) -> dict[int, bytes]:
+        """Return what the disks held at the end of this second."""
+        disks = {index: bytearray(content) for index, content in self.base.items()}
+        for second, index, offset, data in self.writes:
+            if int(second) <= int(instant_s):
+                disks[index][offset : offset + len(data)] = data
+        return {index: bytes(content) for index, content in disks.items()}
+
+    def make(self, instant_s: float) -> uuid.UUID:
+        """Make a point of this instant; return its id."""
+        made = self.store.make_point_at("web01", instant_s)
+        assert (made.kind, made.state, made.instant_s) == ("manual", "complete", instant_s)
+        return next(point.id for point in self.home.catalog.points(1) if str(point.id) == made.id)
+
+    def check(self) -> None:
+        """Hold each listed point to the guest's writes, read by the rule alone, and to its digest."""
+        for point in self.store.points("web01"):
+            shown = INSTANT_S if point.id == str(guid(100)) else point.instant_s
+            assert read_point(self.files, self.root, point.id, self.clock) == self.at(shown), point
+            with open_point(self.home, point.id) as opened:
+                for index, disk in opened.disks.items():
+                    known = expected_digest(self.home, opened.id, index)
+                    assert isinstance(known, Digest), "the first copy had a digest"
+                    assert known == digest_of(disk), (point, index)
+        names = set(self.files.names(self.home.paths.points))
+        rows = self.home.catalog.undo_rows(self.home.vm_id)
+        assert {name for name in names if name.endswith(".hru")} == {f"{row.id}.hru" for row in rows}
