@@ -42,6 +42,7 @@ class FakeLog:
     log_bytes: int
     entries: int
     changed_bytes: int
+    is_ordered: bool = False
 
 
 @dataclass(slots=True)
