@@ -277,7 +277,7 @@ def frozen_error(name: str, failover: Failover) -> Fenced:
     since = f" since {iso_time(failover.started_s)}" if failover.started_s else ""
     if failover.mode == "Primary":
         message = f"VM {name!r} runs at this site, which is its primary{since}; here is no replica of it"
-        hint = "stop this VM; `hvreplica store adopt` here makes its disks a replica for that site to reverse to"
+        hint = "stop this VM; `hvreplica store adopt` here, then `hvreplica failover reverse` at that site"
     elif failover.state == "FailedOver":
         message = f"VM {name!r} was failed over to this site{since}, and that was committed"
         hint = (
