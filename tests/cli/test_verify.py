@@ -49,8 +49,8 @@ def test_a_sound_store_is_told_and_is_no_error(invoke: Callable[..., Run], store
     run = invoke("store", "verify", "--store", store)
     assert run.code == 0
     assert [line.split(";")[0] for line in run.out.splitlines()] == [
-        "web01: 1 points are sound, 0 damaged",
-        "web02: 1 points are sound, 0 damaged",
+        "web01: 1 point is sound, 0 damaged",
+        "web02: 1 point is sound, 0 damaged",
     ]
     assert invoke("point", "verify", "--store", store, "--vm", "web02").code == 0
 

@@ -248,7 +248,15 @@ def test_test_failover_as_a_process_ends_cleanly_and_counts_as_none_if_it_never_
         assert ask_verb("failover", "status", *vm(world))["test"]["served"]
         assert server.end(signal.SIGTERM)[0] == 0
     ask_verb("failover", "test", *vm(world), "--cleanup")
+    with Running("failover", "test", *vm(world), "--json") as server:  # as short as it can be said
+        default = world.home.paths.folder / "test" / "nbd.sock"
+        assert server.ready["addresses"] == [str(default.absolute())]
+        with contextlib.closing(Connection(default, "0")) as client:
+            assert read(client, 512) == next(iter(world.images.values()))[1][:512]
+        assert server.end(signal.SIGTERM)[0] == 0
+    ask_verb("failover", "test", *vm(world), "--cleanup")
     nowhere = tmp_path / "no" / "t.sock"
     assert run_verb("failover", "test", *vm(world), "--socket", nowhere, "--json").code != 0
     assert ask_verb("failover", "status", *vm(world))["test"] is None
-    assert run_verb("failover", "test", *vm(world), "--json").code == 2
+    both = run_verb("failover", "test", *vm(world), "--socket", socket, "--cleanup", "--json")
+    assert both.code == 2

@@ -45,7 +45,12 @@ def failover() -> None:
     metavar="POINT",
     help=f"{_POINT_HELP}  [default: that of the test that there is, else latest]",
 )
-@option("--socket", type=PATH, metavar="PATH", help="The Unix socket where NBD clients connect.")
+@option(
+    "--socket",
+    type=PATH,
+    metavar="PATH",
+    help="The Unix socket where NBD clients connect.  [default: test/nbd.sock in the VM's folder]",
+)
 @option("--cleanup", is_flag=True, help="End the test: remove what was written to it.")
 @verb
 def test_(
@@ -59,9 +64,9 @@ def test_(
     Prints where it listens once it does. SIGTERM ends it cleanly with exit code 0, Ctrl-C with 130.
     """
     context = click.get_current_context()
-    if cleanup == (socket is not None):
-        raise click.UsageError("either --socket, to serve a test, or --cleanup, to end it", context)
-    if socket is None:
+    if cleanup and socket is not None:
+        raise click.UsageError("--socket serves a test, --cleanup ends it: one of both", context)
+    if cleanup:
         found = hvreplica.failover_test_cleanup(store, vm)
         output.answer(found, lambda: show_failover(output, found))
         return

@@ -64,7 +64,8 @@ def show_verdict(output: Output, verdict: VmVerdict) -> None:
     """Tell what reading a VM again has found."""
     counts = {state: sum(point.state == state for point in verdict.points) for state in ("ok", "damaged")}
     unproven = len(verdict.points) - sum(counts.values())
-    text = f"{plain(verdict.vm)}: {counts['ok']} points are sound, {counts['damaged']} damaged"
+    sound = "1 point is" if counts["ok"] == 1 else f"{counts['ok']} points are"
+    text = f"{plain(verdict.vm)}: {sound} sound, {counts['damaged']} damaged"
     if unproven:
         text += f", {unproven} have no digest yet"
     output.line(f"{text}; {format_size(verdict.read_bytes)} read")

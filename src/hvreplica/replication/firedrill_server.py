@@ -36,16 +36,17 @@ class FiredrillServer:
         store: PathLike,
         vm: str,
         *,
-        socket: PathLike,
+        socket: PathLike | None = None,
         point: str | None = None,
         files: FileSystem = OS_FILES,
         clock: Clock = SYSTEM,
     ) -> None:
         """Begin a test of `point`, or go on with the one that there is; bind the socket.
 
-        point: an id, "latest" or "latest-app"; None goes on with the test that there is, else takes the
-        latest. Raises: InvalidTransition where there is a test of another point; NoSuchPoint; FailoverRefused
-        for a damaged point; Locked while another process serves it; StoreError; Unreachable for the socket.
+        socket: None for test/nbd.sock in the VM folder. point: an id, "latest" or "latest-app"; None goes on
+        with the test that there is, else takes the latest. Raises: InvalidTransition where there is a test of
+        another point; NoSuchPoint; FailoverRefused for a damaged point; Locked while another process serves
+        it; StoreError; Unreachable for the socket.
         """
         with contextlib.ExitStack() as stack:
             opened = stack.enter_context(
@@ -60,7 +61,7 @@ class FiredrillServer:
                     PointServer(
                         store,
                         vm,
-                        socket=socket,
+                        socket=home.paths.test_socket if socket is None else socket,
                         point=test.point,
                         writable=True,
                         keep=home.paths.test_lock.parent,

@@ -212,6 +212,11 @@ class VmPaths:
         """The lock file of whoever serves a test failover."""
         return self.folder / "test" / "lock"
 
+    @property
+    def test_socket(self) -> Path:
+        """The socket where a test failover is served that was given no other."""
+        return self.folder / "test" / "nbd.sock"
+
     def disk(self, disk_index: int) -> Path:
         """Return where the replica of one disk stands."""
         return self.disks / f"{disk_index:d}.vhdx"
