@@ -103,26 +103,42 @@ def replicate(  # noqa: PLR0913 - a verb with its options, all but two by keywor
     with contextlib.ExitStack() as stack:
         folder = StateFolder(files, folder_path, clock=clock)
         stack.callback(folder.release)
-        paths = disk_paths(folder, disks, remove=remove_disks, prepare=prepare)
-        opened = stack.enter_context(opened_disks(files, paths, clock=clock))
-        known, ordered = state_for(folder, vm, opened, remove=remove_disks, prepare=prepare, clock=clock)
-        work = Work(
-            folder=folder,
-            state=known,
-            disks=ordered,
-            link=link,
-            files=files,
-            clock=clock,
-            on_progress=quiet,
-            tally=Tally("none", [0] * len(ordered)),
-            points=points,
-        )
-        work.save()
+        work = _work(vm, disks, folder, stack, remove=remove_disks, prepare=prepare, files=files, clock=clock)
+        work.link, work.points = link, points
         runner = CycleRunner(work, Bookkeeper(files, folder_path, clock=clock), link=link)
         stack.callback(runner.close)
         return runner.run(
             with_resync=resync, takeover=takeover, prepare=prepare, on_progress=progress or quiet
         )
+
+
+def _work(
+    vm: str,
+    disks: Sequence[PathLike],
+    folder: StateFolder,
+    stack: contextlib.ExitStack,
+    *,
+    remove: Sequence[str | int],
+    prepare: bool,
+    files: FileSystem,
+    clock: Clock,
+) -> Work:
+    """Return the state of a call, saved, and its disks, open until `stack` ends."""
+    paths = disk_paths(folder, disks, remove=remove, prepare=prepare)
+    opened = stack.enter_context(opened_disks(files, paths, clock=clock))
+    known, ordered = state_for(folder, vm, opened, remove=remove, prepare=prepare, clock=clock)
+    work = Work(
+        folder=folder,
+        state=known,
+        disks=ordered,
+        link=None,
+        files=files,
+        clock=clock,
+        on_progress=quiet,
+        tally=Tally("none", [0] * len(ordered)),
+    )
+    work.save()
+    return work
 
 
 def _asked(owner: Owner, request: ReplicateRequest, progress: ProgressCallback) -> ReplicateResult:
