@@ -267,9 +267,13 @@ class PointInUse(StoreError):
 
 
 class ReplicaDiverged(StoreError):
-    """The replica's disk is not in the state that the next log needs."""
+    """The replica's disk is not in the state that the next log needs.
+
+    removed_disk: the index that is used up there because the VM's disk of that index was removed.
+    """
 
     exit_code = 54
+    removed_disk: int | None = None
 
 
 class StoreFull(StoreError):

@@ -317,6 +317,7 @@ def test_missing_disk_is_refused_unless_it_is_said_to_be_removed(store: Store, p
         primary.claim(store)
     assert "--remove-disk" in (caught.value.hint or "")
     assert caught.value.field == "disk 1"
+    assert caught.value.removed_disk is None
 
 
 def test_index_of_a_removed_disk_is_never_used_again(store: Store, primary: Primary) -> None:
@@ -324,8 +325,9 @@ def test_index_of_a_removed_disk_is_never_used_again(store: Store, primary: Prim
     cycle(primary, store)
     primary.add(small_disk(1, 2))
     primary.removed = []
-    with pytest.raises(ReplicaDiverged, match="it was removed"):
+    with pytest.raises(ReplicaDiverged, match="it was removed") as caught:
         primary.claim(store)
+    assert caught.value.removed_disk == 1
 
 
 def test_added_disk_that_goes_before_it_was_in_a_point_is_removed_at_once(

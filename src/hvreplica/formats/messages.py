@@ -137,9 +137,6 @@ class Claim(Message, frozen=True, tag="claim"):
     reverse: bool = False
 
 
-DISK_REMOVED = "none, it was removed"  # what a refused claim expects where an index is used up
-
-
 class DiskState(msgspec.Struct, frozen=True):
     """What the replica holds of one disk.
 
@@ -374,13 +371,15 @@ class Working(Message, frozen=True, tag="working"):
 class Refused(Message, frozen=True, tag="refused"):
     """No, and why.
 
-    error: the name of the class in errors.py. generation: of the VM's owner, for a takeover.
+    error: the name of the class in errors.py. generation: of the VM's owner, for a takeover. removed_disk: an
+    index that a claim uses and that was a removed disk's; None where that is not the reason.
     """
 
     error: Annotated[str, Meta(max_length=64)]
     message: Text
     hint: Text
     generation: int = 0
+    removed_disk: DiskIndex | None = None
 
 
 Question = (

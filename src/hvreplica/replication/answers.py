@@ -18,6 +18,7 @@ from hvreplica.errors import (
     HvReplicaError,
     PeerClosed,
     ProtocolViolation,
+    ReplicaDiverged,
     StateError,
     kept,
 )
@@ -362,9 +363,12 @@ def refusal(error: BaseException) -> messages.Refused:
     """Return what the primary is told of `error`."""
     limit = messages.TEXT_CHARS_MAX
     if isinstance(error, HvReplicaError):
-        generation = error.generation if isinstance(error, Fenced) else 0
         return messages.Refused(
-            type(error).__name__, str(error)[:limit], (error.hint or "")[:limit], generation
+            type(error).__name__,
+            str(error)[:limit],
+            (error.hint or "")[:limit],
+            generation=error.generation if isinstance(error, Fenced) else 0,
+            removed_disk=error.removed_disk if isinstance(error, ReplicaDiverged) else None,
         )
     return messages.Refused(
         "StoreError", f"the replica's host reports: {error}"[:limit], "see the replica's log"

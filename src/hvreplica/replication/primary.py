@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 import threading
 from typing import TYPE_CHECKING
 
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger("hvreplica.replicate")
 RETRY_AFTER_S = (1.0, 2.0, 4.0)  # a line that is gone for longer is for the next call
 _DAMAGE = (FormatError, LogError, FileNotFoundError)  # what a log that is damaged on this side may raise
-_REMOVED_DISK = re.compile(rf"field disk (\d{{1,2}}), expected {re.escape(messages.DISK_REMOVED)}")
 _RESYNC_HINT = "--resync compares both sides by fingerprints and sends only what differs"
 
 
@@ -210,17 +208,15 @@ class Primary:
 
     def _left_gap(self, error: ReplicaDiverged) -> bool:
         """Leave out an index that the replica says is that of a removed disk, for a state that was lost."""
-        state = self._work.state
-        told = _REMOVED_DISK.search(error.message)  # a refusal comes in words
-        number = "" if told is None else told[1]
-        if not number or not self._takeover or state.phase != "new":
+        state, index = self._work.state, error.removed_disk
+        if index is None or not self._takeover or state.phase != "new":
             return False
-        if int(number) >= len(state.disks) or len(state.disks) >= messages.DISKS_MAX:
+        if index >= len(state.disks) or len(state.disks) >= messages.DISKS_MAX:
             return False
         if self._work.machine is not None:  # its exports and journals have their indexes
-            error.hint = f"stop capture, start it again with --remove-disk {number}, then take over"
+            error.hint = f"stop capture, start it again with --remove-disk {index}, then take over"
             return False
-        leave_gap(state, int(number))
+        leave_gap(state, index)
         return True
 
     def _meet(self) -> ReplicaSession:

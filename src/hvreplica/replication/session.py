@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Self, TypeVar
 import msgspec
 
 from hvreplica import errors
-from hvreplica.errors import Fenced, HvReplicaError, ProtocolViolation, TransportError, UnsupportedVersion
+from hvreplica.errors import (
+    Fenced,
+    HvReplicaError,
+    ProtocolViolation,
+    ReplicaDiverged,
+    TransportError,
+    UnsupportedVersion,
+)
 from hvreplica.formats import messages
 from hvreplica.transport import connect
 
@@ -191,4 +198,6 @@ def refusal_error(refusal: messages.Refused, address: str) -> HvReplicaError:
     error = kind(f"the replica refused: {refusal.message}", path=address, hint=refusal.hint or None)
     if isinstance(error, Fenced):
         error.generation = refusal.generation
+    elif isinstance(error, ReplicaDiverged):
+        error.removed_disk = refusal.removed_disk
     return error

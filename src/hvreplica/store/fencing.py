@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 
 from hvreplica.clock import iso_time
 from hvreplica.errors import Fenced, ReplicaDiverged
-from hvreplica.formats.messages import DISK_REMOVED
 from hvreplica.store.failover import require_thawed, unpack_failover
 
 if TYPE_CHECKING:
@@ -98,19 +97,22 @@ def validate_disks_follow(
             has_sectors = row is None or not row.is_held or row.spec.key == spec.key
             wrong = (spec.virtual_disk_id is not None and is_elsewhere) or not has_sectors
         if wrong:
-            raise ReplicaDiverged(
+            diverged = ReplicaDiverged(
                 f"the disks of VM {name!r} are not those that the replica holds",
                 field=f"disk {index}",
                 expected=_describe(row),
                 actual="no such disk" if spec is None else _describe_spec(spec),
                 hint="give the same disks as before; say which one is gone with --remove-disk",
             )
+            if row is not None and row.removed_s is not None:
+                diverged.removed_disk = index
+            raise diverged
 
 
 def _describe(row: DiskRow | None) -> str:
     if row is None:
         return "no such disk"
-    return DISK_REMOVED if row.removed_s is not None else _describe_spec(row.spec)
+    return "none, it was removed" if row.removed_s is not None else _describe_spec(row.spec)
 
 
 def _describe_spec(spec: DiskSpec) -> str:
