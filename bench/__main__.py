@@ -1,8 +1,8 @@
 """`python -m bench [--smoke] [NAME ...]`: run the benchmarks, print the figures, keep them as JSON.
 
 Names: initial, delta, fill, memory, disk_io, convert, check, capture, continuous, recovery,
-points, retention, reverse, kernels, transport. All but the last two measure whole commands, or the Python API
-against whole programs.
+undo, points, retention, reverse, kernels, transport. All but the last two measure whole commands, or the
+Python API against whole programs.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from importlib import import_module
@@ -28,6 +29,7 @@ END_TO_END = (
     "capture",
     "continuous",
     "recovery",
+    "undo",
     "points",
     "retention",
     "reverse",
@@ -44,6 +46,8 @@ def main() -> int:
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder that keeps the figures")
     arguments = parser.parse_args()
+    # A run that is ended removes what it has in memory, which would stay there for all other programs.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     # An installed program has its byte code; without it, starting Python would count the compiler.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     names = arguments.names or [*MICRO, *END_TO_END]

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 SEED = 42
 RESULTS = Path(__file__).parent / "results"
 Contender = "Callable[[], float]"
+_SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108 - tmpfs is what is measured
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,21 @@ class Report:
         sys.stdout.flush()
 
 
-def run_in_turn(report: Report, contenders: Mapping[str, Callable[[], float]], *, runs: int) -> None:
-    """Run each contender `runs` times, in turn, after one run that does not count."""
+def told(sentence: str) -> None:
+    """Say how far a long benchmark is, so that one that is ended early has shown something."""
+    sys.stderr.write(f"  {time.strftime('%H:%M:%S')}  {sentence}\n")
+    sys.stderr.flush()
+
+
+def run_in_turn(
+    report: Report, contenders: Mapping[str, Callable[[], float]], *, runs: int, tell: bool = False
+) -> None:
+    """Run each contender `runs` times, in turn, after one run that does not count. tell: each one at once."""
     for round_index in range(runs + 1):
         for name, contender in contenders.items():
             seconds = contender()
+            if tell:
+                told(f"{seconds:9.3f} s  {name}" + ("" if round_index else " (does not count)"))
             if round_index:
                 report.samples.setdefault(name, []).append(seconds)
 
@@ -137,11 +148,24 @@ def missing(*tools: str) -> list[str]:
     return [tool for tool in tools if shutil.which(tool) is None]
 
 
+def short_of(wanted_bytes: int) -> str | None:
+    """Say that a folder of scratch() cannot take this much; None if it can.
+
+    What lies in memory and does not fit makes the system end programs, of others too.
+    """
+    free_bytes = shutil.disk_usage(_SCRATCH or tempfile.gettempdir()).free
+    if _SCRATCH:
+        line = next((line for line in _lines("/proc/meminfo") if "MemAvailable" in line), None)
+        free_bytes = min(free_bytes, int(line.split()[1]) * 1024) if line else free_bytes
+    if free_bytes >= wanted_bytes:
+        return None
+    return f"needs {wanted_bytes >> 20} MiB of memory, {free_bytes >> 20} MiB are free"
+
+
 @contextmanager
 def scratch() -> Iterator[Path]:
     """Give a folder in memory where there is one, and remove it afterwards."""
-    root = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108 - tmpfs is what is measured
-    folder = Path(tempfile.mkdtemp(prefix="hvreplica-bench-", dir=root))
+    folder = Path(tempfile.mkdtemp(prefix="hvreplica-bench-", dir=_SCRATCH))
     try:
         yield folder
     finally:
