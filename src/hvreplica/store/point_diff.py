@@ -14,8 +14,8 @@ import numpy as np
 from hvreplica import native
 from hvreplica.disk.extents import NO_EXTENTS, batches, data_windows, merge, select_runs
 from hvreplica.disk.parallel import Scratch, map_ordered
-from hvreplica.store.open_point import open_point, walk
-from hvreplica.store.point_view import part_rows
+from hvreplica.store.open_point import open_point
+from hvreplica.store.since import written_between
 from hvreplica.units import MIB
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 _BATCH_BYTES = 4 * MIB
 _SECTOR_BYTES = 512
-_LOOKS_MAX = 10
 
 
 class DiskDiff(msgspec.Struct, frozen=True):
@@ -95,29 +94,11 @@ def _diff_disk(home: VmHome, a: OpenPoint, b: OpenPoint, index: int, *, coarse: 
 
 def _candidates(home: VmHome, older: OpenPoint, newer: OpenPoint, index: int, end: int) -> NDArray[np.int64]:
     """Return what was written to a disk between two points, up to `end`; all that they hold, if not known."""
-    rows = _written_between(home, older, newer, index)
+    rows = written_between(home, older.id, newer.id, index)
     if rows is None:
         rows = np.concatenate([_all_extents(each.disks[index]) for each in (older, newer)])
     rows = rows[rows[:, 0] < end]
     return merge(np.column_stack((rows[:, 0], np.minimum(rows[:, 1], end - rows[:, 0]))))
-
-
-def _written_between(
-    home: VmHome, older: OpenPoint, newer: OpenPoint, index: int
-) -> NDArray[np.int64] | None:
-    """Return what the parts of points from `older` up to `newer` cover; None where the disk was replaced."""
-    for _ in range(_LOOKS_MAX):
-        with home.catalog.snapshot():
-            later = {part.id for part in walk(home, newer.row, index)}
-            between = [part for part in walk(home, older.row, index) if part.id not in later]
-        if any(part.is_whole for part in between):
-            return None
-        try:
-            found = [part_rows(home.files, part.path)[:, :2] for part in between]
-        except FileNotFoundError:
-            continue  # it was put together with others meanwhile
-        return np.concatenate([NO_EXTENTS, *found])
-    return None
 
 
 def _all_extents(disk: PointDisk) -> NDArray[np.int64]:

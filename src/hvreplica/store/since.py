@@ -19,6 +19,8 @@ from hvreplica.disk.extents import NO_EXTENTS, union, widened
 from hvreplica.errors import FormatError, LogError, StoreError
 from hvreplica.formats.hrl import FILE_TYPE_UNDO
 from hvreplica.hrl import LogReader
+from hvreplica.store.point_view import part_rows
+from hvreplica.store.points_kept import chain, kept_points, part_path
 from hvreplica.tracking.compare import RangeSink
 from hvreplica.tracking.differencing import DifferencingDisk
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from hvreplica.store.records import PointRow, UndoRow
 
 _LOG = logging.getLogger("hvreplica.failover")
+_LOOKS_MAX = 10
 
 
 def newest_known(home: VmHome, known: Collection[uuid.UUID]) -> PointRow | None:
@@ -62,6 +65,36 @@ def changed_between(
         if part.point_id in newer:
             rows = union(rows, _touched(home, part, virtual_bytes))
     return rows
+
+
+def written_between(
+    home: VmHome, older_id: uuid.UUID, newer_id: uuid.UUID, disk_index: int
+) -> NDArray[np.int64] | None:
+    """Return in which ranges alone a disk may differ between two kept points; None where nothing tells.
+
+    int64 (n, 2), in any order, as the parts between the points have them: they may overlap, and lie beyond
+    the end of either where the disk was longer in between. What only the longer one has may be missing.
+    Raises: FormatError, LogError for a part that is damaged.
+    """
+    for _ in range(_LOOKS_MAX):
+        with home.catalog.snapshot():
+            order = [
+                point.id
+                for point in kept_points(home)
+                if point.id in {older_id, newer_id}
+                and disk_index in home.catalog.members(home.vm_id, point.id)
+            ]
+            later = {part.id for part in chain(home, newer_id, disk_index)}
+            between = [part for part in chain(home, older_id, disk_index) if part.id not in later]
+        is_ordered = set(order) == {older_id, newer_id} and order[-1] == newer_id
+        if not is_ordered or any(part.kind == "whole" for part in between):
+            return None
+        try:
+            found = [part_rows(home.files, part_path(home, part))[:, :2] for part in between]
+        except FileNotFoundError:
+            continue  # it was put together with others meanwhile
+        return np.concatenate([NO_EXTENTS, *found])
+    return None
 
 
 def changed_above(
