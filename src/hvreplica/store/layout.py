@@ -15,6 +15,7 @@
     <root>/<vm folder>/logs/<log id>.hrl           applied, kept for points between two cycles
     <root>/<vm folder>/active/0.vhdx               what runs here after a failover, a child of disks/0.vhdx
     <root>/<vm folder>/test/0.vhdx                 what a test failover writes to
+    <root>/<vm folder>/feeds/<relationship id>.json   what a further site has of this replica's points
 
 A name from outside becomes a path here and nowhere else. A folder name is one path component that every usual
 file system takes: no separator, no control character, no leading dot, no trailing dot or space, no Windows
@@ -216,6 +217,15 @@ class VmPaths:
     def test_socket(self) -> Path:
         """The socket where a test failover is served that was given no other."""
         return self.folder / "test" / "nbd.sock"
+
+    @property
+    def feeds(self) -> Path:
+        """The folder of what further sites have of this replica's points."""
+        return self.folder / "feeds"
+
+    def feed(self, relationship_id: uuid.UUID) -> Path:
+        """Return where it is noted what one further site has."""
+        return self.feeds / f"{relationship_id}.json"
 
     def disk(self, disk_index: int) -> Path:
         """Return where the replica of one disk stands."""

@@ -5,6 +5,7 @@ A point is kept if any of these says so; what none of them keeps goes at once.
     newest            always
     manual            always: a person made it, a person deletes it
     in use            while somebody has it open
+    held              while the next cycle to a further site needs it; the budget does not mind
     recovery points N one point of the newest point's own period and of each of N periods before; a period of
                       0 makes each point one. This is Hyper-V's surface: N of 0 to 24, one each hour.
     last N            the N newest points
@@ -55,6 +56,7 @@ class Candidate:
     consistency: str = "crash"
     is_damaged: bool = False
     is_used: bool = False
+    is_held: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +113,9 @@ def decide(points: Iterable[Candidate], retention: Retention) -> list[Verdict]:
 
 
 def _always(point: Candidate) -> list[str]:
-    return [
-        reason for reason, holds in (("manual", point.kind == "manual"), ("in use", point.is_used)) if holds
-    ]
+    held = "for the next cycle to a further site"
+    asked = (("manual", point.kind == "manual"), ("in use", point.is_used), (held, point.is_held))
+    return [reason for reason, holds in asked if holds]
 
 
 def _kept_by_rule(points: Sequence[Candidate], retention: Retention) -> list[tuple[Candidate, str]]:

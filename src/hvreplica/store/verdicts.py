@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from hvreplica.errors import Locked
 from hvreplica.store.failover import pinned_points
+from hvreplica.store.feeds import held_points
 from hvreplica.store.keep_rule import parse_keep_rule
 from hvreplica.store.points_kept import kept_points
 from hvreplica.store.retention import Candidate, Retention, decide
@@ -29,7 +30,9 @@ def retention_of(policy: Policy) -> Retention:
     )
 
 
-def candidate(point: PointRow, *, used: Container[uuid.UUID] = ()) -> Candidate:
+def candidate(
+    point: PointRow, *, used: Container[uuid.UUID] = (), held: Container[uuid.UUID] = ()
+) -> Candidate:
     """Return a point as the rule looks at it."""
     return Candidate(
         id=point.id,
@@ -39,6 +42,7 @@ def candidate(point: PointRow, *, used: Container[uuid.UUID] = ()) -> Candidate:
         consistency=point.consistency,
         is_damaged=point.state == "damaged",
         is_used=point.id in used,
+        is_held=point.id in held,
     )
 
 
@@ -63,10 +67,10 @@ def verdicts(home: VmHome, policy: Policy, *, coming: Candidate | None = None) -
     """
     retention = retention_of(policy)
     has_budget = policy.budget_bytes is not None or policy.budget_percent is not None
-    points = kept_points(home)
+    points, held = kept_points(home), held_points(home)
     used: set[uuid.UUID] = set()
     while True:
-        known = [candidate(point, used=used) for point in points]
+        known = [candidate(point, used=used, held=held) for point in points]
         found = decide(known if coming is None else [*known, coming], retention)
         asked = {
             verdict.point.id
