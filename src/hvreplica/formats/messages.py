@@ -217,7 +217,8 @@ class BeginInitial(Message, frozen=True, tag="initial"):
     """Begin or continue an initial replication.
 
     positions: for each disk, the bytes already known to be durable. consistent: False where the disks change
-    while they are sent: what arrives is no point before the next logs were applied. joining: these disks
+    while they are sent: what arrives is no point before the next logs were applied. consistency: of the point
+    where they do not; a replica that does not know the field takes it for "crash". joining: these disks
     alone, added to a VM whose replica has a point; they belong to the points whose logs name them. A frame's
     target is a place in this list, or, where it is empty, in that of the claim's disks by index.
     """
@@ -227,6 +228,7 @@ class BeginInitial(Message, frozen=True, tag="initial"):
     instant_s: Instant
     positions: Annotated[list[ByteCount], Meta(min_length=1, max_length=DISKS_MAX)]
     consistent: bool = True
+    consistency: Consistency = "crash"
     joining: Annotated[list[DiskIndex], Meta(max_length=DISKS_MAX)] = []
 
 

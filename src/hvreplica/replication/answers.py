@@ -155,6 +155,7 @@ class AnswerSession:
             point_id=question.point_id,
             instant_s=question.instant_s,
             consistent=question.consistent,
+            consistency=question.consistency,
             joining=question.joining,
         )
         return self._begin(question, sink)

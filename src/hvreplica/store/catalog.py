@@ -206,10 +206,10 @@ class Catalog(UndoRows, ScanRows):
             self.set_position(vm_id, row.kind, target, durable_bytes)
 
     def renew_transfer(self, vm_id: int, row: TransferRow) -> None:
-        """Record what an unfinished transfer will show once it goes on: its time, and its disks' sizes."""
+        """Record what an unfinished transfer will show once it goes on: when, and its disks' sizes."""
         self.change(
-            "UPDATE transfer SET instant_s = ?, consistent = ? WHERE vm_id = ? AND kind = ?",
-            (row.instant_s, row.consistent, vm_id, row.kind),
+            "UPDATE transfer SET instant_s = ?, consistent = ?, consistency = ? WHERE vm_id = ? AND kind = ?",
+            (row.instant_s, row.consistent, row.consistency, vm_id, row.kind),
         )
         self.set_members(vm_id, row.point_id, row.disks)
 

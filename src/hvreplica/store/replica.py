@@ -135,6 +135,7 @@ class VmReplica:
         point_id: uuid.UUID,
         instant_s: float,
         consistent: bool = True,
+        consistency: str = "crash",
         joining: Sequence[int] = (),
         expected_bytes: int = 0,
     ) -> InitialSink | AlreadyHave:
@@ -142,10 +143,10 @@ class VmReplica:
 
         Another unfinished transfer is dropped. The disks that are there stay as they are until commit().
         instant_s: the point in time that the disks show, Unix seconds. consistent: whether they show one;
-        else the copy becomes a point with the next logs. joining: these disks alone, which no point has yet:
-        they belong to the points whose logs name them, and logs of the others may be received in turns with
-        them. expected_bytes: what the primary knows to send; 0 if unknown. Raises: Fenced, StoreFull,
-        StoreError, InvalidTransition, FieldOutOfRange.
+        else the copy becomes a point with the next logs. consistency: of the point. joining: these disks
+        alone, which no point has yet: they belong to the points whose logs name them, and logs of the others
+        may be received in turns with them. expected_bytes: what the primary knows to send; 0 if unknown.
+        Raises: Fenced, StoreFull, StoreError, InvalidTransition, FieldOutOfRange.
         """
         with self._gate, self._lock, room(self._home.files, self._home.paths.folder):
             self._release()
@@ -161,6 +162,7 @@ class VmReplica:
                 disks=self._sizes(joining or self._present),
                 consistent=consistent,
                 point_kind="initial",
+                consistency=consistency,
             )
             sink = begin_initial(self._home, self._owner, wanted, expected_bytes=expected_bytes)
             self._sink = sink if isinstance(sink, InitialSink) else None
