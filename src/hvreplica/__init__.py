@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         disk_info,
         disk_map,
     )
+    from hvreplica.replication.extend_verb import Extender, extend
     from hvreplica.replication.failover_verbs import (
         failover_cancel,
         failover_commit,
@@ -64,6 +65,7 @@ __all__ = [
     "CutLog",
     "CutResult",
     "DiskChange",
+    "Extender",
     "FiredrillServer",
     "PointPolicy",
     "PointServer",
@@ -89,6 +91,7 @@ __all__ = [
     "disk_repair",
     "disk_repair_undo",
     "disk_resize",
+    "extend",
     "failover_cancel",
     "failover_commit",
     "failover_planned",
@@ -144,6 +147,8 @@ _HOMES = {
     "resume": "replication.live_verbs",
     "status": "replication.live_verbs",
     "DiskChange": "replication.results",
+    "Extender": "replication.extend_verb",
+    "extend": "replication.extend_verb",
     "PointPolicy": "formats.messages",
     "Progress": "progress",
     "ReplicateResult": "replication.results",

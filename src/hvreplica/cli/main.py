@@ -21,6 +21,7 @@ from hvreplica.cli.disk import disk
 from hvreplica.cli.disk_change import compact, resize
 from hvreplica.cli.disk_check import check, repair
 from hvreplica.cli.disk_merge import merge, rebase
+from hvreplica.cli.extend import extend
 from hvreplica.cli.failover import failover
 from hvreplica.cli.log import log
 from hvreplica.cli.point import point
@@ -203,6 +204,7 @@ for _command in (
     store,
     point,
     failover,
+    extend,
     disk,
     log,
     completion,

@@ -26,6 +26,7 @@ from hvreplica.cli.serve import run_until_signal
 from hvreplica.units import format_size
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from hvreplica.cli.render import Output
@@ -125,11 +126,11 @@ def replicate(  # noqa: PLR0913 - the options of the verb
         _cancel(output, settings, force=force)
         return
     once = once or prepare
-    cycles = {"interval_s": interval_s, "continuous": continuous, "metrics": metrics}
+    cycles: dict[str, Any] = {"interval_s": interval_s, "continuous": continuous, "metrics": metrics}
     _check(settings, cycles, once=once, resync=resync or takeover)
     if not once:
         level = log_level or ("warning" if output.quiet else "info")
-        _run_forever(output, vm, disks, settings | cycles, level=level)
+        run_cycles(output, lambda: hvreplica.Replicator(vm, disks, **settings, **cycles), level=level)
         return
     from hvreplica.cli.diagnostics import logging_shown  # noqa: PLC0415 - the start-up time of --help
 
@@ -182,18 +183,16 @@ def _check(settings: dict[str, Any], cycles: dict[str, Any], *, once: bool, resy
         raise click.UsageError(message, click.get_current_context())
 
 
-def _run_forever(
-    output: Output, vm: str, disks: tuple[Path, ...], settings: dict[str, Any], *, level: str
+def run_cycles(
+    output: Output, make: Callable[[], hvreplica.Replicator | hvreplica.Extender], *, level: str
 ) -> None:
+    """Run cycles until a signal ends them, and leave as it asks. make: takes the state folder."""
     from hvreplica.cli.diagnostics import logging_shown  # noqa: PLC0415 - as above
 
     number = 0
     try:
-        with (
-            logging_shown(level, as_json=output.json),
-            hvreplica.Replicator(vm, disks, **settings) as replicator,
-        ):
-            number = run_until_signal(replicator, lambda: _tell_running(output, replicator.metrics_address))
+        with logging_shown(level, as_json=output.json), make() as cycles:
+            number = run_until_signal(cycles, lambda: _tell_running(output, cycles.metrics_address))
     except Signalled as signalled:
         number = signalled.number
     if number == signal.SIGINT:

@@ -20,6 +20,7 @@ from hvreplica.replication.changed import bring_up_to_date, changed_since, known
 from hvreplica.replication.opening import check_vm
 from hvreplica.replication.shape import follow
 from hvreplica.replication.state import NIL, StateFolder, Stopped, TrackedDisk, tracked_disk
+from hvreplica.replication.stopped import require_own_disks
 from hvreplica.replication.work import Tally, Work
 from hvreplica.store import Store
 from hvreplica.store.adopted import AdoptedFiles
@@ -99,6 +100,7 @@ def _check(known: PrimaryState, vm: str, root: Path, folder: Path) -> None:
             actual=known.vm,
             hint="give the folder of this VM",
         )
+    require_own_disks(known, folder)
     stopped = known.stopped
     if stopped is not None and stopped.store and stopped.store != str(root):
         raise StateError(

@@ -20,7 +20,7 @@ from hvreplica.replication.live import RecordedCut, cut_live
 from hvreplica.replication.results import CutLog, CutResult
 from hvreplica.replication.shape import removed_indexes
 from hvreplica.replication.status import Cycles, make_status
-from hvreplica.replication.stopped import require_running
+from hvreplica.replication.stopped import require_own_disks, require_running
 from hvreplica.replication.work import CONNECTIONS_DEFAULT, CONNECTIONS_MAX, make_link
 
 if TYPE_CHECKING:
@@ -136,6 +136,7 @@ class Control:
         """Cut all disks at one instant; tell {"instant": …} as soon as the guest may go on."""
         work = self._runner.work
         require_running(work.state, work.folder.folder)
+        require_own_disks(work.state, work.folder.folder)
         if work.machine is None:
             if request.freeze is not None:
                 raise StateError(
@@ -168,6 +169,7 @@ class Control:
         """Run one cycle now."""
         self._require_same(request)
         if request.prepare:
+            require_own_disks(self._runner.work.state, self._runner.work.folder.folder)
             self._shut(force=request.force)
         try:
             result = self._runner.run(

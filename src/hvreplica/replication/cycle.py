@@ -31,23 +31,31 @@ _COMPARE_WORKERS = 2
 
 
 def cut(work: Work, consistency: messages.Consistency = "crash") -> bool:
-    """Compare every disk with its fingerprints; return whether logs were cut and wait to be shipped."""
-    state = work.state
+    """Compare every disk with its fingerprints; return whether logs were cut and wait to be shipped.
+
+    Disks that are a recovery point say themselves which instant they show, and make a point of their own
+    also where nothing differs.
+    """
+    state, origin = work.state, work.origin
     transfer = Transfer(
         kind="logs",
         stage="cutting",
         transfer_id=work.clock.guid(),
         point_id=work.clock.guid(),
-        instant_s=work.clock.now_s(),
+        instant_s=work.instant_s,
         positions=[],
-        consistency=consistency,
+        consistency=consistency if origin is None else origin.consistency,
+        source_point=None if origin is None else origin.point_id,
     )
     state.transfer = transfer
     work.save()
+    if origin is not None:
+        work.within = origin.within(state)
     progress = _CompareProgress(work)
     logs = [_cut_disk(work, place, progress) for place in work.members]
     # A replica whose copy is of several instants needs logs to become one, as it does to have other disks.
-    transfer.logs = [log for log in logs if log.changed_bytes] or logs[: int(state.mixed or differs(state))]
+    is_needed = state.mixed or differs(state) or transfer.source_point != state.source_point
+    transfer.logs = [log for log in logs if log.changed_bytes] or logs[: int(is_needed)]
     transfer.disks = point_disks(state)
     if not transfer.logs:
         work.within = {}
@@ -124,6 +132,7 @@ def settle(work: Work, transfer: Transfer) -> None:
     with work.lock:
         settled(state, transfer)
         state.last_point, state.transfer, state.mixed = transfer.point_id, None, False
+        state.source_point = transfer.source_point
         work.save()
     work.forget_logs(transfer)
 

@@ -36,7 +36,7 @@ def prepare_initial(work: Work) -> None:
         unchanged_until(disk, table, position)
         for disk, table, position in zip(work.disks, work.tables, transfer.positions, strict=True)
     ]
-    transfer.instant_s = work.clock.now_s()
+    transfer.instant_s = work.instant_s
     transfer.tracked = transfer.tracked or work.machine is not None
     work.save()
 
@@ -53,11 +53,16 @@ def replicate_initially(work: Work, session: ReplicaSession) -> None:
         instant_s=transfer.instant_s,
         positions=transfer.positions,
         consistent=not transfer.tracked,
+        consistency="crash" if work.origin is None else work.origin.consistency,
     )
     answer = session.ask_either(question, messages.Ready, messages.AlreadyHave)
     if isinstance(answer, messages.Ready):
         with work.lock:
             restart(work.state)  # the replica takes the disks as they are announced now
+            if work.origin is not None:
+                # Not before: of a copy whose end was not heard of, this is another point's.
+                transfer.source_point = work.origin.point_id
+                work.save()
         _send(work, session, transfer, answer.positions)
     work.tally.kind = "initial"
     settle_initial(work, transfer)
@@ -81,7 +86,7 @@ def settle_initial(work: Work, transfer: Transfer) -> None:
     state = work.state
     with work.lock:
         state.phase, state.last_point, state.transfer = "ready", transfer.point_id, None
-        state.mixed = transfer.tracked
+        state.mixed, state.source_point = transfer.tracked, transfer.source_point
         for disk in state.disks:
             disk.last_log_id = NIL
         work.save()
@@ -96,7 +101,7 @@ def _begin(work: Work) -> Transfer:
         stage="cut",
         transfer_id=work.clock.guid(),
         point_id=work.clock.guid(),
-        instant_s=work.clock.now_s(),
+        instant_s=work.instant_s,
         positions=[0] * len(work.disks),
         tracked=work.machine is not None,
     )

@@ -81,7 +81,7 @@ def _transfer(work: Work, index: int) -> Transfer:
         stage="cut",
         transfer_id=work.clock.guid(),
         point_id=work.clock.guid(),
-        instant_s=work.clock.now_s(),
+        instant_s=work.instant_s,
         positions=[0],
         disks=[messages.DiskSize(index, state.disks[index].virtual_bytes)],
     )

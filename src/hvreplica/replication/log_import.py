@@ -36,6 +36,7 @@ from hvreplica.replication.state import (
     logs_kept,
     previous_log_ids,
 )
+from hvreplica.replication.stopped import require_own_disks
 
 if TYPE_CHECKING:
     import os
@@ -244,6 +245,7 @@ def _ready(state: PrimaryState | None, folder: Path) -> PrimaryState:
             path=folder,
             hint="bring a first copy to the replica with `hvreplica replicate`",
         )
+    require_own_disks(state, folder)
     if state.phase != "ready" or state.mixed:
         raise InvalidTransition(
             "the replica has no whole copy of one instant yet, which a log could change",

@@ -211,11 +211,19 @@ class CycleRunner:
 class CycleLoop:
     """Runs the cycles that are due. start() makes its thread; step() is one turn of it.
 
-    interval_s: between the beginnings of cycles; None for back to back.
+    interval_s: between the beginnings of cycles; None for back to back. passing: errors that are over by
+    themselves here, so that they do not stop it for good.
     """
 
-    def __init__(self, runner: CycleRunner, *, interval_s: float | None) -> None:
+    def __init__(
+        self,
+        runner: CycleRunner,
+        *,
+        interval_s: float | None,
+        passing: tuple[type[HvReplicaError], ...] = (),
+    ) -> None:
         self._runner = runner
+        self._passing = passing
         self._work = runner.work
         self._clock = runner.work.clock
         self._lock = threading.Lock()
@@ -296,7 +304,8 @@ class CycleLoop:
         )
 
     def _failed(self, error: Exception) -> None:
-        is_fatal, is_full = isinstance(error, FATAL), isinstance(error, StoreFull)
+        is_fatal = isinstance(error, FATAL) and not isinstance(error, self._passing)
+        is_full = isinstance(error, StoreFull)
         with self._lock:
             now_s = self._clock.monotonic_s()
             count = self._schedule.fail(now_s, is_fatal=is_fatal, waits_for_room=is_full)

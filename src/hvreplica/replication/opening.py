@@ -12,7 +12,7 @@ from hvreplica.formats import messages
 from hvreplica.formats.hrl import SECTOR_BYTES
 from hvreplica.replication.shape import removed_indexes, state_of_call
 from hvreplica.replication.state import load_state
-from hvreplica.replication.stopped import require_running
+from hvreplica.replication.stopped import require_own_disks, require_running
 
 if TYPE_CHECKING:
     import os
@@ -82,6 +82,7 @@ def disk_paths(
     known = folder.load()
     if known is not None:
         require_running(known, folder.folder, prepare=prepare)
+        require_own_disks(known, folder.folder)
     if disks:
         return [Path(path).absolute() for path in disks]
     if known is None:
@@ -100,6 +101,7 @@ def check_start(files: FileSystem, folder: Path, disks: Sequence[PathLike], *, p
     known = load_state(files, folder)
     if known is not None:
         require_running(known, folder, prepare=prepare)
+        require_own_disks(known, folder)
     for path in disks:
         files.identity(Path(path).absolute())
     if not disks and known is None:

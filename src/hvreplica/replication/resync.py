@@ -37,7 +37,7 @@ def resync(work: Work, session: ReplicaSession, claimed: messages.Claimed) -> No
         _mark_all(work)
         with work.lock:
             state.phase, state.transfer, state.last_point = "ready", None, claimed.last_point
-            state.pending = []
+            state.pending, state.source_point = [], None
             adopt(state, claimed)
             work.save()
         # Only now: as long as the state names a transfer, its tables are still needed as they are.

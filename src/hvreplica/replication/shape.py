@@ -23,7 +23,7 @@ from hvreplica.replication.stopped import require_running
 
 if TYPE_CHECKING:
     import uuid
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from hvreplica.clock import Clock
     from hvreplica.disk import Disk
@@ -96,6 +96,37 @@ def follow(
     return [found[index] for index in sorted(found)]
 
 
+def follow_point(state: PrimaryState, disks: Mapping[int, Disk], folder: Path) -> list[Disk]:
+    """Make the state say what a recovery point has, whose disks have the indexes that they have at the other
+    side too; return those of them that a cycle is to ship, by index; the caller saves the state.
+
+    A disk that is new while the first copy of the others is on its way is left for the cycle after it.
+    Raises: StateError for a disk that the state knows as removed; TrackingLost for one with other sectors.
+    """
+    for index in set(indexes(state)) - disks.keys():
+        _remove(state, index)
+    if state.phase == "new":
+        state.disks = [_gap() for _ in range(max(disks) + 1)]
+        for index, disk in disks.items():
+            state.disks[index] = tracked_disk(disk)
+    known = [index for index in sorted(disks) if index < len(state.disks)]
+    for index in known:
+        if not state.disks[index].is_here:
+            raise StateError(
+                f"the point has disk {index}, which was removed from the VM before",
+                path=folder,
+                hint="is this the folder of another store's replica? name another one with --state, and"
+                " become the VM's primary at the further site with --takeover",
+            )
+        _follow_disk(state, index, disks[index])
+    if state.phase == "initial":
+        return [disks[index] for index in known]
+    for index in sorted(disks.keys() - known):
+        state.disks += [_gap() for _ in range(index - len(state.disks))]
+        _add(state, disks[index], folder)
+    return [disks[index] for index in sorted(disks)]
+
+
 def removed_indexes(state: PrimaryState, names: Iterable[str | int], folder: Path) -> set[int]:
     """Return the disks that are named to be removed, by path or index. Raises: StateError."""
     return {_index_of(state, name, folder) for name in names}
@@ -103,7 +134,11 @@ def removed_indexes(state: PrimaryState, names: Iterable[str | int], folder: Pat
 
 def leave_gap(state: PrimaryState, index: int) -> None:
     """Give the disk at an index, and those behind it, the next one: it was that of a disk that is removed."""
-    state.disks.insert(index, TrackedDisk("", 512, 512, 512, 0, stage="removed"))
+    state.disks.insert(index, _gap())
+
+
+def _gap() -> TrackedDisk:
+    return TrackedDisk("", 512, 512, 512, 0, stage="removed")
 
 
 def indexes(state: PrimaryState) -> list[int]:

@@ -32,12 +32,13 @@ if TYPE_CHECKING:
     from hvreplica.disk import Disk
     from hvreplica.files import FileSystem
 
-VERSION = 3
+VERSION = 4
 SOCKET_NAME = "control.sock"  # of the process that owns the folder
 NIL = uuid.UUID(int=0)
 PENDING_MAX = 256  # cuts that wait to be shipped; more only cost room that one later cut would not
 _STATE_BYTES_MAX = 16 << 20  # twice what that many cuts of 64 disks take
-_VERSIONS_READ = (1, 2, VERSION)  # 1 had no cuts that wait, 2 no kinds of points and no way back
+# 1 had no cuts that wait, 2 no kinds of points and no way back, 3 no points of a store that are shipped on.
+_VERSIONS_READ = (1, 2, 3, VERSION)
 
 
 class TrackedDisk(msgspec.Struct, forbid_unknown_fields=True):
@@ -84,6 +85,7 @@ class Transfer(msgspec.Struct, forbid_unknown_fields=True):
     "acknowledged" once the replica has them durably; the fingerprints follow from there. tracked: whether
     every write since an initial transfer began is known to live tracking. disks: those that the point of the
     logs has, with their sizes at the cut; the one that joins. point_kind, consistency: of that point.
+    source_point: the point of a store that it shows, None for a primary's disks.
     """
 
     kind: Annotated[str, Meta(pattern="^(initial|join|logs)$")]
@@ -97,6 +99,7 @@ class Transfer(msgspec.Struct, forbid_unknown_fields=True):
     disks: list[messages.DiskSize] = []
     point_kind: messages.PointKind = "standard"
     consistency: messages.Consistency = "crash"
+    source_point: uuid.UUID | None = None
 
 
 class Stopped(msgspec.Struct, forbid_unknown_fields=True):
@@ -120,7 +123,9 @@ class PrimaryState(msgspec.Struct, forbid_unknown_fields=True):
     phase: "new" before the first byte, "initial" until the replica has a whole copy, then "ready". transfer:
     the one on its way. pending: the cuts behind it, oldest first. mixed: the replica's copy is of several
     instants until the next logs are applied. paused: no cycle runs until it is resumed. joining: the copy of
-    an added disk that is on its way beside them. stopped: None as long as the VM may run here.
+    an added disk that is on its way beside them. stopped: None as long as the VM may run here. store: of an
+    extended replication, the store whose points are shipped on, else empty. source_point: the one of them
+    that last_point shows; None where nobody knows.
     """
 
     version: int
@@ -136,6 +141,8 @@ class PrimaryState(msgspec.Struct, forbid_unknown_fields=True):
     paused: bool = False
     joining: Transfer | None = None
     stopped: Stopped | None = None
+    store: str = ""
+    source_point: uuid.UUID | None = None
 
 
 class StateFolder:

@@ -61,6 +61,16 @@ def require_running(state: PrimaryState, folder: Path, *, prepare: bool = False)
     )
 
 
+def require_own_disks(state: PrimaryState, folder: Path) -> None:
+    """Refuse the folder of an extended replication to what is for a VM that runs here. Raises: StateError."""
+    if state.store:
+        raise StateError(
+            f"this folder is that of an extended replication: it ships points of the store {state.store}",
+            path=folder,
+            hint=f"run `hvreplica extend --store {state.store} --vm {state.vm}`, or name the VM's own folder",
+        )
+
+
 def mark_prepared(work: Work) -> None:
     """Let the VM start no more; durable on return."""
     with work.lock:

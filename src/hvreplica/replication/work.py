@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from hvreplica.formats import messages
     from hvreplica.formats.messages import PointPolicy
     from hvreplica.progress import ProgressCallback
+    from hvreplica.replication.origin import Origin
     from hvreplica.replication.results import GonePoint, ShippedLog
     from hvreplica.replication.sources import FrameSource
     from hvreplica.replication.state import PrimaryState, StateFolder, Transfer
@@ -97,7 +98,8 @@ class Work:
     needs both takes `cutting` first. disks, tables: of those that the VM has now, in the order of `indexes`.
     points: what the replica shall keep of the VM's points, None for what it was told before.
     is_due: whether a cycle should begin now; an added disk's first copy makes room for it. within: where
-    alone a disk may differ from its table at the next comparison, by index.
+    alone a disk may differ from its table at the next comparison, by index. origin: the recovery point that
+    the disks are, where they are those of a store.
     """
 
     folder: StateFolder
@@ -111,6 +113,7 @@ class Work:
     machine: Machine | None = None
     points: PointPolicy | None = None
     is_due: Callable[[], bool] = lambda: False
+    origin: Origin | None = None
     tables: list[FingerprintTable] = field(default_factory=list)
     within: dict[int, npt.NDArray[np.int64]] = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=threading.RLock)
@@ -126,6 +129,11 @@ class Work:
         """The places, in `disks` and `tables`, of the disks that points of now have."""
         stages = [self.state.disks[index].stage for index in self.indexes]
         return [place for place, stage in enumerate(stages) if stage != "joining"]
+
+    @property
+    def instant_s(self) -> float:
+        """The instant that the disks show: now, or that of the recovery point that they are."""
+        return self.clock.now_s() if self.origin is None else self.origin.instant_s
 
     def save(self) -> None:
         """Make the state durable; from any thread."""
