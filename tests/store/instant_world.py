@@ -14,7 +14,7 @@ from hvreplica.store.digest import Digest, digest_of
 from hvreplica.store.follow import expected_digest
 from hvreplica.store.open_point import open_point
 from hvreplica.store.policy import Policy, pack_policy
-from tests.store.world import INSTANT_S, Cycle, Primary, guid, send_logs, small_disk
+from tests.store.world import INSTANT_S, Cycle, Primary, guid, read_disk, send_logs, small_disk
 from tests.support.fakeclock import FakeClock
 from tests.support.faultfile import FaultFiles
 from tests.support.points import read_point
@@ -30,7 +30,8 @@ KEEP = Policy(recovery_point_every_s=0, keep_logs_s=3600)
 class InstantWorld:
     """Two disks, a store in memory, and the writes of the guest in order: (second, disk, offset, data)."""
 
-    def __init__(self, root: Path, seed: int, policy: Policy = KEEP) -> None:
+    def __init__(self, root: Path, seed: int, policy: Policy = KEEP, *, record: bool = False) -> None:
+        """record: note the catalog at each commit, for tests that cut the power."""
         self.root = root
         self.rng = random.Random(seed)
         self.files = FaultFiles(root)
@@ -38,7 +39,8 @@ class InstantWorld:
         self.primary = Primary(self.clock, [small_disk(index, 2) for index in range(2)])
         self.primary.scribble(self.rng, 8)
         self.base = self.primary.image()
-        self.store = Store.create_or_open(self.files, root, clock=self.clock)
+        noted = (lambda data: self.files.note("catalog", data)) if record else None
+        self.store = Store.create_or_open(self.files, root, clock=self.clock, on_commit=noted)
         self.replica = self.primary.replicate(self.store)
         self.set_policy(policy)
         self.writes: list[tuple[float, int, int, bytes]] = []
@@ -125,6 +127,13 @@ class InstantWorld:
             if int(second) <= int(instant_s):
                 disks[index][offset : offset + len(data)] = data
         return {index: bytes(content) for index, content in disks.items()}
+
+    def active(self) -> dict[int, bytes]:
+        """Return what the active disks of a failover show."""
+        return {
+            disk.disk: read_disk(self.files, self.home.paths.active(disk.disk), self.clock)
+            for disk in self.home.failover().active
+        }
 
     def make(self, instant_s: float) -> uuid.UUID:
         """Make a point of this instant; return its id."""

@@ -9,7 +9,16 @@ import click
 
 import hvreplica
 from hvreplica.cli.exit import INTERRUPTED, Signalled
-from hvreplica.cli.options import ADDRESS, PATH, link_options, option, store_option, verb, vm_option
+from hvreplica.cli.options import (
+    ADDRESS,
+    PATH,
+    POINT_HELP,
+    link_options,
+    option,
+    store_option,
+    verb,
+    vm_option,
+)
 from hvreplica.cli.progress import progress_shown
 from hvreplica.cli.render import plain
 from hvreplica.cli.serve import run_until_signal
@@ -23,7 +32,6 @@ if TYPE_CHECKING:
     from hvreplica.replication.reverse_verb import ReverseResult
     from hvreplica.store import FailoverStatus
 
-_POINT_HELP = "latest, latest-app (application-consistent), or the id of a point."
 _WORDS = {
     "Replicating": "the replica follows its primary",
     "PreparedForFailover": "the primary is off, and everything of it is here",
@@ -43,7 +51,7 @@ def failover() -> None:
 @option(
     "--point",
     metavar="POINT",
-    help=f"{_POINT_HELP}  [default: that of the test that there is, else latest]",
+    help=f"{POINT_HELP}  [default: that of the test that there is, else latest]",
 )
 @option(
     "--socket",
@@ -100,7 +108,7 @@ def _tell_ready(output: Output, served: FiredrillServer) -> None:
 @failover.command(short_help="Make the replica the active side, its primary being lost.")
 @store_option
 @vm_option
-@option("--point", default="latest", show_default=True, metavar="POINT", help=_POINT_HELP)
+@option("--point", default="latest", show_default=True, metavar="POINT", help=POINT_HELP)
 @option("--force", is_flag=True, help="Take a point that is marked damaged, too.")
 @verb
 def unplanned(output: Output, *, store: Path, vm: str, point: str, force: bool) -> None:
@@ -133,7 +141,7 @@ def planned(output: Output, *, store: Path, vm: str) -> None:
 @failover.command(short_help="Take a failover back, or choose another point.")
 @store_option
 @vm_option
-@option("--point", metavar="POINT", help=f"Fail over to this point instead: {_POINT_HELP}")
+@option("--point", metavar="POINT", help=f"Fail over to this point instead: {POINT_HELP}")
 @option("--force", is_flag=True, help="Lose what was written to the active disks.")
 @verb
 def cancel(output: Output, *, store: Path, vm: str, point: str | None, force: bool) -> None:

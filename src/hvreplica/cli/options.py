@@ -142,6 +142,10 @@ class _NamedPath(click.Path):
 
 
 PATH = _NamedPath(path_type=Path)
+POINT_HELP = (
+    "latest, latest-app (application-consistent), the id of a point, or an instant between two cycles, such"
+    " as 2026-11-23T10:15:30Z, see `point at`."
+)
 DISK_FORMAT = click.Choice(["vhdx", "vhd", "raw"])
 DISK_TYPE = click.Choice(["dynamic", "fixed"])
 _RAW_ENDINGS = (".raw", ".img")

@@ -10,6 +10,7 @@ import hvreplica
 from hvreplica.cli.options import (
     DISK_FORMAT,
     PATH,
+    POINT_HELP,
     SIZE,
     format_for,
     option,
@@ -65,7 +66,7 @@ def _show(output: Output, vm: str, points: list[PointStatus]) -> None:
 @point.command(short_help="Copy a disk at a point to a file of its own.")
 @store_option
 @vm_option
-@option("--point", metavar="ID", help="The recovery point.  [default: the newest]")
+@option("--point", metavar="POINT", help=f"{POINT_HELP}  [default: latest]")
 @option("--disk", type=click.IntRange(min=0), default=0, show_default=True, help="Which disk of the VM.")
 @option("--output", "target", type=PATH, required=True, metavar="FILE", help="The new disk.")
 @option(

@@ -9,7 +9,7 @@ import click
 
 import hvreplica
 from hvreplica.cli.exit import INTERRUPTED, Signalled
-from hvreplica.cli.options import PATH, option, store_option, verb, vm_option
+from hvreplica.cli.options import PATH, POINT_HELP, option, store_option, verb, vm_option
 from hvreplica.cli.render import plain
 from hvreplica.cli.serve import run_until_signal
 from hvreplica.units import format_size
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 @option(
     "--point",
     "which",
-    metavar="ID",
+    metavar="POINT",
     default="latest",
     show_default=True,
-    help="The recovery point: its id, latest, or latest-app for the newest application-consistent one.",
+    help=POINT_HELP,
 )
 @option(
     "--socket", type=PATH, required=True, metavar="PATH", help="The Unix socket where NBD clients connect."

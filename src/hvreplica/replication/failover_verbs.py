@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 from hvreplica.clock import SYSTEM
 from hvreplica.files import OS_FILES
+from hvreplica.replication.point_names import parse_point
 from hvreplica.store import FailoverStatus, Store, Wish, cancel, commit, fail_over
 from hvreplica.store import failover_status as status_of
+from hvreplica.store.at_instant import WAIT_S
 from hvreplica.store.firedrill import end_firedrill
-from hvreplica.store.open_point import LATEST, LATEST_APP, point_id_of
-from hvreplica.store.promotion import WAIT_S
+from hvreplica.store.open_point import LATEST
 
 if TYPE_CHECKING:
     import os
-    import uuid
     from collections.abc import Iterator
 
     from hvreplica.progress import ProgressCallback
@@ -36,11 +36,12 @@ def failover_unplanned(
 ) -> FailoverStatus:
     """Make the replica of a VM the active side, at `point`; its primary is locked out from now on.
 
-    point: "latest", "latest-app", or a point's id. force: also one that is damaged. wait_s: how long to wait
-    for who reads or changes the VM's disks. On return the disks to run from are durable; they are named in
-    the answer. Cut anywhere, the same call goes on. What the primary wrote after its last acknowledged cut
-    is not in it: stop the primary first. Raises: NoSuchPoint, InvalidTransition, FailoverRefused, Locked,
-    StoreError.
+    point: "latest", "latest-app", a point's id, or an instant between two cycles, see point_at(), for which a
+    point of kind manual is made first: the primary is let in until that is there. force: also one that is
+    damaged. wait_s: how long to wait for who reads or changes the VM's disks. On return the disks to run from
+    are durable; they are named in the answer. Cut anywhere, the same call goes on. What the primary wrote
+    after its last acknowledged cut is not in it: stop the primary first. Raises: NoSuchPoint,
+    InvalidTransition, FailoverRefused, Locked, StoreError.
     """
     with _opened(store, vm) as home:
         fail_over(home, "unplanned", Wish(parse_point(point), force=force, wait_s=wait_s, progress=progress))
@@ -93,11 +94,6 @@ def failover_status(store: PathLike, vm: str) -> FailoverStatus:
     """Return where a failover of a VM stands. Raises: NoSuchPoint for an unknown VM."""
     with _opened(store, vm) as home:
         return status_of(home)
-
-
-def parse_point(text: str) -> uuid.UUID | str:
-    """Return LATEST, LATEST_APP or the id that `text` says. Raises: NoSuchPoint."""
-    return text if text in {LATEST, LATEST_APP} else point_id_of(text)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self
 
 from hvreplica.clock import SYSTEM
 from hvreplica.files import OS_FILES
-from hvreplica.replication.failover_verbs import parse_point
+from hvreplica.replication.point_names import parse_point
 from hvreplica.replication.point_server import PointServer
 from hvreplica.store import Store
 from hvreplica.store.firedrill import begin_firedrill, firedrill_lock, remove_firedrill
@@ -43,10 +43,11 @@ class FiredrillServer:
     ) -> None:
         """Begin a test of `point`, or go on with the one that there is; bind the socket.
 
-        socket: None for test/nbd.sock in the VM folder. point: an id, "latest" or "latest-app"; None goes on
-        with the test that there is, else takes the latest. Raises: InvalidTransition where there is a test of
-        another point; NoSuchPoint; FailoverRefused for a damaged point; Locked while another process serves
-        it; StoreError; Unreachable for the socket.
+        socket: None for test/nbd.sock in the VM's folder.
+        point: an id, "latest", "latest-app" or an instant, see point_at(); None goes on with the test that
+        there is, else takes the latest. Raises: InvalidTransition where there is a test of another point;
+        NoSuchPoint; FailoverRefused for a damaged point; Locked while another process serves it; StoreError;
+        Unreachable for the socket.
         """
         with contextlib.ExitStack() as stack:
             opened = stack.enter_context(

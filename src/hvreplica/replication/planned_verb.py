@@ -10,7 +10,7 @@ from hvreplica.clock import SYSTEM
 from hvreplica.files import OS_FILES
 from hvreplica.store import FailoverStatus, Store, Wish, fail_over
 from hvreplica.store import failover_status as status_of
-from hvreplica.store.promotion import WAIT_S
+from hvreplica.store.at_instant import WAIT_S
 
 if TYPE_CHECKING:
     import os

@@ -18,6 +18,7 @@ from hvreplica.capture.service import DiskService
 from hvreplica.clock import SYSTEM
 from hvreplica.files import OS_FILES
 from hvreplica.native.live import Gate
+from hvreplica.replication.point_names import point_to_open
 from hvreplica.store import Store
 from hvreplica.store.open_point import LATEST
 from hvreplica.store.point_child import kept_child, loose_child
@@ -60,18 +61,19 @@ class PointServer:
     ) -> None:
         """Open the point and bind the socket; clients wait until serve_forever().
 
-        point: its id, "latest" or "latest-app". writable: let clients write; what they write is lost at the
-        end, or is in the folder `keep`, one differencing disk for each of the point's, named 0.vhdx and so
-        on, which the same point can be served with again. Raises: NoSuchPoint, StoreError; ParentMismatch for
-        a `keep` of another point; Locked, Unreachable for the socket; ValueError for `keep` without
-        `writable`.
+        point: its id, "latest", "latest-app", or an instant, for which a point is made that stays. writable:
+        let clients write; what they write is lost at the end, or is in the folder `keep`, one differencing
+        disk for each of the point's, named 0.vhdx and so on, which the same point can be served with again.
+        Raises: NoSuchPoint, StoreError; ParentMismatch for a `keep` of another point; Locked, Unreachable for
+        the socket; ValueError for `keep` without `writable`.
         """
         if keep is not None and not writable:
             message = "only what may be written can be kept"
             raise ValueError(message)
         with contextlib.ExitStack() as stack:
             opened = stack.enter_context(Store.open_reading(files, Path(store), clock=clock))
-            self.point: OpenPoint = stack.enter_context(opened.open_point(vm, point))
+            which = point_to_open(opened.home(vm), point) if isinstance(point, str) else point
+            self.point: OpenPoint = stack.enter_context(opened.open_point(vm, which))
             self._services = [
                 self._service(index, stack, writable=writable, keep=keep, files=files, clock=clock)
                 for index in self.point.disks

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from hvreplica.clock import SYSTEM
 from hvreplica.files import OS_FILES
+from hvreplica.replication.point_names import point_to_open
 from hvreplica.store import Store
 from hvreplica.store.pace import Pace
 
@@ -47,13 +48,13 @@ def point_export(
 ) -> ExportReport:
     """Write one disk of a recovery point to a file of its own;
 
-    whole under that name on return, or nothing of it. point: its id, "latest" (as None) or "latest-app".
-    Replication goes on meanwhile.
+    whole under that name on return, or nothing of it. point: its id, "latest" (as None), "latest-app", or an
+    instant, for which a point is made that stays, see point_at(). Replication goes on meanwhile.
     """
     with contextlib.closing(Store.open_reading(OS_FILES, Path(store), clock=SYSTEM)) as opened:
         return opened.export_point(
             vm,
-            point,
+            None if point is None else point_to_open(opened.home(vm), point),
             disk,
             Path(output),
             format=format,

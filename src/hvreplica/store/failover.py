@@ -314,13 +314,18 @@ def pinned_points(failover: Failover) -> frozenset[uuid.UUID]:
 def with_test(name: str, failover: Failover, test: Firedrill) -> Failover:
     """Return the record with a test failover, one at a time. Raises: InvalidTransition."""
     if failover.test is not None:
-        raise InvalidTransition(
-            f"VM {name!r} has a test failover already, of point {failover.test.point}",
-            field="state",
-            actual=TEST_STATE,
-            hint="end it with `hvreplica failover test --cleanup`, or go on with it by naming no point",
-        )
+        raise second_test(name, failover.test)
     return replace(failover, test=test)
+
+
+def second_test(name: str, test: Firedrill) -> InvalidTransition:
+    """Return why there is no test of another point beside this one."""
+    return InvalidTransition(
+        f"VM {name!r} has a test failover already, of point {test.point}",
+        field="state",
+        actual=TEST_STATE,
+        hint="end it with `hvreplica failover test --cleanup`, or go on with it by naming no point",
+    )
 
 
 def _arrive(failover: Failover, rule: Rule) -> Failover:

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from hvreplica.errors import InvalidTransition, Locked
 from hvreplica.store import failover as table
+from hvreplica.store.at_instant import Instant, reach, shown_by
 from hvreplica.store.failover import Firedrill
 from hvreplica.store.open_point import LATEST
 from hvreplica.store.promotion import choose_point
@@ -28,21 +29,19 @@ if TYPE_CHECKING:
     from hvreplica.store.home import VmHome
 
 
-def begin_firedrill(home: VmHome, point: uuid.UUID | str | None) -> Firedrill:
+def begin_firedrill(home: VmHome, point: uuid.UUID | str | Instant | None) -> Firedrill:
     """Record a test failover of `point`, or return the one that there is; under firedrill_lock().
 
-    point: its id, LATEST or LATEST_APP; None goes on with the test that there is, else takes LATEST. Raises:
-    NoSuchPoint, FailoverRefused for a damaged point, InvalidTransition for a second test or one that is being
-    removed.
+    point: its id, LATEST, LATEST_APP, or an instant, for which a point is made that stays; None goes on with
+    the test that there is, else takes LATEST. Raises: NoSuchPoint, FailoverRefused for a damaged point,
+    InvalidTransition for a second test or one that is being removed; for an instant as reach().
     """
+    if isinstance(point, Instant):
+        point = _point_at(home, point)
     with home.catalog.transaction():
         record = home.failover()
         test = record.test
-        if test is not None and test.removing:
-            raise InvalidTransition(
-                f"the test failover of VM {home.name!r} is being removed",
-                hint="call `hvreplica failover test --cleanup` again; then begin another one",
-            )
+        _require_staying(home, test)
         if test is not None and (point is None or point == test.point):
             return test
         chosen = choose_point(home, LATEST if point is None else point, force=False, waiting=False)
@@ -50,6 +49,26 @@ def begin_firedrill(home: VmHome, point: uuid.UUID | str | None) -> Firedrill:
         begun = Firedrill(chosen.id, sorted(members), home.clock.now_s())
         home.set_failover(table.with_test(home.name, record, begun))
         return begun
+
+
+def _point_at(home: VmHome, instant: Instant) -> uuid.UUID:
+    """Return a point that shows the instant, made unless it is that of the test or may be none."""
+    test = home.failover().test
+    _require_staying(home, test)
+    if test is None:
+        return reach(home, instant).id
+    if shown_by(home, instant, test.point) is None:
+        raise table.second_test(home.name, test)
+    return test.point
+
+
+def _require_staying(home: VmHome, test: Firedrill | None) -> None:
+    """Refuse to go on with a test whose removal was cut. Raises: InvalidTransition."""
+    if test is not None and test.removing:
+        raise InvalidTransition(
+            f"the test failover of VM {home.name!r} is being removed",
+            hint="call `hvreplica failover test --cleanup` again; then begin another one",
+        )
 
 
 def end_firedrill(home: VmHome) -> bool:

@@ -14,18 +14,18 @@ Every step may be done twice, so after a cut the same verb is called again.
 
 from __future__ import annotations
 
-import contextlib
-import threading
 from typing import TYPE_CHECKING, NamedTuple
 
 from msgspec.structs import replace
 
+from hvreplica.clock import iso_time
 from hvreplica.disk import create_disk, open_disk
 from hvreplica.disk.open import open_layer
-from hvreplica.errors import FailoverRefused, HvReplicaError, InvalidTransition, Locked, NoSuchPoint
+from hvreplica.errors import FailoverRefused, HvReplicaError, InvalidTransition, NoSuchPoint
 from hvreplica.files import require_unused
 from hvreplica.store import failover as table
 from hvreplica.store.apply import finish
+from hvreplica.store.at_instant import WAIT_S, Instant, exclusive_within, reach, shown_by
 from hvreplica.store.check import require_sound
 from hvreplica.store.failover import ActiveDisk, Failover, Intent
 from hvreplica.store.open_point import LATEST, LATEST_APP
@@ -42,19 +42,17 @@ if TYPE_CHECKING:
     from hvreplica.store.home import VmHome
     from hvreplica.store.records import PointRow
 
-WAIT_S = 60.0
-_LOOK_EVERY_S = 0.1
 _UNFINISHED = ".tmp"
 _POINT_TYPES: dict[str, table.PointType] = {"app": "application-consistent", "crash": "regular"}
 
 
 class Wish(NamedTuple):
-    """How a verb is to be done. point: LATEST, LATEST_APP or a point's id; None for none.
+    """How a verb is to be done. point: LATEST, LATEST_APP, a point's id, or an instant; None for none.
 
     force: although data is lost, or the point is damaged. wait_s: for what holds the VM's disks.
     """
 
-    point: uuid.UUID | str | None = None
+    point: uuid.UUID | str | Instant | None = None
     force: bool = False
     delete_points: bool = False
     wait_s: float = WAIT_S
@@ -64,14 +62,15 @@ class Wish(NamedTuple):
 def fail_over(home: VmHome, verb: table.Verb, wish: Wish) -> Failover:
     """Do `unplanned` or `planned`, or the rest of it; return the record. Done already: nothing is done.
 
-    Durable on return. Raises: NoSuchPoint, InvalidTransition, FailoverRefused for a damaged point; Locked
-    where the disks stay in use for longer than wait_s, after which the same call goes on; StoreFull,
-    StoreError, FormatError.
+    An instant is made a point first; the primary is let in until that is durable. Durable on return. Raises:
+    NoSuchPoint, InvalidTransition, FailoverRefused for a damaged point; Locked where the disks stay in use
+    for longer than wait_s, after which the same call goes on; StoreFull, StoreError, FormatError.
     """
     _settle_initial(home, wish)
+    wish = _reached(home, verb, wish)
     with home.catalog.transaction():
         record = home.failover()
-        point = None if wish.point is None else choose_point(home, wish.point, force=wish.force)
+        point = _chosen(home, wish)
         if _is_done(home, record, verb, point):
             return record
         begun = table.begin(home.name, record, verb, intent=Intent(verb, "finish", point=_id(point)))
@@ -89,15 +88,12 @@ def cancel(home: VmHome, wish: Wish) -> Failover:
     What was written to the active disks is lost; that needs wish.force. Raises: FailoverRefused without it,
     InvalidTransition, NoSuchPoint, Locked, StoreError.
     """
-    with _exclusive(home, wish):
+    with exclusive_within(home, wish.wait_s):
+        wish = _reached(home, "cancel", wish)
         with home.catalog.transaction():
             record = home.failover()
             leaving = None if record.reverted is None else record.reverted.id
-            then = (
-                None
-                if wish.point is None
-                else choose_point(home, wish.point, force=wish.force, without=leaving)
-            )
+            then = _chosen(home, wish, without=leaving)
             is_repeated = record.intent is not None and record.intent.verb == "cancel"
             begun = table.begin(
                 home.name, record, "cancel", intent=Intent("cancel", "remove", then_point=_id(then))
@@ -135,6 +131,12 @@ def commit(home: VmHome, wish: Wish) -> Failover:
 
 def _id(point: PointRow | None) -> uuid.UUID | None:
     return None if point is None else point.id
+
+
+def _chosen(home: VmHome, wish: Wish, *, without: uuid.UUID | None = None) -> PointRow | None:
+    """Return the point that is wanted, none for none; _reached() comes first."""
+    assert not isinstance(wish.point, Instant)
+    return None if wish.point is None else choose_point(home, wish.point, force=wish.force, without=without)
 
 
 def choose_point(
@@ -189,8 +191,32 @@ def written_bytes(home: VmHome, disk_index: int) -> int:
 def _settle_initial(home: VmHome, wish: Wish) -> None:
     """Let disks that came whole take their place first: they bring a point that may be the one to choose."""
     if any(row.state == "renaming" for row in home.catalog.transfers(home.vm_id)):
-        with _exclusive(home, wish):
+        with exclusive_within(home, wish.wait_s):
             finish(home, progress=wish.progress)
+
+
+def _reached(home: VmHome, verb: table.Verb, wish: Wish) -> Wish:
+    """Return the wish with a point's id for its instant, whose point is made where there is none yet.
+
+    A verb that does not follow, or may not, is refused before. Raises: as reach() and the verb.
+    """
+    if not isinstance(wish.point, Instant):
+        return wish
+    record, instant = home.failover(), wish.point
+    intent = record.intent
+    if verb == "cancel" and intent is not None and intent.verb == "cancel":
+        return wish._replace(point=None)  # it goes on with what was recorded
+    found = shown_by(home, instant, None if intent is None else intent.point, record.point)
+    if found is None:
+        if verb == "unplanned" and intent is None and record.state == "FailedOverWaitingCompletion":
+            raise _elsewhere(home, record, iso_time(instant.unix_s))
+        table.begin(home.name, record, verb)
+        if verb == "cancel" and not wish.force:
+            _require_unwritten(home)
+        if verb == "unplanned" and intent is not None:
+            raise _other_point(home, intent.point, iso_time(instant.unix_s))
+        found = reach(home, instant, wait_s=wish.wait_s, progress=wish.progress)
+    return wish._replace(point=found.id)
 
 
 def _is_done(home: VmHome, record: Failover, verb: table.Verb, point: PointRow | None) -> bool:
@@ -199,13 +225,7 @@ def _is_done(home: VmHome, record: Failover, verb: table.Verb, point: PointRow |
         return False
     is_it = point is None or point.id in {record.point, record.reverted and record.reverted.id}
     if verb == "unplanned" and not is_it:
-        raise InvalidTransition(
-            f"VM {home.name!r} is failed over to point {record.point}",
-            field="point",
-            expected=record.point,
-            actual=point and point.id,
-            hint=f"choose another one with `hvreplica failover cancel --point {point and point.id}`",
-        )
+        raise _elsewhere(home, record, str(point and point.id))
     return True
 
 
@@ -213,11 +233,25 @@ def _require_same_point(home: VmHome, begun: Failover, wish: Wish, point: PointR
     intent = begun.intent
     if intent is None or point is None or intent.point in {None, point.id} or isinstance(wish.point, str):
         return
-    raise InvalidTransition(
-        f"a failover of VM {home.name!r} to point {intent.point} was cut before its end",
+    raise _other_point(home, intent.point, str(point.id))
+
+
+def _elsewhere(home: VmHome, record: Failover, wanted: str) -> InvalidTransition:
+    return InvalidTransition(
+        f"VM {home.name!r} is failed over to point {record.point}",
         field="point",
-        expected=intent.point,
-        actual=point.id,
+        expected=record.point,
+        actual=wanted,
+        hint=f"choose another one with `hvreplica failover cancel --point {wanted}`",
+    )
+
+
+def _other_point(home: VmHome, point_id: uuid.UUID | None, wanted: str) -> InvalidTransition:
+    return InvalidTransition(
+        f"a failover of VM {home.name!r} to point {point_id} was cut before its end",
+        field="point",
+        expected=point_id,
+        actual=wanted,
         hint="call it again for that point, or call `hvreplica failover cancel` first",
     )
 
@@ -255,7 +289,7 @@ def _require_unwritten(home: VmHome) -> None:
 
 def _run(home: VmHome, wish: Wish) -> Failover:
     """Do the recorded step and those that follow, until none is recorded."""
-    with _exclusive(home, wish):
+    with exclusive_within(home, wish.wait_s):
         while (record := home.failover()).intent is not None:
             assert record.intent is not None
             work = _STEPS.get(record.intent.step)
@@ -353,23 +387,6 @@ _STEPS: dict[str, Callable[[VmHome, Failover, Wish], _Done]] = {
     "restore": _restore,
     "delete": _delete,
 }
-
-
-@contextlib.contextmanager
-def _exclusive(home: VmHome, wish: Wish) -> Iterator[None]:
-    """Hold the VM's disks; wait for a while for who holds them: an apply that is under way, or a reader."""
-    deadline_s = home.clock.monotonic_s() + wish.wait_s
-    with contextlib.ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(home.exclusive())
-                break
-            except Locked as error:
-                if home.clock.monotonic_s() >= deadline_s:
-                    error.hint = "end what reads the VM's disks, then call this again; it goes on from here"
-                    raise
-            threading.Event().wait(_LOOK_EVERY_S)
-        yield
 
 
 def _active_files(home: VmHome) -> Iterator[tuple[Path, int]]:

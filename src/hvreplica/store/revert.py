@@ -100,6 +100,7 @@ def take_back(
     made = catalog.point(vm_id, reverted.id)
     logs = catalog.logs(vm_id, reverted.id)
     parts = catalog.undo_rows(vm_id, point_id=reverted.from_point)
+    kept = [row for row in catalog.kept_logs(vm_id) if row.point_id == reverted.id]
     states: list[DiskRow] = []
     if made is not None and made.state != "spooled":
         damaged = _damaged(home, parts)
@@ -122,12 +123,15 @@ def take_back(
             catalog.set_removed(vm_id, disk.disk, disk.removed_s)
         for part in parts:
             catalog.delete_undo(vm_id, part.id)
+        for row in kept:
+            catalog.delete_kept_log(vm_id, row.log_id)
         catalog.delete_point(vm_id, reverted.id)
 
     def remove_files() -> None:
         remove_parts(home, parts)
-        for log in logs:
-            home.files.unlink(home.paths.log(log.log_id))
+        for log_id in {log.log_id for log in logs} | {row.log_id for row in kept}:
+            home.files.unlink(home.paths.log(log_id))
+            home.files.unlink(home.paths.kept_log(log_id))
 
     return change_rows, remove_files
 

@@ -1,0 +1,75 @@
+"""A verb was given an instant: make the point that shows it, or find the one that an earlier call made.
+
+    received ──> finish: what waits is applied, its logs are kept ──> make_point_at() ──> the verb goes on
+                                                                                      with the point's id
+
+The same instant is the same point, so a verb that was cut here, or later, is called again with the instant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import TYPE_CHECKING, NamedTuple
+
+from hvreplica.errors import Locked
+from hvreplica.store.apply import finish
+from hvreplica.store.failover import may_apply
+from hvreplica.store.instant import make_point_at
+
+if TYPE_CHECKING:
+    import uuid
+    from collections.abc import Iterator
+
+    from hvreplica.progress import ProgressCallback
+    from hvreplica.store.home import VmHome
+    from hvreplica.store.records import PointRow
+
+WAIT_S = 60.0
+_LOOK_EVERY_S = 0.1
+
+
+class Instant(NamedTuple):
+    """An instant that stands where a point may be named; Unix seconds. It means the end of its second."""
+
+    unix_s: float
+
+
+def reach(
+    home: VmHome, instant: Instant, *, wait_s: float = WAIT_S, progress: ProgressCallback | None = None
+) -> PointRow:
+    """Return a point that shows the instant, durable. What was received and waits may hold it: it is applied
+    first.
+
+    Raises: as make_point_at(); Locked where the disks stay in use for longer than wait_s.
+    """
+    with exclusive_within(home, wait_s):
+        if may_apply(home.failover()):
+            finish(home, progress=progress)
+        return make_point_at(home, instant.unix_s)
+
+
+def shown_by(home: VmHome, instant: Instant, *point_ids: uuid.UUID | None) -> PointRow | None:
+    """Return that of these points which shows the very instant; None where none does."""
+    for point_id in point_ids:
+        row = None if point_id is None else home.catalog.point(home.vm_id, point_id)
+        if row is not None and row.instant_s == instant.unix_s:
+            return row
+    return None
+
+
+@contextlib.contextmanager
+def exclusive_within(home: VmHome, wait_s: float) -> Iterator[None]:
+    """Hold the VM's disks; wait for a while for who holds them: an apply that is under way, or a reader."""
+    deadline_s = home.clock.monotonic_s() + wait_s
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(home.exclusive())
+                break
+            except Locked as error:
+                if home.clock.monotonic_s() >= deadline_s:
+                    error.hint = "end what reads the VM's disks, then call this again; it goes on from here"
+                    raise
+            threading.Event().wait(_LOOK_EVERY_S)
+        yield
