@@ -31,13 +31,16 @@ from hvreplica.formats.hrl import (
     LOG_BYTES_MAX,
     LOG_FORMAT_VERSION_2,
     METADATA_BYTES_DEFAULT,
+    METADATA_HEADER_BYTES,
     NIL_GUID,
     SECTOR_BYTES,
     LogHeader,
     MetadataHeader,
+    entry_capacity,
 )
 from hvreplica.formats.hrl_entries import pack_metadata_block, parse_entries
 from hvreplica.hrl.report import LogSummary
+from hvreplica.units import align_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,6 +60,7 @@ _WINDOW_BYTES = 1 << 20
 _DIRECT_BYTES = 128 << 10  # from here on a copy into the window costs more than the call it saves
 _HOLE_BYTES_MIN = 16 << 10  # a smaller hole costs more in calls than its zeros do in writing
 _ZERO_ENTRIES_PER_BATCH = 1 << 14
+_BLOCK_BYTES_MAX = 256 << 10  # of metadata; one that is not full at a part's end is room for nothing
 _ZEROS_CHECKSUM = 0xFFFFFFFF  # [MS-HRL] 2.6 over zeros of any length
 
 
@@ -96,7 +100,7 @@ class LogWriter:
         self._window = memoryview(bytearray(_WINDOW_BYTES))
         self._filled_bytes = 0
         self._position = HEADER_BYTES + header.metadata_size  # where the next byte of the log belongs
-        self._last_block = HEADER_BYTES
+        self._last_block: int | None = HEADER_BYTES
         self._durable = self._position
         self._blocks = 1
         self._entries = 0
@@ -137,15 +141,23 @@ class LogWriter:
         log_id: UUID | None,
         data_write_guid: UUID | None,
         clock: Clock,
+        entry_count: int = 0,
     ) -> LogWriter:
         """Make an empty undo part at `path`: a log of another type, see docs/formats/hru.md.
 
         For a file that gets its name once it is whole: nothing is durable before close(), which syncs once,
-        so that after a power cut the part may look closed and not be whole. Raises: FileExistsError.
+        so that after a power cut the part may look closed and not be whole. entry_count: how many entries it
+        will have at most, so that few metadata blocks describe it; more may come. Raises: FileExistsError.
         """
         ids = (part_id, log_id or NIL_GUID, data_write_guid or NIL_GUID)
-        header = _new_header(ids, FILE_TYPE_UNDO, METADATA_BYTES_DEFAULT, clock)
-        return cls._begin(files, Path(path), header, clock, ordered=False)
+        header = _new_header(ids, FILE_TYPE_UNDO, _metadata_bytes(entry_count), clock)
+        header.validate(file_type=FILE_TYPE_UNDO)
+        writer = cls(files, files.open(Path(path), create=True, exclusive=True), header, clock)
+        writer._ordered = False
+        # Nobody reads it before it is closed: the header is written then, and the first block behind data.
+        writer._position = writer._durable = HEADER_BYTES
+        writer._last_block, writer._blocks = None, 0
+        return writer
 
     @classmethod
     def _begin(
@@ -156,9 +168,8 @@ class LogWriter:
         clock: Clock,
         *,
         recycle: bool = False,
-        ordered: bool = True,
     ) -> LogWriter:
-        header.validate(file_type=header.file_type)
+        header.validate()
         file = files.open(path, create=True, exclusive=not recycle)
         try:
             # An empty first block as Hyper-V writes it: an empty log can be closed, and recovery has an
@@ -166,8 +177,7 @@ class LogWriter:
             metadata_bytes = header.metadata_size
             first = pack_metadata_block(b"", previous_metadata_location=0, metadata_size=metadata_bytes)
             file.write(header.pack() + first, 0)
-            if ordered:
-                file.sync()
+            file.sync()
         except BaseException:
             file.close()
             with contextlib.suppress(OSError):
@@ -175,7 +185,6 @@ class LogWriter:
             raise
         writer = cls(files, file, header, clock)
         writer._stale_bytes = file.size() if recycle else 0
-        writer._ordered = ordered
         return writer
 
     @property
@@ -380,7 +389,7 @@ class LogWriter:
         location = self._position
         block = pack_metadata_block(
             self._pending,
-            previous_metadata_location=location - self._last_block,
+            previous_metadata_location=0 if self._last_block is None else location - self._last_block,
             metadata_size=self._header.metadata_size,
         )
         self._verify_block(block, location)
@@ -397,7 +406,7 @@ class LogWriter:
         parse_entries(
             block,
             count=packed.valid_metadata_entries,
-            data_offset=self._last_block + metadata_size,
+            data_offset=HEADER_BYTES if self._last_block is None else self._last_block + metadata_size,
             block_offset=location,
         )
 
@@ -437,7 +446,7 @@ class LogWriter:
             self._filled_bytes = 0
 
     def _flush(self, *, sync: bool = True) -> None:
-        if self._pending:
+        if self._pending or not self._blocks:
             self._end_block()
         self._drain()
         if sync and self._durable != self._position:
@@ -454,6 +463,13 @@ class LogWriter:
                 file.sync()
             finally:
                 file.close()
+
+
+def _metadata_bytes(entry_count: int) -> int:
+    """Return a MetadataSize for that many entries: few blocks, evenly full, none above _BLOCK_BYTES_MAX."""
+    blocks = max(-(-entry_count // entry_capacity(_BLOCK_BYTES_MAX)), 1)
+    wanted = METADATA_HEADER_BYTES + -(-entry_count // blocks) * ENTRY_BYTES
+    return max(align_up(wanted, METADATA_BYTES_DEFAULT), METADATA_BYTES_DEFAULT)
 
 
 def _new_header(ids: tuple[UUID, UUID, UUID], file_type: int, metadata_bytes: int, clock: Clock) -> LogHeader:

@@ -26,7 +26,7 @@ from hvreplica.errors import FormatError, LogError
 from hvreplica.formats.hrl import FILE_TYPE_HRL, FILE_TYPE_UNDO
 from hvreplica.hrl import LogReader, LogWriter
 from hvreplica.store.check import file_length
-from hvreplica.store.old_data import append_old
+from hvreplica.store.old_data import STEP_BYTES, append_old
 from hvreplica.store.point_use import hold_alone
 from hvreplica.store.points_kept import kept_points, part_path, spoiled_points
 from hvreplica.store.policy import policy_of
@@ -225,6 +225,7 @@ def _write_file(
                 log_id=logs[-1].log_id if logs else None,
                 data_write_guid=disk.data_write_guid,
                 clock=home.clock,
+                entry_count=len(extents) + covered_bytes // STEP_BYTES,  # each step may cut one in two
             )
             with writer:
                 append_old(writer, disk, extents)
