@@ -2,7 +2,9 @@
 
 Each point has one undo part of scattered 4 KiB grains, as a busy guest leaves them, most of them written
 again and again. A drop is timed whole: the catalog, the files that go, and the parts that its heir gets
-written anew. What it is measured against is writing the point's own part twice, as apply writes it, durable.
+written anew. Half of those that are timed leave all to one heir; what is merged after a cycle is not in them,
+but in the drops that follow. What it is measured against is writing the point's own part twice, as apply
+writes it, durable.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from hvreplica.store.home import StoreParts, VmHome
 from hvreplica.store.layout import CATALOG_NAME
 from hvreplica.store.points_kept import chain, kept_points
 from hvreplica.store.records import Owner, PointRow, UndoRow
-from hvreplica.store.retain import let_go
+from hvreplica.store.retain import compact_many, let_go
 from hvreplica.units import MIB
 
 if TYPE_CHECKING:
@@ -46,15 +48,16 @@ def run(*, smoke: bool) -> Report:
     with scratch() as folder:
         home = _make(folder, count, churn_bytes // GRAIN_BYTES, rng)
         _measure_list(report, folder, count)
-        samples = rng.permutation(np.arange(1, count - 1))
+        in_a_row = np.arange(1, 1 + drops // 2)  # all of them to one heir
+        samples = np.concatenate((in_a_row, rng.permutation(np.arange(1 + drops // 2, count - 1))))
         watched = [int(samples[-1]), 0]
         points = [point.id for point in kept_points(home)]
         before = [_digest(home, points[place]) for place in watched]
         _measure_drops(report, home, [points[place] for place in samples[:drops]])
-        rest = [points[place] for place in samples[drops:-1]]
+        rest = [points[place] for place in rng.permutation(samples[drops:-1])]
         written_bytes, seconds = 0, time.perf_counter()
         for point_id in rest:
-            written_bytes += let_go(home, point_id).written_bytes
+            written_bytes += let_go(home, point_id, merge=True).written_bytes
         seconds = time.perf_counter() - seconds
         if [_digest(home, points[place]) for place in watched] != before:
             message = "a point that stayed is not what it was"
@@ -101,7 +104,13 @@ def _write_part(home: VmHome, places: np.ndarray, data: bytes, point_id: uuid.UU
     part_id = SYSTEM.guid()
     partial = home.paths.partial_undo(part_id)
     writer = LogWriter.create_undo(
-        OS_FILES, partial, part_id=part_id, log_id=None, data_write_guid=None, clock=SYSTEM
+        OS_FILES,
+        partial,
+        part_id=part_id,
+        log_id=None,
+        data_write_guid=None,
+        clock=SYSTEM,
+        entry_count=len(places),
     )
     with writer:
         rows = np.column_stack((places * GRAIN_BYTES, np.full(len(places), GRAIN_BYTES)))
@@ -139,11 +148,12 @@ def _measure_drops(report: Report, home: VmHome, points: list[uuid.UUID]) -> Non
         start = time.perf_counter()
         let_go(home, point_id)
         drops.append(time.perf_counter() - start)
+        compact_many(home)
     report.samples["drop a point"] = drops
     report.samples["write its churn twice"] = writes
     ratios = [drop / write for drop, write in zip(drops, writes, strict=True)]
     report.add_limit("drop, of writing its churn twice, median", float(np.median(ratios)), at_most=DROP_MAX)
-    report.figures.append(Figure("drop, of writing its churn twice, worst", f"{max(ratios):.2f}"))
+    report.add_limit("drop, of writing its churn twice, worst", max(ratios), at_most=DROP_MAX)
 
 
 def _read(home: VmHome, row: UndoRow) -> tuple[np.ndarray, bytes]:

@@ -49,6 +49,17 @@ def test_merges_that_follow_from_merges_are_done_at_once() -> None:
     assert plan_rewrites(sizes, sizes) == [Rewrite(0, len(sizes), sum(sizes))]
 
 
+def test_with_a_bound_nothing_is_merged_and_no_more_is_written() -> None:
+    many = [10] * (MERGE_MIN + 1)
+    assert plan_rewrites(many, many, bytes_max=1000) == []
+    assert plan_rewrites([100] * 4, [0, 50, 0, 60], bytes_max=100) == [
+        Rewrite(0, 1, 0),
+        Rewrite(1, 2, 50),
+        Rewrite(2, 3, 0),
+    ]
+    assert plan_rewrites([100] * 4, [0, 50, 0, 50], bytes_max=100)[3:] == [Rewrite(3, 4, 50)]
+
+
 @given(st.lists(st.tuples(st.integers(1, 1000), st.integers(0, 1000)), max_size=25))
 def test_after_the_plan_nothing_is_left_to_do(parts: list[tuple[int, int]]) -> None:
     covered = [size for size, _ in parts]

@@ -102,7 +102,7 @@ def test_newest_point_never_goes(disk: Disk) -> None:
 
 
 def test_damaged_part_does_not_keep_its_point(disk: Disk, caplog: pytest.LogCaptureFixture) -> None:
-    ids = [disk.cycle(range(10)) for _ in range(4)]
+    ids = [disk.cycle(range(200)) for _ in range(4)]
     [row] = disk.home.catalog.undo_rows(disk.home.vm_id, point_id=ids[1])
     files = disk.home.files
     assert isinstance(files, FaultFiles)
@@ -125,6 +125,18 @@ def test_parts_of_a_point_become_one_where_they_are_many(disk: Disk) -> None:
         disk.home.catalog.change("UPDATE point SET consistency = 'app' WHERE id = ?", (str(point_id),))
     retain(disk.home)
     assert len(disk.home.catalog.undo_rows(disk.home.vm_id, point_id=point_id)) == 1
+    disk.check()
+
+
+def test_a_drop_writes_no_more_than_its_own_and_the_rest_comes_after_the_next_cycle(disk: Disk) -> None:
+    ids = [disk.cycle(range(20 * n, 20 * n + 20)) for n in range(MERGE_MIN + 2)]
+    for point_id in ids[1:-1]:
+        assert let_go(disk.home, point_id).written_bytes <= 20 * GRAIN_BYTES
+    assert disk.kept() == [ids[0], ids[-1]]
+    assert len(disk.home.catalog.undo_rows(disk.home.vm_id)) == MERGE_MIN + 1
+    disk.check()
+    assert compact_many(disk.home).parts == MERGE_MIN - 1
+    assert len(disk.home.catalog.undo_rows(disk.home.vm_id)) == 2
     disk.check()
 
 

@@ -22,6 +22,7 @@ from hvreplica.errors import Locked
 from hvreplica.formats.hrl import FILE_TYPE_UNDO
 from hvreplica.hrl import LogReader, LogWriter
 from hvreplica.hrl.verify import check_log
+from hvreplica.hrl.writer import ENTRY_DATA_BYTES_MAX
 from hvreplica.store.digest import Digest
 from hvreplica.store.part_plan import choose_merge, plan_rewrites
 from hvreplica.store.points_kept import part_path, remove_parts
@@ -43,6 +44,7 @@ ENTRIES_MAX = (
     1 << 22
 )  # of all parts looked at together, some 250 MiB of tables; beyond it they stay as they are
 _WINDOW_BYTES = 4 * MIB
+_LOOK_BYTES = 320 << 10  # to look at a part costs what writing that much does
 _SOURCE_SHIFT = 50  # a log is shorter than 1 << 50 bytes: above that stands which part an offset is in
 
 
@@ -75,14 +77,18 @@ class _Extents:
         )
 
 
-def compact_parts(home: VmHome, point_id: uuid.UUID, disk_index: int, *, look: bool) -> Compacted:
+def compact_parts(
+    home: VmHome, point_id: uuid.UUID, disk_index: int, *, look: bool, bytes_max: int | None = None
+) -> Compacted:
     """Write the parts of one point and disk anew where that is worth it; durable on return.
 
     look: find out which bytes are dead, which reads what describes the parts; without it only their number
-    counts. Raises: StoreFull, FormatError or LogError for a part that is damaged, Locked where the point is
-    dropped meanwhile; nothing is lost then.
+    counts. bytes_max: write no more than this, and merge nothing. Raises: StoreFull, FormatError or LogError
+    for a part that is damaged, Locked where the point is dropped meanwhile; nothing is lost then.
     """
     rows = _undo_parts(home, point_id, disk_index)
+    if bytes_max is not None and bytes_max < len(rows) * _LOOK_BYTES:
+        return Compacted()
     if len(rows) < 2 or not (look or choose_merge([row.covered_bytes for row in rows])):
         return Compacted()
     with contextlib.ExitStack() as stack:
@@ -96,7 +102,8 @@ def compact_parts(home: VmHome, point_id: uuid.UUID, disk_index: int, *, look: b
         live = np.bincount(extents.source, weights=extents.length, minlength=len(rows)).astype(np.int64)
         done = Compacted()
         # From behind, for a part that is gone leaves what it knows with the one before it.
-        for step in reversed(plan_rewrites([row.covered_bytes for row in rows], live.tolist())):
+        covered = [row.covered_bytes for row in rows]
+        for step in reversed(plan_rewrites(covered, live.tolist(), bytes_max=bytes_max)):
             done = done.plus(_rewrite(home, rows, readers, extents, step))
         return done
 
@@ -181,6 +188,7 @@ def _write_part(
                 log_id=header.previous_unique_id,
                 data_write_guid=header.vhd2_data_write_guid,
                 clock=home.clock,
+                entry_count=len(extents.length) + live_bytes // ENTRY_DATA_BYTES_MAX + 1,
             )
             with writer:
                 _copy(extents, readers, writer)

@@ -15,6 +15,7 @@ one has more than 1/GROWTH of all.
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -53,13 +54,16 @@ def choose_merge(sizes: Sequence[int]) -> tuple[int, int] | None:
     return best
 
 
-def plan_rewrites(covered: Sequence[int], live: Sequence[int]) -> list[Rewrite]:
+def plan_rewrites(
+    covered: Sequence[int], live: Sequence[int], *, bytes_max: int | None = None
+) -> list[Rewrite]:
     """Return what is to be done, as runs that do not touch each other's parts, in order.
 
-    covered: the bytes that each part covers. live: those of them that no earlier part covers.
+    covered: the bytes that each part covers. live: those of them that no earlier part covers. bytes_max:
+    write no more than this, and so merge nothing: what merging would write is not bounded by what came last.
     """
     runs = [Rewrite(place, place + 1, size) for place, size in enumerate(live) if size]
-    while (chosen := choose_merge([run.live_bytes for run in runs])) is not None:
+    while bytes_max is None and (chosen := choose_merge([run.live_bytes for run in runs])) is not None:
         first, last = chosen
         whole = Rewrite(
             runs[first].first, runs[last - 1].last, sum(run.live_bytes for run in runs[first:last])
@@ -68,6 +72,9 @@ def plan_rewrites(covered: Sequence[int], live: Sequence[int]) -> list[Rewrite]:
     wanted = [
         run for run in runs if run.last - run.first > 1 or _is_wasteful(covered[run.first], run.live_bytes)
     ]
+    if bytes_max is not None:
+        total = accumulate(run.live_bytes for run in wanted)
+        wanted = [run for run, written in zip(wanted, total, strict=True) if written <= bytes_max]
     kept = {place for run in wanted for place in range(run.first, run.last)}
     gone = [Rewrite(place, place + 1, 0) for place, size in enumerate(live) if not size and place not in kept]
     return sorted(wanted + gone)

@@ -85,22 +85,30 @@ def _hold_budget(home: VmHome, policy: Policy) -> list[GonePoint]:
         if point is None:
             break
         reason = f"points take {format_size(taken_bytes)}, the budget is {format_size(limit_bytes)}"
-        told = _let_go(home, point, reason)
+        told = _let_go(home, point, reason, merge=True)  # the next look counts what it frees
         if not told:
             break
         gone += told
     return gone
 
 
-def let_go(home: VmHome, point_id: uuid.UUID) -> Compacted:
-    """Drop a point and write its heirs' parts anew where that is worth it. Raises: as drop_point()."""
+def let_go(home: VmHome, point_id: uuid.UUID, *, merge: bool = False) -> Compacted:
+    """Drop a point, and write without its dead bytes what its heirs inherit, where that is worth it.
+
+    Writes no more than the point's own parts cover. merge: write as one what has become many, however much
+    that is; else compact_many() does it, after the next cycle. Raises: as drop_point().
+    """
     catalog, vm_id = home.catalog, home.vm_id
     heirs = {index: catalog.heir(vm_id, point_id, index) for index in catalog.members(vm_id, point_id)}
+    own = dict.fromkeys(heirs, 0)
+    for row in catalog.undo_rows(vm_id, point_id=point_id):
+        own[row.disk_index] = own.get(row.disk_index, 0) + row.covered_bytes
     drop_point(home, point_id)
     done = Compacted()
     for disk_index, heir in heirs.items():
-        if heir is not None:
-            done = done.plus(_compact(home, heir, disk_index, look=True))
+        if heir is not None and own[disk_index]:
+            bytes_max = None if merge else own[disk_index]
+            done = done.plus(_compact(home, heir, disk_index, look=True, bytes_max=bytes_max))
     return done
 
 
@@ -115,7 +123,7 @@ def delete_points(home: VmHome, point_ids: Sequence[uuid.UUID]) -> list[GonePoin
     gone = []
     for point in kept_points(home):
         if point.id in point_ids:
-            let_go(home, point.id)
+            let_go(home, point.id, merge=len(point_ids) > 1)
             gone.append(_told(home, candidate(point), "a person deleted it"))
     return gone
 
@@ -144,10 +152,10 @@ def _warn(home: VmHome, policy: Policy) -> str | None:
     return warning
 
 
-def _let_go(home: VmHome, point: Candidate, reason: str) -> list[GonePoint]:
+def _let_go(home: VmHome, point: Candidate, reason: str, *, merge: bool = False) -> list[GonePoint]:
     """Drop a point and tell; an empty list where it cannot go now."""
     try:
-        let_go(home, point.id)
+        let_go(home, point.id, merge=merge)
     except (StoreError, OSError) as error:
         _LOG.warning("VM %r: point %s stays for now: %s", home.name, point.id, error)
         return []
@@ -160,10 +168,12 @@ def _told(home: VmHome, point: Candidate, reason: str) -> GonePoint:
     return told
 
 
-def _compact(home: VmHome, point_id: uuid.UUID, disk_index: int, *, look: bool) -> Compacted:
+def _compact(
+    home: VmHome, point_id: uuid.UUID, disk_index: int, *, look: bool, bytes_max: int | None = None
+) -> Compacted:
     try:
         with home.exclusive():
-            return compact_parts(home, point_id, disk_index, look=look)
+            return compact_parts(home, point_id, disk_index, look=look, bytes_max=bytes_max)
     except (HvReplicaError, OSError) as error:
         _LOG.warning("VM %r: undo parts of point %s stay as they are: %s", home.name, point_id, error)
         return Compacted()
