@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvreplica import native
@@ -21,6 +21,8 @@ from hvreplica.tracking.window import WINDOW_BYTES, runs_of, windows_with_data
 from tests.support.faultfile import FaultFiles
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
     from typing_extensions import Buffer
 
@@ -175,3 +177,42 @@ def test_runs_of_gives_every_true_and_no_false(mask: list[bool]) -> None:
     for first, count in runs_of(np.array(mask, bool)):
         again[first : first + count] = True
     assert again.tolist() == mask
+
+
+@settings(max_examples=max(settings.default.max_examples // 8, 1))
+@given(seed=st.integers(0, 1 << 32))
+def test_within_ranges_only_their_blocks_are_read(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    content = bytearray(rng.bytes(SIZE))
+    with files_and_table(content) as (files, table):
+        starts = np.sort(rng.integers(0, SIZE // 512, 24)) * 512
+        rows = np.column_stack((starts, rng.choice([512, 4096, 9 * 512, WINDOW_BYTES], 24)))
+        rows[:, 1] = np.minimum(rows[:, 1], np.append(starts[1:], SIZE) - starts)
+        rows = rows[rows[:, 1] > 0]
+        blocks = np.zeros(-(-SIZE // BLOCK_BYTES), bool)
+        for start, length in rows.tolist():
+            blocks[start // BLOCK_BYTES : -(-(start + length) // BLOCK_BYTES)] = True
+            if rng.random() < 0.6:
+                content[start : start + length] = bytes(length) if rng.random() < 0.3 else rng.bytes(length)
+        with contextlib.closing(open_disk(files, DISK, writable=True, clock=SYSTEM)) as disk:
+            disk.write(bytes(content), 0)
+            sink, told = Sink(SIZE), []
+            source = ComparedDisk(disk, table, workers=2, within=rows.astype(np.int64))
+            changed = source.changes_into(sink, on_read=told.append)
+        in_blocks = np.repeat(blocks, BLOCK_BYTES)[:SIZE]
+        assert sum(told) == int(in_blocks.sum())
+        assert not (sink.touched & ~in_blocks).any()
+        assert changed == int(sink.touched.sum())
+        assert bytes(np.where(sink.touched, np.frombuffer(sink.content, np.uint8), 0)) == bytes(
+            np.where(sink.touched, np.frombuffer(content, np.uint8), 0)
+        )
+        new = native.fingerprints(bytes(content), BLOCK_BYTES)
+        differs = (new != table.read(0, len(new))).any(axis=1)
+        assert (np.repeat(differs, BLOCK_BYTES)[:SIZE] == sink.touched).all()
+
+
+@contextlib.contextmanager
+def files_and_table(content: bytearray) -> Iterator[tuple[FaultFiles, FingerprintTable]]:
+    files = files_with(content)
+    with contextlib.closing(table_of(files, content)) as table:
+        yield files, table

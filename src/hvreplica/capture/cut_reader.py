@@ -143,7 +143,8 @@ class CutReader:
 
     def _take(self, window: npt.NDArray[np.uint8], disk_offset: int, known: FingerprintTable | None) -> int:
         if known is not None:
-            return changes_of(window, disk_offset, known, self._sink)
+            extents = np.array([[disk_offset, len(window)]], np.int64)
+            return changes_of(window, extents, known, self._sink)
         data_runs = native.data_runs(window, _RUN_BYTES).astype(np.int64)
         if len(data_runs):
             self._sink.append(shifted(data_runs, disk_offset), gather(window, data_runs))

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from hvreplica import native
-from hvreplica.disk.extents import NO_EXTENTS, union
+from hvreplica.disk.extents import NO_EXTENTS, merge, select_runs, union
 from hvreplica.errors import kept
 from hvreplica.tracking.window import WINDOW_BYTES, runs_of, windows_with_data
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     import numpy.typing as npt
     from typing_extensions import Buffer
@@ -73,27 +73,29 @@ class ComparedDisk:
         self._within = within
 
     def changes_into(self, sink: ChangeSink, *, on_read: Callable[[int], None]) -> int:
-        sources: tuple[ExtentSource, ...] = (self._disk.extents, self._table.extents)
-        if self._within is not None:
-            sources = (rows_as_source(self._within),)
-        windows = windows_with_data(sources, 0, self._disk.virtual_bytes)
-        return _Comparison(self._disk, self._table, windows, sink, on_read).run(self._workers)
+        rows = None if self._within is None else rows_as_source(self._within)
+        return _Comparison(self._disk, self._table, rows, sink, on_read).run(self._workers)
 
 
 class _Comparison:
-    """One run: threads pull windows from one iterator, so memory is bounded by their number."""
+    """One run: threads pull windows from one iterator, so memory is bounded by their number.
+
+    rows: what alone is read of each window; None for all of it.
+    """
 
     def __init__(
         self,
         disk: Disk,
         table: FingerprintTable,
-        windows: Iterator[tuple[int, int]],
+        rows: ExtentSource | None,
         sink: ChangeSink,
         on_read: Callable[[int], None],
     ) -> None:
         self._disk = disk
         self._table = table
-        self._windows = windows
+        self._rows = rows
+        sources = (disk.extents, table.extents) if rows is None else (rows,)
+        self._windows = windows_with_data(sources, 0, disk.virtual_bytes)
         self._sink = sink
         self._on_read = on_read
         self._lock = threading.Lock()
@@ -121,18 +123,30 @@ class _Comparison:
                     window = None if self._failure else next(self._windows, None)
                 if window is None:
                     return
-                changed = self._compare(window[0], buffer[: window[1]])
+                extents = self._extents(*window)
+                read_bytes = int(extents[:, 1].sum())
+                changed = self._compare(extents, buffer[:read_bytes])
                 with self._lock:
                     self._changed_bytes += changed
-                    self._on_read(window[1])
+                    self._on_read(read_bytes)
         except BaseException as failure:  # carried to the caller's thread by run()
             ended = kept(failure)
             with self._lock:
                 self._failure = self._failure or ended
 
-    def _compare(self, disk_offset: int, window: npt.NDArray[np.uint8]) -> int:
-        self._disk.read_into(window, disk_offset)
-        return changes_of(window, disk_offset, self._table, self._sink)
+    def _extents(self, start: int, length: int) -> npt.NDArray[np.int64]:
+        """Return what is read of a window, in whole blocks, int64 (n, 2)."""
+        window = np.array([[start, length]], np.int64)
+        if self._rows is None:
+            return window
+        rows, block_bytes = self._rows(start, start + length), self._table.block_bytes
+        starts = rows[:, 0] // block_bytes * block_bytes
+        ends = np.minimum(-(-(rows[:, 0] + rows[:, 1]) // block_bytes) * block_bytes, start + length)
+        return merge(np.column_stack((starts, ends - starts)))
+
+    def _compare(self, extents: npt.NDArray[np.int64], content: npt.NDArray[np.uint8]) -> int:
+        self._disk.read_extents(extents, content)
+        return changes_of(content, extents, self._table, self._sink)
 
 
 class RangeSink:
@@ -172,16 +186,19 @@ class RangeSink:
 
 
 def changes_of(
-    window: npt.NDArray[np.uint8], disk_offset: int, table: FingerprintTable, sink: ChangeSink
+    content: npt.NDArray[np.uint8],
+    extents: npt.NDArray[np.int64],
+    table: FingerprintTable,
+    sink: ChangeSink,
 ) -> int:
-    """Put into `sink` what of `window`, the disk's bytes at `disk_offset`, differs from `table`.
+    """Put into `sink` what of `content`, the disk's bytes in `extents`, differs from `table`.
 
-    disk_offset: a multiple of the table's block; the window has whole blocks, or ends with the disk. Return
-    the changed bytes.
+    extents: int64 (n, 2), sorted, disjoint, of whole blocks of the table, but for one that ends with the
+    disk. Return the changed bytes.
     """
     block_bytes = table.block_bytes
-    new = native.fingerprints(window, block_bytes)
-    old = table.read(disk_offset // block_bytes, len(new))
+    new = native.fingerprints(content, block_bytes)
+    old = _known(extents, table)
     runs = native.changed_runs(new, old, new.shape[1]) // new.shape[1]
     if not len(runs):
         return 0
@@ -189,13 +206,31 @@ def changes_of(
     for first, count in runs:
         changed[first : first + count] = True
     zero = ~new.any(axis=1)
-    data_runs = clipped(runs_of(changed & ~zero) * block_bytes, len(window))
-    zero_runs = clipped(runs_of(changed & zero) * block_bytes, len(window))
+    data_runs = clipped(runs_of(changed & ~zero) * block_bytes, len(content))
+    zero_runs = clipped(runs_of(changed & zero) * block_bytes, len(content))
     if len(data_runs):
-        sink.append(shifted(data_runs, disk_offset), gather(window, data_runs))
-    for first, length in zero_runs.tolist():
-        sink.append_zeroes(disk_offset + first, length)
+        sink.append(_placed(extents, data_runs), gather(content, data_runs))
+    for start, length in _placed(extents, zero_runs).tolist():
+        sink.append_zeroes(start, length)
     return int(data_runs[:, 1].sum() + zero_runs[:, 1].sum())
+
+
+def _known(extents: npt.NDArray[np.int64], table: FingerprintTable) -> npt.NDArray[np.uint8]:
+    """Return the table's fingerprints of the blocks in `extents`, of one window, in order."""
+    block_bytes = table.block_bytes
+    firsts, counts = extents[:, 0] // block_bytes, -(-extents[:, 1] // block_bytes)
+    rows = table.read(int(firsts[0]), int(firsts[-1] + counts[-1] - firsts[0]))
+    if len(extents) == 1:
+        return rows
+    places = np.repeat(firsts - firsts[0] - (np.cumsum(counts) - counts), counts)
+    return rows[places + np.arange(len(places))]
+
+
+def _placed(extents: npt.NDArray[np.int64], runs: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return where runs of the extents' content lie on the disk."""
+    if len(extents) == 1 or not len(runs):
+        return shifted(runs, int(extents[0, 0]))
+    return select_runs(extents, runs)
 
 
 def rows_as_source(rows: npt.NDArray[np.int64]) -> ExtentSource:
