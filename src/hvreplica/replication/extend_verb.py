@@ -93,7 +93,7 @@ def extend(  # noqa: PLR0913 - a verb with its options, all but two by keyword
             )
             return _asked(owner, request, progress or quiet)
         source = ExtendedSource(home, store=root, hold_s=hold_s)
-        runner = _runner(source, home, path, link, points, stack)
+        runner = _runner(source, path, link, points, stack)
         stack.callback(runner.close)
         result = runner.run(with_resync=resync, takeover=takeover, on_progress=progress or quiet)
         while source.has_more:
@@ -129,7 +129,7 @@ class Extender:
         with contextlib.ExitStack() as stack:
             home = _home(root, vm, files, clock, stack)
             source = ExtendedSource(home, store=root, hold_s=hold_s)
-            runner = _runner(source, home, _state_path(home, state), link, points, stack)
+            runner = _runner(source, _state_path(home, state), link, points, stack)
             passing = (InvalidTransition, NoSuchPoint)  # it is failed over here, or has no point yet
             loop = CycleLoop(runner, interval_s=interval_s, passing=passing)
             self._resident = Resident(runner, loop, running="extend", metrics=metrics)
@@ -177,13 +177,13 @@ def _state_path(home: VmHome, state: PathLike | None) -> Path:
 
 def _runner(
     source: ExtendedSource,
-    home: VmHome,
     path: Path,
     link: Link,
     points: PointPolicy | None,
     stack: contextlib.ExitStack,
 ) -> CycleRunner:
     """Return what runs the cycles, with the state folder taken for as long as the stack stands."""
+    home = source.home
     files, clock = home.files, home.clock
     _checked(load_state(files, path), home.name, path)  # before a lock is made in a folder of something else
     folder = StateFolder(files, path, clock=clock)
