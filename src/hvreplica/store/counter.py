@@ -28,6 +28,9 @@ class Counter:
         self._file = files.open(path, writable=writable, create=not files.exists(path))
         try:
             if self._file.size() < COUNTER_BYTES:
+                # Its length was lost with the power, or whoever made it has not come to it yet.
+                self._file.close()
+                self._file = files.open(path, writable=True)
                 self._file.resize(COUNTER_BYTES)
             self._map = map_shared(self._file, COUNTER_BYTES)
         except BaseException:
