@@ -28,7 +28,8 @@ enum hvr_status {
     HVR_LENGTH = 4,       /* lengths that must agree do not */
     HVR_CHECKSUM = 5,     /* a metadata entry does not have its checksum */
     HVR_OPERATION = 6,    /* a metadata entry is not a write */
-    HVR_STALE = 7         /* what was read may have changed meanwhile */
+    HVR_STALE = 7,        /* what was read may have changed meanwhile */
+    HVR_ELSEWHERE = 8     /* bytes that only the caller can read */
 };
 
 /* Return 1 where `variant` runs on this machine, 0 where the processor lacks something, -1 where this library
@@ -396,10 +397,11 @@ void hvr_grains_clear(uint8_t *bitmap, uint64_t first, uint64_t count);
 /* ---- what stands under a disk ---- */
 
 /* A disk of which extents are known to be elsewhere. Row i says that the bytes from starts[i] up to ends[i]
- * stand at file_offsets[i] of descriptors[i], a file that does not change, or are zeros where that is
- * negative; rows are sorted, disjoint and not empty. What no row covers is read from `descriptor` through
- * `map`. counter: NULL where that file does not change either; else whoever changes it adds to *counter before
- * the first byte, and what was read of it counts only where *counter is still `applied` afterwards. */
+ * stand at file_offsets[i] of descriptors[i], a file that does not change; or are zeros where that is -1; or
+ * are where only the caller can read them where it is -2. Rows are sorted, disjoint and not empty. What no row
+ * covers is read from `descriptor` through `map`. counter: NULL where that file does not change either; else
+ * whoever changes it adds to *counter before the first byte, and what was read of it counts only where *counter
+ * is still `applied` afterwards. */
 struct hvr_under {
     const uint64_t *starts;
     const uint64_t *ends;
@@ -412,8 +414,8 @@ struct hvr_under {
     uint64_t applied;
 };
 
-/* Fill out[0 .. length). HVR_STALE where rows and map must be made anew; HVR_ABSENT for a block in state 7;
- * HVR_OUT_OF_RANGE, HVR_TRUNCATED or -errno. out is undefined unless HVR_OK. */
+/* Fill out[0 .. length). HVR_STALE where rows and map must be made anew; HVR_ELSEWHERE where a row says so;
+ * HVR_ABSENT for a block in state 7; HVR_OUT_OF_RANGE, HVR_TRUNCATED or -errno. out is undefined unless HVR_OK. */
 int hvr_under_read(const struct hvr_under *under, uint64_t disk_offset, uint8_t *out, uint64_t length);
 
 /* ---- the transmission phase of NBD ---- */
@@ -439,7 +441,8 @@ enum hvr_nbd_event {
     HVR_NBD_COMMAND = 2, /* the request is the caller's: it answers it */
     HVR_NBD_PIECE = 3,   /* a piece of a write cannot be done here: see `reason` */
     HVR_NBD_FLUSH = 4,   /* a write with FUA is done but for the flush; the caller flushes and answers it */
-    HVR_NBD_REFRESH = 5  /* `under` is stale: the caller gives a new one, and the read is done again */
+    HVR_NBD_REFRESH = 5, /* `under` is stale: the caller gives a new one, and the read is done again */
+    HVR_NBD_FILL = 6     /* a part of a read is the caller's: it fills output[0 .. piece_bytes) */
 };
 
 enum hvr_nbd_reason {
@@ -485,7 +488,8 @@ struct hvr_nbd {
 /* Serve until something is not for this function: an enum hvr_nbd_event. Replies to all earlier requests were
  * sent by then. After COMMAND and FLUSH call again once the reply is sent. After PIECE call again with
  * written = 0 where the reason is gone, so that it is done here, or with written = 1 once the caller has done
- * it, `failed` set if that failed. */
+ * it, `failed` set if that failed. After FILL call again once the bytes from `offset` + `done` on are in output;
+ * where they cannot be read, no more can be told to the client. */
 int hvr_nbd_serve(struct hvr_nbd *connection, int written);
 
 /* Send all of buf; the caller's thread is the connection's. Returns 0 or errno. */

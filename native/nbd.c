@@ -50,10 +50,10 @@ enum {
 enum { GO_ON = -1 };
 
 /* Beside errno: what was read does not count. */
-enum { STALE = -1 };
+enum { STALE = -1, ELSEWHERE = -2 };
 
 /* hvr_nbd.phase */
-enum { BETWEEN = 0, IN_SMALL = 1, IN_PAYLOAD = 2, IN_READ = 3 };
+enum { BETWEEN = 0, IN_SMALL = 1, IN_PAYLOAD = 2, IN_READ = 3, IN_FILL = 4 };
 
 static uint16_t big16(const uint8_t *at)
 {
@@ -266,12 +266,15 @@ static int write_range(const struct hvr_nbd_export *e, uint64_t offset, const ui
     return 0;
 }
 
-/* Returns 0, errno or STALE. */
+/* Returns 0, errno, STALE or ELSEWHERE. */
 static int read_under(const struct hvr_nbd *c, uint64_t offset, uint8_t *out, uint64_t length)
 {
     int status = hvr_under_read(c->under, offset, out, length);
     if (status <= 0) {
         return -status;
+    }
+    if (status == HVR_ELSEWHERE) {
+        return ELSEWHERE;
     }
     return status == HVR_STALE ? STALE : EIO;
 }
@@ -311,7 +314,7 @@ static int is_readable(const struct hvr_nbd *c, uint64_t offset, uint64_t length
     return 1;
 }
 
-/* Reads a range that is readable. Returns 0, errno or STALE. */
+/* Reads a range that is readable. Returns 0, errno, STALE or ELSEWHERE. */
 static int read_range(const struct hvr_nbd *c, uint64_t offset, uint8_t *out, uint64_t length)
 {
     const struct hvr_nbd_export *e = c->exported;
@@ -549,7 +552,7 @@ static int command(struct hvr_nbd *c)
     return c->output_end > 0 && flush_output(c) != GO_ON ? HVR_NBD_BROKEN : HVR_NBD_COMMAND;
 }
 
-/* Reads `length` bytes into room that is there, counted in. Returns 0, errno or STALE. */
+/* Reads `length` bytes into room that is there, counted in. Returns 0, errno, STALE or ELSEWHERE. */
 static int read_counted(const struct hvr_nbd *c, uint64_t offset, uint8_t *out, uint64_t length)
 {
     hvr_read_enter(c->exported->gate);
@@ -577,6 +580,11 @@ static int stream_read(struct hvr_nbd *c)
         int error = read_counted(c, c->offset + c->done, c->output, part);
         if (error == STALE) {
             return ask_to_refresh(c);
+        }
+        if (error == ELSEWHERE) {
+            c->phase = IN_FILL;
+            c->piece_bytes = part;
+            return HVR_NBD_FILL;
         }
         if (error != 0) {
             c->error = error;
@@ -640,6 +648,15 @@ static int resume_read(struct hvr_nbd *c)
 {
     c->phase = BETWEEN;
     return c->done > 0 ? stream_read(c) : do_read(c);
+}
+
+/* Goes on with a read of which the caller has filled a part. */
+static int resume_fill(struct hvr_nbd *c)
+{
+    c->phase = BETWEEN;
+    c->output_end = c->piece_bytes;
+    c->done += c->piece_bytes;
+    return stream_read(c);
 }
 
 static int begin_write(struct hvr_nbd *c)
@@ -723,6 +740,8 @@ int hvr_nbd_serve(struct hvr_nbd *c, int written)
     int event = GO_ON;
     if (c->phase == IN_READ) {
         event = resume_read(c);
+    } else if (c->phase == IN_FILL) {
+        event = resume_fill(c);
     } else if (c->reason != 0) {
         event = resume(c, written);
     }

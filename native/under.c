@@ -13,6 +13,8 @@
 #include <errno.h>
 #include <unistd.h>
 
+enum { ZEROS = -1 };
+
 /* Returns the first row that ends behind `offset`; count where none does. */
 static size_t find_row(const struct hvr_under *under, uint64_t offset)
 {
@@ -83,8 +85,10 @@ int hvr_under_read(const struct hvr_under *under, uint64_t disk_offset, uint8_t 
         } else {
             uint64_t room = under->ends[row] - disk_offset;
             part = room < length ? room : length;
-            if (under->descriptors[row] < 0) {
+            if (under->descriptors[row] == ZEROS) {
                 memset(out, 0, (size_t)part);
+            } else if (under->descriptors[row] < 0) {
+                status = HVR_ELSEWHERE;
             } else {
                 status = read_fully(under->descriptors[row], out, part,
                                     under->file_offsets[row] + (disk_offset - start));

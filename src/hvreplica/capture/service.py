@@ -184,6 +184,9 @@ class DiskService:
                 raise self._broken(connection.error)
             if event is NbdEvent.REFRESH and self._under is not None:
                 connection.under = self._under.under(connection.under)
+            elif event is NbdEvent.FILL:
+                with self._gate.reading():
+                    self.disk.read_into(connection.room, connection.piece_offset)
             elif event is NbdEvent.PIECE:
                 written = self._piece(connection)
             else:

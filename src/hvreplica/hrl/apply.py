@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from hvreplica.files import BlockFile, FileSystem
+    from hvreplica.files import BlockFile
+    from hvreplica.hrl.reader import LogFiles
     from hvreplica.progress import ProgressCallback
 
 ENTRIES_PER_PASS = 1 << 19  # 2 GiB of 4 KiB writes; about 60 MiB of tables while they are coalesced
@@ -62,7 +63,7 @@ class Target(Protocol):
 
 
 def apply_log(
-    files: FileSystem,
+    files: LogFiles,
     path: Path,
     disk: Target,
     *,

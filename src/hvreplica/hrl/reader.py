@@ -16,7 +16,7 @@ from array import array
 from bisect import bisect_right
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import numpy as np
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from hvreplica.files import BlockFile, FileSystem
+    from hvreplica.files import BlockFile
     from hvreplica.formats.hrl_entries import EntryFault
 
 # 2**22 blocks of 127 entries of 4 KiB are 2 TiB of changes in one log; the locations then take 48 MiB.
@@ -67,6 +67,14 @@ def read_header(file: BlockFile, *, file_type: int = FILE_TYPE_HRL) -> LogHeader
     return header
 
 
+class LogFiles(Protocol):
+    """Where logs are opened: a FileSystem, or what finds a log inside of another file."""
+
+    def open(self, path: Path) -> BlockFile:
+        """Open what is named so, for reading."""
+        ...
+
+
 class LogReader:
     """A closed log, open for reading. One owner; concurrent iterators are allowed.
 
@@ -75,7 +83,7 @@ class LogReader:
     Spec: [MS-HRL] 2.5.
     """
 
-    def __init__(self, files: FileSystem, path: Path, *, file_type: int = FILE_TYPE_HRL) -> None:
+    def __init__(self, files: LogFiles, path: Path, *, file_type: int = FILE_TYPE_HRL) -> None:
         self._path = Path(path)
         self._file = files.open(self._path)
         try:
@@ -112,6 +120,11 @@ class LogReader:
     def block_count(self) -> int:
         """How many metadata blocks it has."""
         return len(self._locations)
+
+    @property
+    def block_offsets(self) -> array[int]:
+        """Where the metadata blocks begin, ascending; not to be changed."""
+        return self._locations
 
     @property
     def entry_count(self) -> int:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from hvreplica.files import FileSystem
+    from hvreplica.hrl.reader import LogFiles
     from hvreplica.progress import ProgressCallback
 
     _Batch = tuple[NDArray[Any], NDArray[np.int64]]
@@ -45,7 +45,7 @@ class _Tally:
 
 
 def verify_log(
-    files: FileSystem,
+    files: LogFiles,
     path: Path,
     *,
     data: bool = True,

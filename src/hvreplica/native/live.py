@@ -59,6 +59,7 @@ class NbdEvent(IntEnum):
     PIECE = lib.HVR_NBD_PIECE
     FLUSH = lib.HVR_NBD_FLUSH
     REFRESH = lib.HVR_NBD_REFRESH
+    FILL = lib.HVR_NBD_FILL
 
 
 class NbdReason(IntEnum):
@@ -288,13 +289,17 @@ def clear_grains(bitmap: npt.NDArray[np.uint8], first: int, count: int) -> None:
     lib.hvr_grains_clear(writable_octets(bitmap), first, count)
 
 
+ELSEWHERE = -2  # native/hvr.h
+
+
 class Under:
     """What stands under a served disk: extents in files that never change, and the rest in a disk's file.
 
     starts, ends: uint64, of sorted disjoint extents. descriptors: int32, the file of each, -1 where it reads
-    as zeros; file_offsets: uint64, where it begins there. descriptor, block_map: of the disk. counter: a
-    buffer of 8 bytes that whoever changes that disk adds to before, None where nobody does; applied: what it
-    was when all of this was found. kept: what must live as long, such as the open files.
+    as zeros, ELSEWHERE where only Python can read it; file_offsets: uint64, where it begins there.
+    descriptor, block_map: of the disk. counter: a buffer of 8 bytes that whoever changes that disk adds to
+    before, None where nobody does; applied: what it was when all of this was found. kept: what must live as
+    long, such as the open files.
     """
 
     def __init__(  # noqa: PLR0913 - the fields of a structure
@@ -332,7 +337,7 @@ class Under:
     def read_into(self, buffer: Octets, disk_offset: int) -> bool:
         """Fill `buffer`; return False where extents and map are to be found anew first.
 
-        Raises: OSError.
+        Raises: OSError, also for what only Python can read.
         """
         view = writable_octets(buffer)
         status = lib.hvr_under_read(self.c, disk_offset, view, len(view))
@@ -446,7 +451,7 @@ class NbdConnection:
 
     @property
     def piece_offset(self) -> int:
-        """Where the piece of a write begins, on the disk."""
+        """Where the piece of a write, or of a read to be filled, begins on the disk."""
         return int(self.c.offset + self.c.done)
 
     @property
@@ -454,6 +459,11 @@ class NbdConnection:
         """The data of the piece, in the input buffer: valid until the next serve()."""
         start = int(self.c.piece - self.c.input)
         return self._input.data[start : start + int(self.c.piece_bytes)]
+
+    @property
+    def room(self) -> memoryview:
+        """What the event FILL wants filled, with what stands from piece_offset on."""
+        return self._output.data[: int(self.c.piece_bytes)]
 
     def fail(self, nbd_error: int) -> None:
         """Let the current write be answered with an error; the rest of its payload is dropped."""

@@ -50,6 +50,7 @@ class VmHome:
         self.verified_logs: set[uuid.UUID] = set()  # checked from end to end by this process
         self.left: list[PointRow] = []  # points that went as the disks moved on, until somebody is told
         self.part_bytes: dict[uuid.UUID, int] = {}  # what the files of undo parts take, looked up once
+        self.unpressed: set[uuid.UUID] = set()  # parts that need not be tried again, see store/press.py
         self.warned_of: tuple[uuid.UUID | None] | None = None  # the point of the last warning of the budget
         self.arrived_digests: dict[int, Digest] = {}  # of the disks that are about to take over
         self.repair_tries: dict[tuple[int, float], int] = {}  # by disk and scan

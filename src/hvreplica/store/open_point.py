@@ -7,7 +7,7 @@ import threading
 import uuid
 from typing import TYPE_CHECKING
 
-from hvreplica.errors import Locked, NoSuchPoint, StoreError
+from hvreplica.errors import HvReplicaError, Locked, NoSuchPoint, StoreError
 from hvreplica.store.apply import finish
 from hvreplica.store.counter import Counter
 from hvreplica.store.point_disk import PointDisk
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Self
 
+    from hvreplica.errors import FormatError
     from hvreplica.store.home import VmHome
     from hvreplica.store.records import PointRow
 
@@ -182,9 +183,16 @@ def _open_disk(home: VmHome, point: PointRow, sizes: dict[int, int], disk_index:
         virtual_bytes=sizes[disk_index],
         walk=lambda: walk(home, point, disk_index),
         watch=Watch(Counter(home.files, home.paths.counter)),
+        on_damage=lambda part_id, error: _spoil(home, point, part_id, error),
     )
     path = home.paths.points / f"{point.id}.{disk_index}"
     return PointDisk(source, path, point_id=point.id, spec=rows[disk_index].spec)
+
+
+def _spoil(home: VmHome, point: PointRow, part_id: uuid.UUID, error: FormatError) -> None:
+    """Mark the point that was read; which others the damage concerns is for a verification to say."""
+    with contextlib.suppress(HvReplicaError, OSError), home.catalog.transaction():
+        home.catalog.damage_point(home.vm_id, point.id, f"undo part {part_id} is damaged: {error}")
 
 
 def _require_complete(home: VmHome, points: list[PointRow], point_id: uuid.UUID) -> PointRow:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hvreplica.errors import FormatError, LogError
-from hvreplica.formats.hrl import FILE_TYPE_UNDO
-from hvreplica.hrl import LogReader, verify_log
+from hvreplica.hrl import verify_log
 from hvreplica.hrl.data import DataChecker, HoleFinder
+from hvreplica.store.part_files import PressedFile, open_part, stored_bytes
 
 if TYPE_CHECKING:
     import uuid
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hvreplica.files import FileSystem
+    from hvreplica.hrl import LogReader
     from hvreplica.progress import Progress
     from hvreplica.store.pace import Pace
 
@@ -39,10 +40,10 @@ def check_part(
 ) -> Fault | None:
     """Read all of an undo part. Raises: Stopped."""
     try:
-        with LogReader(files, path, file_type=FILE_TYPE_UNDO) as reader:
+        with open_part(files, path) as reader:
             for name, expected, actual in (
                 ("UniqueId", part_id, reader.header.unique_id),
-                ("length", file_bytes, reader.file.size()),
+                ("length", file_bytes, stored_bytes(reader)),
             ):
                 if expected != actual:
                     return Fault(
@@ -74,14 +75,16 @@ def check_log(files: FileSystem, path: Path, pace: Pace, *, log_bytes: int) -> F
 def _check_data(reader: LogReader, pace: Pace) -> Fault | None:
     checker, finder = DataChecker(reader.file), HoleFinder(reader.file)
     damaged: list[NDArray[Any]] = []
+    frames = reader.file.damaged() if isinstance(reader.file, PressedFile) else np.empty((0, 2), np.int64)
     for entries in reader.entries(_ENTRIES_PER_BATCH):
         holes = finder.find_under(entries)
-        left = entries
-        while (fault := checker.find_fault(left, holes)) is not None:
-            damaged.append(left[fault.index])
-            if len(damaged) > _FAULTS_MAX:
-                return Fault(f"{reader.path}: the data of more than {_FAULTS_MAX} entries is damaged")
-            left = left[fault.index + 1 :]
+        for run in _readable(entries, frames, damaged):
+            left = run
+            while len(damaged) <= _FAULTS_MAX and (fault := checker.find_fault(left, holes)) is not None:
+                damaged.append(left[fault.index])
+                left = left[fault.index + 1 :]
+        if len(damaged) > _FAULTS_MAX:
+            return Fault(f"{reader.path}: the data of more than {_FAULTS_MAX} entries is damaged")
         pace.spend(int(entries["data_length"].sum()))
     if not damaged:
         return None
@@ -92,6 +95,21 @@ def _check_data(reader: LogReader, pace: Pace) -> Fault | None:
         f" offset {place}",
         rows,
     )
+
+
+def _readable(
+    entries: NDArray[Any], frames: NDArray[np.int64], damaged: list[NDArray[Any]]
+) -> list[NDArray[Any]]:
+    """Return the runs of entries that no damaged frame has a byte of; add the others to `damaged`."""
+    if not len(frames):
+        return [entries]
+    starts = entries["log_offset"].astype(np.int64)
+    ends = starts + entries["data_length"]
+    is_hit = np.searchsorted(frames[:, 1], starts, "right") < np.searchsorted(frames[:, 0], ends, "left")
+    damaged += list(entries[is_hit][: _FAULTS_MAX + 1])
+    edges = np.flatnonzero(is_hit)
+    runs = zip([0, *(edges + 1).tolist()], [*edges.tolist(), len(entries)], strict=True)
+    return [entries[first:last] for first, last in runs if first < last]
 
 
 def _sentence(path: Path, error: Exception) -> str:

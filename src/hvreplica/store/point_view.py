@@ -20,12 +20,13 @@ import numpy as np
 
 from hvreplica import native
 from hvreplica.disk import open_disk
-from hvreplica.errors import HvReplicaError, Locked, kept
+from hvreplica.errors import FormatError, HvReplicaError, Locked, kept
 from hvreplica.formats.hrl import FILE_TYPE_UNDO
 from hvreplica.hrl import LogReader
-from hvreplica.native.live import Under
+from hvreplica.native.live import ELSEWHERE, Under
 from hvreplica.native.tables import BlockMap
 from hvreplica.store.open_files import expect_open_files
+from hvreplica.store.part_files import PartFiles, PressedFile, open_part
 from hvreplica.store.point_index import DISK, NO_ROWS, ZEROS, PointIndex, rows_of
 
 if TYPE_CHECKING:
@@ -65,7 +66,10 @@ class PartFile:
 
 @dataclass(frozen=True, slots=True)
 class PointSource:
-    """How to find a disk of a point. walk: returns its parts as the catalog has them now, in order."""
+    """How to find a disk of a point. walk: returns its parts as the catalog has them now, in order.
+
+    on_damage: told of a part that turned out to be damaged as it was read.
+    """
 
     files: FileSystem
     clock: Clock
@@ -73,13 +77,15 @@ class PointSource:
     virtual_bytes: int
     walk: Callable[[], Sequence[PartFile]]
     watch: Watch | None
+    on_damage: Callable[[uuid.UUID, FormatError], None] = lambda _part_id, _error: None
 
 
 class _Part:
     """An open part; its file is closed with the last view that has it."""
 
-    def __init__(self, files: FileSystem, path: Path) -> None:
-        reader = LogReader(files, path, file_type=FILE_TYPE_UNDO)
+    def __init__(self, files: PartFiles, part: PartFile) -> None:
+        reader = LogReader(files, part.path, file_type=FILE_TYPE_UNDO)
+        self.id = part.id
         self.file: BlockFile = reader.file
         weakref.finalize(self, reader.close)
         self.rows = rows_of(list(reader.entries()))
@@ -87,7 +93,7 @@ class _Part:
 
 def part_rows(files: FileSystem, path: Path) -> NDArray[np.int64]:
     """Return what an undo part covers, as rows_of() does. Raises: FileNotFoundError, FormatError."""
-    with LogReader(files, path, file_type=FILE_TYPE_UNDO) as reader:
+    with open_part(files, path) as reader:
         return rows_of(list(reader.entries()))
 
 
@@ -123,7 +129,9 @@ class PointView:
         if before is not None and before.ids == self.ids[: len(before.ids)]:
             self.parts, self.core = list(before.parts), before.core
         expect_open_files()
-        added = [_Part(source.files, part.path) for part in undo[len(self.parts) :]]
+        self._files: PartFiles = PartFiles(source.files) if before is None else before._files  # noqa: SLF001 - one memory
+        self._on_damage = source.on_damage
+        added = [_Part(self._files, part) for part in undo[len(self.parts) :]]
         numbered = [(len(self.parts) + place, part.rows) for place, part in enumerate(added)]
         if added:
             self.core = self.core.under(numbered)
@@ -155,8 +163,15 @@ class PointView:
                 wanted = np.column_stack((np.full(len(rows), -1, np.int64), rows[:, 1:3]))
                 native.read_pieces(self._base.file, wanted, out)
             else:
-                native.read_pieces(self.parts[number].file, rows[:, [3, 1, 2]], out)
+                self._read_part(self.parts[number], rows[:, [3, 1, 2]], out)
         return not (needs_disk and self.is_stale())
+
+    def _read_part(self, part: _Part, pieces: NDArray[np.int64], out: Buffer) -> None:
+        try:
+            native.read_pieces(part.file, pieces, out)
+        except FormatError as error:  # of a pressed part: others are not checked as they are read
+            self._on_damage(part.id, error)
+            raise
 
     def extents(self, start: int, end: int) -> NDArray[np.int64] | None:
         """Return what may hold data between `start` and `end`; None where the disk is being changed."""
@@ -167,7 +182,9 @@ class PointView:
 
     def under(self) -> Under:
         """Return the view for a native loop, which keeps it alive. Raises: TypeError without descriptors."""
-        descriptors = [_descriptor(part.file) for part in self.parts]
+        descriptors = [
+            ELSEWHERE if isinstance(part.file, PressedFile) else _descriptor(part.file) for part in self.parts
+        ]
         index = self.index
         table = np.array([*descriptors, ZEROS], np.int32)  # ZEROS is -1, and so names the last
         watch = self._watch

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 RECOVERY_POINTS_DEFAULT = RECOVERY_POINTS_MAX
 RECOVERY_POINT_EVERY_S_DEFAULT = 3600.0
+COMPRESS_AFTER_POINTS_DEFAULT = 2  # the newest point, and the one that still gets what cycles overwrite
 
 
 class Policy(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -25,6 +26,7 @@ class Policy(msgspec.Struct, frozen=True, omit_defaults=True):
     point of each such period, 0: each one. keep: a rule in words, see store/keep_rule.py. budget_bytes: of
     what older points need; budget_percent: the same in percent of what the disks need. keep_logs_s: how long
     applied logs stay. app_consistent: whether cuts are made with the guest's file systems standing still.
+    compress_after_points: how many of the newest points have undo parts that are not compressed, None: all.
     """
 
     recovery_points: Annotated[int, Meta(ge=0, le=RECOVERY_POINTS_MAX)] | None = RECOVERY_POINTS_DEFAULT
@@ -34,6 +36,7 @@ class Policy(msgspec.Struct, frozen=True, omit_defaults=True):
     budget_percent: Annotated[float, Meta(ge=0, le=1e6)] | None = None
     keep_logs_s: Annotated[float, Meta(ge=0, le=1e9)] | None = None
     app_consistent: bool = False
+    compress_after_points: Annotated[int, Meta(ge=1, le=1 << 31)] | None = COMPRESS_AFTER_POINTS_DEFAULT
 
 
 def policy_of(home: VmHome) -> Policy:

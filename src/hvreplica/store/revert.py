@@ -36,6 +36,7 @@ from hvreplica.store.digest import Digest
 from hvreplica.store.failover import DiskBefore, Reverted
 from hvreplica.store.follow import begin_anew
 from hvreplica.store.open_point import open_point
+from hvreplica.store.part_files import PartFiles
 from hvreplica.store.points_kept import chain, part_path, remove_parts, spoiled_points
 from hvreplica.store.records import LogSpec, PointRow
 from hvreplica.store.resize import fit_disk
@@ -317,7 +318,7 @@ def _put_back(
         with open_disk(home.files, path, writable=True, format="vhdx", clock=home.clock) as disk:
             for part in reversed(parts):
                 apply_log(
-                    home.files,
+                    PartFiles(home.files),
                     part_path(home, part),
                     disk,
                     verify_data=False,
@@ -339,7 +340,7 @@ def _damaged(home: VmHome, parts: list[UndoRow]) -> list[_Damaged]:
     found: list[_Damaged] = []
     for part in parts:
         try:
-            verify_log(home.files, part_path(home, part), data=True, file_type=FILE_TYPE_UNDO)
+            verify_log(PartFiles(home.files), part_path(home, part), data=True, file_type=FILE_TYPE_UNDO)
         except (FormatError, LogError, FileNotFoundError) as error:
             found.append((part, kept(error)))
     return found

@@ -17,8 +17,7 @@ import numpy as np
 from hvreplica.disk.chain import layers
 from hvreplica.disk.extents import NO_EXTENTS, union, widened
 from hvreplica.errors import FormatError, LogError, StoreError
-from hvreplica.formats.hrl import FILE_TYPE_UNDO
-from hvreplica.hrl import LogReader
+from hvreplica.store.part_files import open_part
 from hvreplica.store.point_view import part_rows
 from hvreplica.store.points_kept import chain, kept_points, part_path
 from hvreplica.tracking.compare import RangeSink
@@ -124,7 +123,7 @@ def _touched(home: VmHome, part: UndoRow, virtual_bytes: int) -> NDArray[np.int6
     rows = NO_EXTENTS
     path = home.paths.undo(part.id)
     try:
-        with LogReader(home.files, path, file_type=FILE_TYPE_UNDO) as reader:
+        with open_part(home.files, path) as reader:
             for entries in reader.blocks():
                 starts = entries["byte_offset"].astype(np.int64)
                 lengths = np.minimum(entries["data_length"].astype(np.int64), virtual_bytes - starts)

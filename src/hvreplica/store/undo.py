@@ -27,6 +27,7 @@ from hvreplica.formats.hrl import FILE_TYPE_HRL, FILE_TYPE_UNDO
 from hvreplica.hrl import LogReader, LogWriter
 from hvreplica.store.check import file_length
 from hvreplica.store.old_data import STEP_BYTES, append_old
+from hvreplica.store.part_files import PartFiles
 from hvreplica.store.point_use import hold_alone
 from hvreplica.store.points_kept import kept_points, part_path, spoiled_points
 from hvreplica.store.policy import policy_of
@@ -255,7 +256,8 @@ def _touched(home: VmHome, logs: list[LogSpec], end: int) -> NDArray[np.int64]:
 
 def log_extents(home: VmHome, path: Path, file_type: int) -> list[NDArray[np.int64]]:
     """Return what the entries of a log or part cover, a merged table for each batch of them."""
-    with LogReader(home.files, path, file_type=file_type) as reader:
+    files = PartFiles(home.files) if file_type == FILE_TYPE_UNDO else home.files
+    with LogReader(files, path, file_type=file_type) as reader:
         return [
             merge(np.column_stack((batch["byte_offset"], batch["data_length"])).astype(np.int64))
             for batch in reader.entries()
