@@ -45,6 +45,11 @@ class FrameMemory:
         self._codecs: list[FrameCodec] = []  # those that no thread uses now; lists take many threads
         self._lock = threading.Lock()
 
+    @property
+    def held_bytes(self) -> int:
+        """What the remembered frames take."""
+        return self._held_bytes
+
     def number(self) -> int:
         """Return a number for a file whose frames are remembered."""
         return next(self._numbers)

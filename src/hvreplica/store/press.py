@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from hvreplica import native
 from hvreplica.errors import FormatError, HvReplicaError, Locked, LogError
-from hvreplica.formats.hrl import FILE_TYPE_UNDO, HEADER_BYTES, LogHeader
+from hvreplica.formats.hrl import FILE_TYPE_UNDO, HEADER_BYTES
 from hvreplica.formats.pressed import (
     FRAMES_MAX,
     HEADER,
@@ -115,8 +115,16 @@ def _next(home: VmHome, tried: set[uuid.UUID]) -> UndoRow | None:
     return None
 
 
-def press_part(home: VmHome, row: UndoRow, *, pause: Callable[[], None] = lambda: None) -> int:
-    """Press one raw part; return by how many bytes its file became shorter, 0 where it does not shrink.
+def press_part(
+    home: VmHome,
+    row: UndoRow,
+    *,
+    pause: Callable[[], None] = lambda: None,
+    held_bytes_min: int = PART_BYTES_MIN,
+) -> int:
+    """Press one raw part; return by how many bytes its file became shorter, 0 where it is not worth it.
+
+    held_bytes_min: what its file must take, holes left out.
 
     Durable on return. Raises: StoreFull; FormatError, LogError for a part that is damaged; FileNotFoundError,
     Locked where it is gone meanwhile. Nothing is lost then.
@@ -126,7 +134,7 @@ def press_part(home: VmHome, row: UndoRow, *, pause: Callable[[], None] = lambda
     try:
         with LogReader(home.files, part_path(home, row), file_type=FILE_TYPE_UNDO) as reader:
             writer = _Writer(reader, part_id, pause)
-            if not writer.is_promising():
+            if writer.held_bytes < held_bytes_min or not writer.is_promising():
                 return 0
             with room(home.files, partial, row.file_bytes):
                 file = home.files.open(partial, create=True, exclusive=True)
@@ -222,11 +230,10 @@ class _Writer:
         return table_offset + memoryview(rows).nbytes
 
     def _read(self, piece: _Piece) -> bytearray:
+        if piece.log_offset == 0:
+            return bytearray(self._reader.header.sealed(unique_id=self._part_id).pack())
         buffer = bytearray(piece.length)
         self._reader.file.read_into(buffer, piece.log_offset)
-        if piece.log_offset == 0:
-            header = LogHeader.unpack(buffer)
-            buffer[:HEADER_BYTES] = dataclasses.replace(header, unique_id=self._part_id).pack()
         return buffer
 
 
