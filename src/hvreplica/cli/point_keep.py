@@ -88,8 +88,14 @@ def delete(output: Output, *, store: Path, vm: str, points: tuple[str, ...]) -> 
 @store_option
 @vm_option
 @policy_options
+@option(
+    "--compress-after",
+    type=click.IntRange(0, 1 << 31),
+    metavar="POINTS",
+    help="How many of the newest points stay uncompressed, 0 for all.  [default: as before, at first 2]",
+)
 @verb
-def policy(
+def policy(  # noqa: PLR0913 - one for each option
     output: Output,
     *,
     store: Path,
@@ -99,6 +105,7 @@ def policy(
     keep: str | None,
     points_budget: str | None,
     keep_logs: float | None,
+    compress_after: int | None,
 ) -> None:
     """Show which recovery points of a VM stay, or change it from the next cycle on. Works while `serve` runs.
 
@@ -113,6 +120,7 @@ def policy(
         keep=keep,
         points_budget=points_budget,
         keep_logs=keep_logs,
+        compress_after=compress_after,
     )
     output.answer(found, lambda: _show_policy(output, found))
 
@@ -127,12 +135,17 @@ def _show_policy(output: Output, found: PointPlan) -> None:
             ("keep", wanted.keep),
             ("budget", None if found.budget_bytes is None else format_size(found.budget_bytes)),
             ("logs stay", _period(wanted.keep_logs_s) if wanted.keep_logs_s else None),
+            ("compressed", _compressed(wanted.compress_after_points)),
             ("used", format_size(found.used_bytes)),
             ("points", f"{len(found.points) - len(going)} stay, {len(going)} go with the next cycle"),
         ]
     )
     if found.warning:
         output.line(plain(found.warning))
+
+
+def _compressed(after_points: int | None) -> str:
+    return "none" if after_points is None else f"points older than the newest {after_points}"
 
 
 def _show_plan(output: Output, found: PointPlan) -> None:

@@ -106,6 +106,7 @@ class PointPolicy(msgspec.Struct, frozen=True, omit_defaults=True):
     one. keep: a rule in words, empty for none. budget_bytes: of what older points need, 0 for no bound;
     budget_percent: the same in percent of what the disks need. keep_logs_s: how long applied logs stay.
     app_consistent: whether cuts are made with the guest's file systems standing still.
+    compress_after_points: how many of the newest points stay uncompressed, 0: all.
     """
 
     recovery_points: Annotated[int, Meta(ge=0, le=RECOVERY_POINTS_MAX)] | None = None
@@ -115,6 +116,7 @@ class PointPolicy(msgspec.Struct, frozen=True, omit_defaults=True):
     budget_percent: Annotated[float, Meta(ge=0, le=1e6)] | None = None
     keep_logs_s: Annotated[float, Meta(ge=0, le=1e9)] | None = None
     app_consistent: bool | None = None
+    compress_after_points: Annotated[int, Meta(ge=0, le=1 << 31)] | None = None
 
 
 class Claim(Message, frozen=True, tag="claim"):

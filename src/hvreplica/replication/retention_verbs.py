@@ -7,6 +7,8 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from hvreplica.clock import SYSTEM, parse_iso
 from hvreplica.errors import FieldOutOfRange, NoSuchPoint
 from hvreplica.files import OS_FILES
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 NONE = "none"
 _PERCENT_MAX = 1e6
 _BYTES_MAX = 1 << 62
+_POINTS_MAX = 1 << 31
 
 
 def point_plan(
@@ -97,6 +100,7 @@ def store_policy(
     keep: str | None = None,
     points_budget: str | int | None = None,
     keep_logs: float | None = None,
+    compress_after: int | None = None,
 ) -> PointPlan:
     """Change what is kept of a VM, from its next cycle on; return the policy and what it makes of the points.
 
@@ -104,10 +108,20 @@ def store_policy(
     0 for each point. keep: a rule such as "last 12, hourly 24, daily 7", instead of a number, or beside it
     where both are given; "none" for no rule. points_budget: of what older points may take, bytes or a size
     such as "20G", or "15%" of what the disks take, or "none". keep_logs: for how many seconds logs stay after
-    they were applied, to make points between two cycles; 0 for not at all. A primary that says otherwise in a
-    later cycle is followed. Raises: as point_plan(), StoreFull.
+    they were applied, to make points between two cycles; 0 for not at all. compress_after: how many of the
+    newest points have undo parts that are not compressed, 0 for all. A primary that says otherwise in a later
+    cycle is followed. Raises: as point_plan(), StoreFull.
     """
     wish = make_wish(recovery_points, recovery_point_every, keep, points_budget, keep_logs)
+    if compress_after is not None:
+        if not 0 <= compress_after <= _POINTS_MAX:
+            raise FieldOutOfRange(
+                "no such number of points",
+                field="compress_after",
+                expected=f"0 to {_POINTS_MAX}, 0 for all",
+                actual=compress_after,
+            )
+        wish = msgspec.structs.replace(wish, compress_after_points=compress_after)
     with contextlib.closing(Store.open_reading(OS_FILES, Path(store), clock=SYSTEM)) as opened:
         return opened.plan_points(vm) if wish == PointPolicy() else opened.set_policy(vm, wish)
 

@@ -28,6 +28,7 @@ from hvreplica.errors import (
 from hvreplica.files import OS_FILES
 from hvreplica.formats import messages
 from hvreplica.replication.answers import AnswerSession, refusal, while_working
+from hvreplica.replication.presser import Presser
 from hvreplica.replication.verifier import Verifier
 from hvreplica.replication.version import SOFTWARE
 from hvreplica.store import DiskSpec, Store
@@ -94,6 +95,8 @@ class Server:
                 self._store, every_s=verify_every_s, rate_bytes_s=verify_rate, clock=clock
             )
             self._verifier.start()
+        self._presser = Presser(self._store, clock=clock)
+        self._presser.start()
         self._lock = threading.Lock()
         self._claiming: dict[str, threading.Lock] = {}
         self._by_vm: dict[str, AnswerSession] = {}
@@ -125,6 +128,7 @@ class Server:
         self._listener.close()
         if self._verifier is not None:
             self._verifier.close()
+        self._presser.close()
         self._store.close()
 
     def __enter__(self) -> Self:

@@ -74,6 +74,8 @@ def follow(policy: Policy, wish: PointPolicy) -> Policy:
     elif "budget_percent" in given:
         given["budget_percent"] = given["budget_percent"] or None
         given["budget_bytes"] = None
+    if "compress_after_points" in given:
+        given["compress_after_points"] = given["compress_after_points"] or None
     return msgspec.structs.replace(policy, **given)
 
 

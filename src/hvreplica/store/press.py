@@ -53,6 +53,7 @@ PART_BYTES_MIN = 256 * KIB  # a smaller part hardly pays for the work, and is me
 FRAME_BYTES = 64 * KIB
 LEAST_GAIN = 0.1
 _SAMPLES = 16
+_PIECES_BETWEEN_PAUSES = 128  # to look whether to give way costs a look at the catalog
 
 
 class Pressed(NamedTuple):
@@ -73,7 +74,7 @@ class _Piece(NamedTuple):
 def press_parts(home: VmHome, *, pause: Callable[[], None] = lambda: None) -> Pressed:
     """Press the parts of a VM that are old enough, one after another, the oldest points' first.
 
-    pause: called between two pieces of work of some milliseconds; what it raises ends this, and nothing is
+    pause: called between two pieces of work, below a second each; what it raises ends this, and nothing is
     left half done. Never raises for what can be left for the next time.
     """
     done = Pressed()
@@ -97,7 +98,7 @@ def press_parts(home: VmHome, *, pause: Callable[[], None] = lambda: None) -> Pr
 
 
 def is_raw(row: UndoRow) -> bool:
-    """Return whether a part is stored as the log that it is."""
+    """Return whether a part is stored as the log that it is, not compressed."""
     return row.kind == "undo" and row.file_bytes > row.covered_bytes
 
 
@@ -201,7 +202,6 @@ class _Writer:
             if piece.is_hole:
                 continue
             if number % every == every // 2:
-                self._pause()
                 plain += piece.length
                 stored += min(len(self._codec.encode(self._read(piece))), piece.length)
             number += 1
@@ -211,8 +211,9 @@ class _Writer:
         """Write all frames and the table, then the header; durable on return. Return the file's length."""
         rows = array("I")
         position = HEADER.size
-        for piece in _pieces(self._reader):
-            self._pause()
+        for number, piece in enumerate(_pieces(self._reader)):
+            if number % _PIECES_BETWEEN_PAUSES == 0:
+                self._pause()
             if piece.is_hole:
                 rows.extend((piece.length, 0, 0, FrameKind.HOLE))
                 continue

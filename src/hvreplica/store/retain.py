@@ -27,6 +27,7 @@ from hvreplica.store.kept_logs import expire_kept
 from hvreplica.store.part_plan import choose_merge
 from hvreplica.store.points_kept import drop_point, kept_points, require_droppable
 from hvreplica.store.policy import policy_of
+from hvreplica.store.press import press_parts
 from hvreplica.store.verdicts import candidate, next_to_go, verdicts
 from hvreplica.units import format_size
 
@@ -80,6 +81,8 @@ def _hold_budget(home: VmHome, policy: Policy) -> list[GonePoint]:
     if limit_bytes is None:
         return []
     gone: list[GonePoint] = []
+    if used_bytes(home) > limit_bytes:
+        press_parts(home)  # what shrinks need not go
     while (taken_bytes := used_bytes(home)) > limit_bytes:
         point = next_to_go(verdicts(home, policy))
         if point is None:

@@ -20,7 +20,7 @@ from hvreplica.errors import (
     UnsupportedVersion,
 )
 from hvreplica.store.adopted import require_adopted
-from hvreplica.store.apply import finish
+from hvreplica.store.apply import finish, is_cut
 from hvreplica.store.catalog import Catalog
 from hvreplica.store.failover import may_apply
 from hvreplica.store.fencing import validate_claim, validate_disks_follow
@@ -41,6 +41,7 @@ from hvreplica.store.points import ExportReport, Format, export_point
 from hvreplica.store.points_kept import kept_points, sweep_points
 from hvreplica.store.policy import changed_policy, follow, policy_of
 from hvreplica.store.prepared import forget_prepared
+from hvreplica.store.press import Pressed, press_parts
 from hvreplica.store.records import DiskSpec, Owner, printable, validate_disks
 from hvreplica.store.replica import VmReplica
 from hvreplica.store.retain import GonePoint, delete_points, retain
@@ -296,6 +297,19 @@ class Store:
         """Read one point again, by its id or "latest", and mark it if it is damaged. Raises: as verify()."""
         home = self.home(vm)
         return verify_point(home, _kept_point(home, which), pace)
+
+    def press(self, vm: str, pace: Pace) -> Pressed:
+        """Compress undo parts of a VM that its policy says are old enough. See store/press.py.
+
+        Raises: NoSuchPoint for an unknown VM, Stopped.
+        """
+        home = self.home(vm)
+        pace.give_way = lambda: is_cut(home)
+        return press_parts(home, pause=lambda: pace.spend(0))
+
+    def names(self) -> list[str]:
+        """Return the names of the VMs."""
+        return [row.name for row in self._parts.catalog.vms()]
 
     def verified_s(self) -> dict[str, float]:
         """Return when each VM was last read again as a whole; 0 for never."""
