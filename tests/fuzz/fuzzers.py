@@ -8,6 +8,7 @@ from tests.fuzz import (
     targets_hrl,
     targets_journal,
     targets_nbd,
+    targets_pressed,
     targets_text,
     targets_vhd,
     targets_vhdx,
@@ -22,6 +23,7 @@ FUZZERS = (
     *targets_hrl.FUZZERS,
     *targets_wire.FUZZERS,
     *targets_nbd.FUZZERS,
+    *targets_pressed.FUZZERS,
     *targets_text.FUZZERS,
     *targets_journal.FUZZERS,
 )

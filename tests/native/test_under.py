@@ -29,6 +29,7 @@ class _Layers:
     """A base disk of blocks and one file of extents, with what both together show."""
 
     def __init__(self, folder: Path, rng: random.Random) -> None:
+        self.base_folder = folder
         self.base, self.part = rng.randbytes(2 * MIB), rng.randbytes(MIB)
         (folder / "base").write_bytes(self.base)
         (folder / "part").write_bytes(self.part)
@@ -162,3 +163,64 @@ def test_read_goes_on_with_another_index(layers: _Layers, *, structured: bool, l
     thread.join()
     theirs.close()
     assert len(refreshed) == 1
+
+
+@pytest.mark.parametrize("structured", [False, True])
+def test_extents_that_only_the_caller_can_read_are_asked_for(layers: _Layers, *, structured: bool) -> None:
+    """A short read is the caller's as a whole; of one longer than the buffer what holds such bytes."""
+    content = layers.content()
+    ours, theirs = socket.socketpair()
+    exported = live.NbdExport(
+        -1, None, live.Gate(), None, virtual_bytes=SIZE, has_parent=False, read_only=True
+    )
+    connection = live.NbdConnection(exported, theirs.fileno(), structured=structured)
+    rows = np.array([[2 * MIB + PAGE, 2 * MIB + 3 * PAGE]], np.uint64)
+    (layers.base_folder / "all").write_bytes(content)
+    whole = os.open(layers.base_folder / "all", os.O_RDONLY)
+    under = live.Under(
+        rows[:, 0].copy(),
+        rows[:, 1].copy(),
+        np.zeros(1, np.uint64),
+        np.array([live.ELSEWHERE], np.int32),
+        descriptor=whole,
+        block_map=None,
+        counter=None,
+        applied=0,
+        kept=None,
+    )
+    with pytest.raises(OSError):
+        under.read_into(bytearray(PAGE), 2 * MIB + PAGE)
+    connection.under = under
+    filled: list[tuple[int, int]] = []
+
+    def serve() -> None:
+        while (event := connection.serve()) is not live.NbdEvent.CLOSED:
+            if event is live.NbdEvent.FILL:
+                room, start = connection.room, connection.piece_offset
+                room[:] = content[start : start + len(room)]
+                filled.append((start, len(room)))
+            else:
+                assert event is live.NbdEvent.COMMAND
+                filled.append((connection.offset, connection.length))
+                head = bytes(28 if structured else 16)
+                data = content[connection.offset : connection.offset + connection.length]
+                assert connection.send(head + data) == 0
+
+    def receive(count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            data += ours.recv(count - len(data))
+        return data
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    for start, length in ((0, SIZE), (2 * MIB + 2 * PAGE, PAGE), (PAGE, PAGE)):
+        ours.sendall(READ.pack(0x25609513, 0, 0, 8, start, length))
+        receive(28 if structured else 16)
+        assert receive(length) == content[start : start + length]
+    ours.close()
+    thread.join()
+    theirs.close()
+    os.close(whole)
+    assert [length for _, length in filled] == [MIB, PAGE]
+    assert filled[0][0] <= 2 * MIB + PAGE < filled[0][0] + MIB
