@@ -1,8 +1,8 @@
 """`python -m bench [--smoke] [NAME ...]`: run the benchmarks, print the figures, keep them as JSON.
 
-Names: initial, delta, fill, memory, disk_io, convert, check, capture, continuous, recovery,
-undo, points, retention, reverse, kernels, transport. All but the last two measure whole commands, or the
-Python API against whole programs.
+Names: initial, delta, fill, memory, disk_io, convert, check, capture, continuous, recovery, undo, points,
+retention, pressed, reverse, kernels, transport. All but the last two measure whole commands, or the Python
+API against whole programs.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ END_TO_END = (
     "undo",
     "points",
     "retention",
+    "pressed",
     "reverse",
 )
 MICRO = {"kernels": ("--smoke",), "transport": ("--mib", "4", "--rounds", "1")}  # with their smoke options
