@@ -317,9 +317,30 @@ enum hvr_log_state {
     HVR_LOG_FAILED = 3 /* a write to the log failed with errno `error` */
 };
 
+/* A moment of a log: `entries` were in it before. time_us: Unix time in microseconds. */
+struct hvr_mark {
+    uint64_t entries;
+    uint64_t time_us;
+};
+
+/* Marks with at most one for each slot of time, slot k being [k * slot_us, (k + 1) * slot_us). When all
+ * `capacity` rows, 0 or at least 4, are taken, slots become longer, 2 and 5 times in turn, so that each lies in one of the next
+ * length: 1, 2, 10, 20, 100 and so on. next_us: where the slot of the newest row ends. */
+struct hvr_marks {
+    struct hvr_mark *rows;
+    uint64_t count;
+    uint64_t capacity;
+    uint64_t slot_us;
+    uint64_t next_us;
+};
+
 /* An .hrl that grows, [MS-HRL]. position: where the next byte belongs. last_block: of the newest metadata
  * block. pending: the metadata block that grows, 4096 bytes, with pending_count entries behind room for its
- * header. A log that is not OPEN is not touched any more. */
+ * header. A log that is not OPEN is not touched any more.
+ *
+ * ticks: for each slot in which an entry came the moment of its first one; nothing where capacity is 0, and
+ * then nothing is noted of time. flushes: for each slot the last moment in which a guest asked for a flush.
+ * Moments of a log never go back: last_us is the newest, and clock_back is set once the clock was before it. */
 struct hvr_log {
     int descriptor;
     int state;
@@ -334,15 +355,21 @@ struct hvr_log {
     uint64_t blocks;
     uint64_t entries;
     uint64_t data_bytes;
+    struct hvr_marks ticks;
+    struct hvr_marks flushes;
+    uint64_t last_us;
+    uint64_t flushed_us;
+    uint64_t clock_back;
 };
 
 /* What was written since a cut. dirty: grains. unlogged: those of them of which the log does not have the last
- * content. logged: those of which it has any. touched: regions. */
+ * content. logged: those of which it has any. touched: regions. ended_us: when the cut was, Unix time. */
 struct hvr_epoch {
     uint8_t *dirty;
     uint8_t *unlogged;
     uint8_t *logged;
     uint8_t *touched;
+    uint64_t ended_us;
     struct hvr_log log;
 };
 
@@ -377,10 +404,15 @@ int hvr_track_mark(struct hvr_track *track, uint64_t disk_offset, uint64_t lengt
 /* Return whether anything was written since the last call. */
 int hvr_track_take_written(struct hvr_track *track);
 
-/* Note a write that comes next and log its data, or note it as unlogged. time_stamp: as in a log. The caller
- * holds its stripes. */
+/* Note a write that comes next and log its data, or note it as unlogged. time_stamp: as in a log; where the
+ * log notes moments, its entries are stamped with the second of theirs. The caller holds its stripes. */
 void hvr_track_write(struct hvr_track *track, int variant, uint64_t disk_offset, const uint8_t *data,
                      uint64_t length, uint32_t time_stamp);
+
+/* Note in the log of each track that a guest asks for a flush now: one moment, between the same writes in all
+ * of them. Nothing where none has an entry more than at the last one. The caller holds no stripe; tracks stand
+ * in the same order in every call, and share the gate. */
+void hvr_note_flush(struct hvr_gate *gate, struct hvr_track **tracks, size_t count);
 
 /* End the epoch of each track and begin next[i], all behind one closed gate: one instant. The old epoch's
  * `unlogged` becomes the guard, with all that is dirty in it where its log has failed; armed regions that it did not touch are disarmed, and noted in

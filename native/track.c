@@ -22,6 +22,7 @@ enum {
     ENTRY_BYTES = 32,
     METADATA_HEADER_BYTES = 32,
     METADATA_BYTES = 4096, /* of the logs that are written here */
+    CLOCK_SLACK_US = 16,   /* moments run ahead of the clock by one for each flush that is followed at once */
     SECTOR_BYTES = 512
 };
 
@@ -264,6 +265,108 @@ uint32_t hvr_time_stamp(void)
     return (uint32_t)(time(NULL) - SECONDS_TO_2000);
 }
 
+/* ---- the moments of a log ---- */
+
+static uint64_t unix_us(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    return (uint64_t)now.tv_sec * 1000000u + (uint64_t)now.tv_nsec / 1000u;
+}
+
+/* Whether the slots are 1, 10, 100 ... long, and not 2, 20, 200 ... */
+static int is_power_of_ten(uint64_t slot_us)
+{
+    while (slot_us % 10 == 0) {
+        slot_us /= 10;
+    }
+    return slot_us == 1;
+}
+
+/* Makes slots longer until a quarter of the rows is free; keeps the first row of each, or the last. */
+static void thin_out(struct hvr_marks *marks, int keep_last)
+{
+    while (marks->count > marks->capacity - marks->capacity / 4) {
+        marks->slot_us *= is_power_of_ten(marks->slot_us) ? 2 : 5;
+        uint64_t kept = 0;
+        uint64_t next_us = 0;
+        for (uint64_t at = 0; at < marks->count; at += 1) {
+            struct hvr_mark row = marks->rows[at];
+            if (kept == 0 || row.time_us >= next_us) {
+                next_us = (row.time_us / marks->slot_us + 1) * marks->slot_us;
+                marks->rows[kept++] = row;
+            } else if (keep_last) {
+                marks->rows[kept - 1] = row;
+            }
+        }
+        marks->count = kept;
+        marks->next_us = next_us;
+    }
+}
+
+static void add_mark(struct hvr_marks *marks, struct hvr_mark mark, int keep_last)
+{
+    if (marks->count > 0 && mark.time_us < marks->next_us) {
+        if (keep_last) {
+            marks->rows[marks->count - 1] = mark;
+        }
+        return;
+    }
+    if (marks->count == marks->capacity) {
+        thin_out(marks, keep_last);
+        add_mark(marks, mark, keep_last);
+        return;
+    }
+    marks->rows[marks->count++] = mark;
+    marks->next_us = (mark.time_us / marks->slot_us + 1) * marks->slot_us;
+}
+
+/* Returns the moment that it is for a log, which is locked. What comes behind a flush is later than it. */
+static uint64_t moment_of(struct hvr_log *log)
+{
+    uint64_t now_us = unix_us();
+    if (now_us < log->last_us) {
+        if (now_us + CLOCK_SLACK_US < log->last_us) {
+            log->clock_back = 1;
+        }
+        now_us = log->last_us;
+    }
+    if (now_us <= log->flushed_us) {
+        now_us = log->flushed_us + 1;
+    }
+    log->last_us = now_us;
+    return now_us;
+}
+
+void hvr_note_flush(struct hvr_gate *gate, struct hvr_track **tracks, size_t count)
+{
+    int is_new = 0;
+    hvr_gate_enter(gate, 1); /* any stripe keeps a cut away */
+    for (size_t index = 0; index < count; index += 1) {
+        lock(&tracks[index]->epoch->log.lock);
+    }
+    uint64_t now_us = 0;
+    for (size_t index = 0; index < count; index += 1) {
+        struct hvr_log *log = &tracks[index]->epoch->log;
+        const struct hvr_marks *flushes = &log->flushes;
+        is_new |= flushes->capacity > 0
+                  && (flushes->count == 0 || flushes->rows[flushes->count - 1].entries != log->entries);
+        uint64_t own_us = moment_of(log);
+        now_us = own_us > now_us ? own_us : now_us;
+    }
+    for (size_t index = 0; index < count; index += 1) {
+        struct hvr_log *log = &tracks[index]->epoch->log;
+        if (is_new && log->flushes.capacity > 0) {
+            log->last_us = log->flushed_us = now_us;
+            add_mark(&log->flushes, (struct hvr_mark){log->entries, now_us}, 1);
+        }
+    }
+    for (size_t index = 0; index < count; index += 1) {
+        unlock(&tracks[index]->epoch->log.lock);
+    }
+    hvr_gate_leave(gate, 1);
+}
+
 static int is_loggable(const struct hvr_log *log, const struct hvr_write *write)
 {
     return (write->disk_offset | write->length) % SECTOR_BYTES == 0 && write->length <= log->write_bytes_max
@@ -343,6 +446,16 @@ static int append(struct hvr_log *log, int variant, const struct hvr_write *writ
         log->state = HVR_LOG_FULL;
         unlock(&log->lock);
         return 0;
+    }
+    if (log->ticks.capacity > 0) {
+        uint64_t now_us = moment_of(log);
+        uint32_t second = (uint32_t)(now_us / 1000000u - SECONDS_TO_2000);
+        if (now_us >= log->ticks.next_us) {
+            add_mark(&log->ticks, (struct hvr_mark){log->entries, now_us}, 0);
+        }
+        if (second != time_stamp) { /* rarely: it was read before the lock was taken */
+            hvr_hrl_pack(rows, sums, count, second, packed);
+        }
     }
     uint64_t start = log->position;
     int part = 0;
@@ -428,6 +541,7 @@ void hvr_cut(struct hvr_gate *gate, struct hvr_track **tracks, struct hvr_epoch 
 {
     uint64_t start_ns = now_ns();
     hvr_gate_close(gate, 0);
+    uint64_t ended_us = unix_us();
     for (size_t index = 0; index < count; index += 1) {
         struct hvr_track *track = tracks[index];
         struct hvr_epoch *old = track->epoch;
@@ -442,6 +556,7 @@ void hvr_cut(struct hvr_gate *gate, struct hvr_track **tracks, struct hvr_epoch 
                 words_of(disarmed[index])[at] = gone;
             }
         }
+        old->ended_us = ended_us;
         track->epoch = next[index];
         __atomic_store_n(&track->guard, old->unlogged, __ATOMIC_RELEASE);
     }

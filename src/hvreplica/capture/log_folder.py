@@ -1,7 +1,7 @@
 """Where logs grow, where closed ones go, and the old ones whose files are written over.
 
 STATE/open/    the logs of the current epochs; worth nothing after a crash, the journal knows more
-STATE/logs/    closed logs of cuts
+STATE/logs/    closed logs of cuts; <id>.hrt beside <id>.hrl says when its entries came
 STATE/spare/   logs that were acknowledged: a file that has its blocks already is written several times faster
 """
 
@@ -12,6 +12,10 @@ import logging
 import threading
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from hvreplica.errors import FormatError
+from hvreplica.formats.times import Times, pack_times, times_path
 from hvreplica.hrl import LogWriter
 from hvreplica.units import MIB
 
@@ -21,7 +25,10 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from hvreplica.clock import Clock
+    import numpy.typing as npt
+
     from hvreplica.files import FileSystem
+    from hvreplica.native.live import Moments
 
 _LOG = logging.getLogger("hvreplica.capture")
 _SPARE_COUNT_MAX = 8
@@ -68,11 +75,34 @@ class LogFolder:
             recycle=self._take_spare(path),
         )
 
-    def keep(self, writer: LogWriter) -> Path:
-        """Move a closed log to the others; durable after sync()."""
+    def keep(self, writer: LogWriter, moments: Moments | None) -> Path:
+        """Move a closed log to the others, with its times file where one is wanted; durable after sync()."""
         path = self.closed / writer.path.name
+        if moments is not None:
+            self._write_times(times_path(path), writer.log_id, moments)
         self._files.replace(writer.path, path)
         return path
+
+    def _write_times(self, path: Path, log_id: UUID, moments: Moments) -> None:
+        times = Times(
+            log_id=log_id,
+            entry_count=moments.entry_count,
+            slot_us=moments.slot_us,
+            ended_us=moments.ended_us,
+            ticks=_table(moments.ticks),
+            flushes=_table(moments.flushes),
+        )
+        try:
+            data = pack_times(times)
+            file = self._files.open(path, create=True, exclusive=True)
+            with contextlib.closing(file):
+                file.write(data, 0)
+                file.sync()
+        except (OSError, FormatError) as error:
+            # No cut fails for it: without this file points between cycles are of whole seconds.
+            _LOG.warning("the times of a log are not kept: %s", error)
+            with contextlib.suppress(OSError):
+                self._files.unlink(path)
 
     def sync(self) -> None:
         """Make the names of closed logs durable."""
@@ -92,6 +122,7 @@ class LogFolder:
                     _LOG.warning("a log that nobody needs any more stays: %s", error)
 
     def _recycle(self, path: Path, spare: dict[str, int]) -> None:
+        self._files.unlink(times_path(path))
         if not self._files.exists(path):
             return  # it was closed, and has another name now
         size_bytes = self._size(path)
@@ -125,3 +156,7 @@ class LogFolder:
     def _size(self, path: Path) -> int:
         with contextlib.closing(self._files.open(path)) as file:
             return file.size()
+
+
+def _table(marks: npt.NDArray[np.void]) -> npt.NDArray[np.int64]:
+    return np.column_stack((marks["entries"], marks["time_us"])).astype(np.int64)

@@ -121,11 +121,13 @@ class Machine:
         clock: Clock,
         log_budget_bytes: int | None = None,
         write_bytes_max: int = WRITE_BYTES_MAX,
+        has_times: bool = False,
     ) -> None:
         """Begin to track. What a crash or another program left uncertain counts as changed.
 
         log_budget_bytes: of one disk's log; a quarter of the disk by default, 0 for none. write_bytes_max:
-        longer writes are not logged. Raises: OSError, FormatError of the disks.
+        longer writes are not logged. has_times: whether a times file stands beside each log that is in order;
+        a cut's instant is then of the clock that stamps the entries. Raises: OSError, FormatError of the disks.
         """
         self._files = files
         self._clock = clock
@@ -148,9 +150,18 @@ class Machine:
             budget = (
                 slot.disk.virtual_bytes // LOG_BUDGET_SHARE if log_budget_bytes is None else log_budget_bytes
             )
-            self._begin(slot, LogSettings(budget, write_bytes_max))
+            self._begin(slot, LogSettings(budget, write_bytes_max, has_times))
+        self._has_times = has_times
+        noter = live.FlushNoter(self._gate, [tracked.track for tracked in self._tracked])
         self.services = [
-            DiskService(tracked.disk, self._gate, tracked, read_only=False, clock=clock)
+            DiskService(
+                tracked.disk,
+                self._gate,
+                tracked,
+                read_only=False,
+                clock=clock,
+                on_flush=noter.note if has_times else None,
+            )
             for tracked in self._tracked
         ]
 
@@ -224,6 +235,9 @@ class Machine:
             old, disarmed, held_ns = live.cut(
                 self._gate, [tracked.track for tracked in self._tracked], [each.epoch for each in begun]
             )
+            if self._has_times:
+                # No entry of it is stamped later, and none of the next cut's logs earlier.
+                instant_s = old[0].ended_us / 1e6
             self._unrecorded = old
             ended = [
                 tracked.swap(epoch, new)
@@ -262,7 +276,7 @@ class Machine:
             disk_index=self._indices[place],
             log_id=ended.writer.log_id,
             previous_log_id=previous_log_id,
-            path=self._folder.keep(ended.writer),
+            path=self._folder.keep(ended.writer, ended.epoch.moments() if ended.is_ordered else None),
             log_bytes=summary.log_bytes,
             entries=summary.entries,
             changed_bytes=summary.data_bytes,

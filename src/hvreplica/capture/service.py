@@ -32,6 +32,7 @@ from hvreplica.native.live import NbdConnection, NbdEvent, NbdExport, NbdReason,
 from hvreplica.units import GIB, MIB
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     import numpy as np
@@ -126,7 +127,8 @@ class DiskService:
     """One exported disk, for any number of clients at once.
 
     tracked: None serves it without tracking. gate: shared by all disks that are cut together. under: has what
-    the disk has not. is_bare: it has no file of its own, and nothing but what is under it.
+    the disk has not. is_bare: it has no file of its own, and nothing but what is under it. on_flush: told
+    when a guest asks for a flush, before it is done.
     """
 
     def __init__(
@@ -139,8 +141,10 @@ class DiskService:
         clock: Clock,
         under: UnderSource | None = None,
         is_bare: bool = False,
+        on_flush: Callable[[], None] | None = None,
     ) -> None:
         self.disk = disk
+        self._on_flush = on_flush
         self._gate = gate
         self._tracked = tracked
         self._clock = clock
@@ -208,6 +212,11 @@ class DiskService:
                 self._report_flush(error)
                 raise
 
+    def _flush_for_guest(self) -> None:
+        if self._on_flush is not None:
+            self._on_flush()
+        self.flush()
+
     # ---- pieces of writes
 
     def _piece(self, connection: NbdConnection) -> bool:
@@ -257,7 +266,7 @@ class DiskService:
         command, cookie = connection.type, connection.cookie
         try:
             if event is NbdEvent.FLUSH:
-                self.flush()
+                self._flush_for_guest()
                 reply = pack_simple_reply_raw(cookie)
             else:
                 reply = self._do(connection, structured=structured)
@@ -296,7 +305,7 @@ class DiskService:
             if command == Command.WRITE_ZEROES:
                 self.disk.publish()  # what a trimmed range reads is left open, and waits for the next flush
         if command == Command.FLUSH or flags & CommandFlag.FUA:
-            self.flush()
+            self._flush_for_guest()
         return pack_simple_reply_raw(cookie)
 
     def _read(self, cookie: int, offset: int, length: int, *, structured: bool) -> bytes:

@@ -16,6 +16,7 @@ import numpy as np
 from hvreplica import native
 from hvreplica.capture.cut_reader import CutReader
 from hvreplica.formats.hrl import HEADER_BYTES, METADATA_BYTES_DEFAULT
+from hvreplica.formats.times import FLUSHES_MAX, SLOT_US_MIN, TICKS_MAX
 from hvreplica.hrl import GrownLog
 from hvreplica.native.live import GRAIN_BYTES, Epoch, LogState, Track, TrackStatus, merge_grains
 
@@ -39,10 +40,14 @@ _NOT_READY_S = 0.0002
 
 
 class LogSettings(NamedTuple):
-    """limit_bytes: of one log; 0 logs nothing. write_bytes_max: longer writes are left to the map."""
+    """limit_bytes: of one log; 0 logs nothing. write_bytes_max: longer writes are left to the map.
+
+    has_times: whether it is noted when entries come, see formats/times.py.
+    """
 
     limit_bytes: int
     write_bytes_max: int
+    has_times: bool = False
 
 
 class Ended(NamedTuple):
@@ -100,6 +105,8 @@ class TrackedDisk:
             limit=self._settings.limit_bytes,
             write_bytes_max=self._settings.write_bytes_max,
         )
+        if self._settings.has_times:
+            epoch.note_moments(tick_count=TICKS_MAX, flush_count=FLUSHES_MAX, slot_us=SLOT_US_MIN)
         return Ended(epoch, writer)
 
     def discard(self, ended: Ended) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +30,11 @@ GRAIN_BYTES: int = lib.HVR_GRAIN_BYTES
 REGION_BYTES: int = lib.HVR_REGION_BYTES
 ALL_STRIPES = (1 << 64) - 1
 LOG_METADATA_BYTES = 4096  # of the logs that C writes
+MARK = np.dtype([("entries", "<u8"), ("time_us", "<u8")])
 _BUFFER_BYTES = 1 << 20
 _SPIN_NS = 50_000
+_MARKS_MIN = 4
+_AHEAD_US_MAX = 16
 
 
 class LogState(IntEnum):
@@ -105,6 +109,21 @@ class Gate:
             lib.hvr_read_leave(self.c)
 
 
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """When the entries of a log came; all times are Unix microseconds, rows are of MARK.
+
+    entry_count: of the log. ticks: for each slot of slot_us in which any came, how many came before and when
+    the first of it did. flushes: how many entries had come when a guest asked for a flush. ended_us: the cut.
+    """
+
+    entry_count: int
+    slot_us: int
+    ticks: npt.NDArray[np.void]
+    flushes: npt.NDArray[np.void]
+    ended_us: int
+
+
 class Epoch:
     """What was written since a cut. dirty, unlogged, logged: bit per grain; touched: bit per region; uint8,
     LSB first.
@@ -127,6 +146,7 @@ class Epoch:
             for each in (self.dirty, self.unlogged, self.logged, self.touched, self._pending)
         ]
         self.c.dirty, self.c.unlogged, self.c.logged, self.c.touched, self.c.log.pending = self._kept
+        self._marks: list[npt.NDArray[np.void]] = []
 
     def open_log(
         self, descriptor: int, *, position: int, last_block: int, limit: int, write_bytes_max: int
@@ -142,6 +162,40 @@ class Epoch:
         log.position, log.last_block, log.blocks = position, last_block, 1
         log.limit, log.write_bytes_max = limit, write_bytes_max
         log.state = lib.HVR_LOG_OPEN
+
+    def note_moments(self, *, tick_count: int, flush_count: int, slot_us: int) -> None:
+        """Note from now on when entries come and guests ask for flushes. Before the epoch begins.
+
+        tick_count, flush_count: how many moments of each kind are kept at most, at least 4. slot_us: how far
+        ticks are apart at least, 1, 2, 10, 20, 100 and so on; a log that is long makes both kinds fewer.
+        """
+        log = self.c.log
+        for marks, count, first_us in ((log.ticks, tick_count, slot_us), (log.flushes, flush_count, 1)):
+            if count < _MARKS_MIN:
+                message = f"room for {count} moments is too little"
+                raise ValueError(message)
+            rows = np.zeros(count, MARK)
+            view = ffi.from_buffer("struct hvr_mark[]", rows, require_writable=True)
+            self._kept += [view]
+            self._marks.append(rows)
+            marks.rows, marks.capacity, marks.slot_us = view, count, first_us
+
+    def moments(self) -> Moments | None:
+        """Return what was noted; None where nothing was, or where the clock was set back. After the epoch."""
+        log = self.c.log
+        ended_us = max(int(self.c.ended_us), int(log.last_us))  # moments may be ahead by some
+        if not self._marks or log.clock_back or ended_us - int(self.c.ended_us) > _AHEAD_US_MAX:
+            return None
+        ticks, flushes = (
+            rows[: int(marks.count)].copy()
+            for rows, marks in zip(self._marks, (log.ticks, log.flushes), strict=True)
+        )
+        return Moments(int(log.entries), int(log.ticks.slot_us), ticks, flushes, ended_us)
+
+    @property
+    def ended_us(self) -> int:
+        """When the cut was that ended the epoch: Unix time in microseconds, 0 before."""
+        return int(self.c.ended_us)
 
     @property
     def log_state(self) -> LogState:
@@ -269,6 +323,19 @@ def cut(
     for track, epoch in zip(tracks, epochs, strict=True):
         track._begin(epoch)  # noqa: SLF001 - one module owns what C shares
     return old, disarmed, int(held[0])
+
+
+class FlushNoter:
+    """Notes flushes of guests in the logs of all disks that are cut together, see hvr_note_flush()."""
+
+    def __init__(self, gate: Gate, tracks: Sequence[Track]) -> None:
+        self._kept = (gate, tuple(tracks))
+        self._gate, self._count = gate.c, len(tracks)
+        self._tracks = ffi.new("struct hvr_track *[]", [track.c for track in tracks])
+
+    def note(self) -> None:
+        """Note that a guest asks for a flush now. Any thread that holds nothing of the gate."""
+        lib.hvr_note_flush(self._gate, self._tracks, self._count)
 
 
 def merge_grains(

@@ -319,6 +319,7 @@ def _track(
         log_budget_bytes=log_budget_bytes,
         # Logs that are kept should hold each write in order: what is read at the cut has none.
         write_bytes_max=ORDERED_WRITE_BYTES_MAX if points and points.keep_logs_s else WRITE_BYTES_MAX,
+        has_times=bool(points and points.keep_logs_s),
     )
     stack.callback(machine.close)
     return machine
