@@ -43,7 +43,13 @@ if TYPE_CHECKING:
     from hvreplica.replication.prepare_verbs import cancel_prepare
     from hvreplica.replication.resident import Replicator
     from hvreplica.replication.results import CutLog, CutResult, DiskChange, ReplicateResult, ShippedLog
-    from hvreplica.replication.retention_verbs import point_at, point_delete, point_plan, store_policy
+    from hvreplica.replication.retention_verbs import (
+        point_at,
+        point_delete,
+        point_instants,
+        point_plan,
+        store_policy,
+    )
     from hvreplica.replication.reverse_verb import failover_reverse
     from hvreplica.replication.serve import Server
     from hvreplica.replication.statistics import ReplicationStatistics
@@ -112,6 +118,7 @@ __all__ = [
     "point_delete",
     "point_diff",
     "point_export",
+    "point_instants",
     "point_list",
     "point_plan",
     "point_verify",
@@ -166,6 +173,7 @@ _HOMES = {
     "log_from_qemu": "replication.log_qemu",
     "log_import": "replication.log_import",
     "point_at": "replication.retention_verbs",
+    "point_instants": "replication.retention_verbs",
     "point_delete": "replication.retention_verbs",
     "point_plan": "replication.retention_verbs",
     "store_policy": "replication.retention_verbs",

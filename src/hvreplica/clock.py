@@ -70,3 +70,8 @@ def parse_iso(text: str) -> float:
 def iso_time(unix_s: float) -> str:
     """Return `unix_s` as ISO 8601 in UTC with milliseconds, for people and JSON."""
     return datetime.fromtimestamp(unix_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def exact_time(unix_s: float) -> str:
+    """Return `unix_s` as ISO 8601 in UTC with microseconds."""
+    return datetime.fromtimestamp(unix_s, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")

@@ -90,8 +90,11 @@ def check(cut: Cut, diarists: list[Diarist]) -> None:
     slot_us = max(times.slot_us for times, _, _ in found.values())
     first_us = min(write.sent_us for write in writes) // slot_us * slot_us
     for moment_us in range(first_us, max(write.answered_us for write in writes) + 2 * slot_us, slot_us):
-        inside = {(disk, at) for disk, (times, offsets, _) in found.items()
-                  for at in offsets[: times.entries_before(moment_us)]}
+        inside = {
+            (disk, at)
+            for disk, (times, offsets, _) in found.items()
+            for at in offsets[: times.entries_before(moment_us)]
+        }
         for write in writes:
             if (write.disk, write.offset) in inside:
                 assert write.sent_us < moment_us, "sent later, and in it"
@@ -99,8 +102,11 @@ def check(cut: Cut, diarists: list[Diarist]) -> None:
                 assert write.answered_us >= moment_us, "answered before, and not in it"
     asked = sorted((sent, done) for each in diarists for sent, done in each.flushes)
     for moment_us in sorted(flushed[0]):
-        inside = {(disk, at) for disk, (times, offsets, _) in found.items()
-                  for at in offsets[: times.entries_at_flush(moment_us)]}
+        inside = {
+            (disk, at)
+            for disk, (times, offsets, _) in found.items()
+            for at in offsets[: times.entries_at_flush(moment_us)]
+        }
         for write in writes:
             if (write.disk, write.offset) in inside:
                 assert write.sent_us <= moment_us
@@ -110,8 +116,11 @@ def check(cut: Cut, diarists: list[Diarist]) -> None:
         # A flush that finds nothing new is as good as the one before it.
         last = max((at for at in flushed[0] if at <= done_us), default=None)
         assert last is not None
-        has = {(disk, at) for disk, (times, offsets, _) in found.items()
-               for at in offsets[: times.entries_at_flush(last)]}
+        has = {
+            (disk, at)
+            for disk, (times, offsets, _) in found.items()
+            for at in offsets[: times.entries_at_flush(last)]
+        }
         assert all((w.disk, w.offset) in has for w in writes if w.answered_us < sent_us)
     for times, _, stamps in found.values():
         for place, (entries, time_us) in enumerate(times.ticks.tolist()):
@@ -120,7 +129,9 @@ def check(cut: Cut, diarists: list[Diarist]) -> None:
             assert seconds == {time_us // 1_000_000}, "slots do not cross seconds, nor do stamps"
 
 
-def test_each_instant_has_what_was_answered_and_nothing_that_was_sent_later(tmp_path: Path, seed: int) -> None:
+def test_each_instant_has_what_was_answered_and_nothing_that_was_sent_later(
+    tmp_path: Path, seed: int
+) -> None:
     site = Site(tmp_path, sizes=[16 * MIB, 16 * MIB])
     with site.running(has_times=True) as machine:
         diarists = [Diarist(machine, number, seed) for number in range(2)]
@@ -217,6 +228,6 @@ def test_long_logs_keep_fewer_moments_and_each_is_exact(tmp_path: Path, count: i
 def test_clock_that_is_set_back_leaves_no_times() -> None:
     epoch = live.Epoch(GIB)
     epoch.note_moments(tick_count=4, flush_count=4, slot_us=1000)
-    epoch.c.log.last_us = (1 << 61)
+    epoch.c.log.last_us = 1 << 61
     epoch.c.ended_us = 1 << 60
     assert epoch.moments() is None

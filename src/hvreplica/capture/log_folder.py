@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from pathlib import Path
     from uuid import UUID
 
-    from hvreplica.clock import Clock
     import numpy.typing as npt
 
+    from hvreplica.clock import Clock
     from hvreplica.files import FileSystem
     from hvreplica.native.live import Moments
 

@@ -127,7 +127,8 @@ class Machine:
 
         log_budget_bytes: of one disk's log; a quarter of the disk by default, 0 for none. write_bytes_max:
         longer writes are not logged. has_times: whether a times file stands beside each log that is in order;
-        a cut's instant is then of the clock that stamps the entries. Raises: OSError, FormatError of the disks.
+        a cut's instant is then of the clock that stamps the entries. Raises: OSError, FormatError of the
+        disks.
         """
         self._files = files
         self._clock = clock

@@ -22,6 +22,7 @@ from hvreplica.cli.options import (
 from hvreplica.cli.progress import progress_shown
 from hvreplica.cli.render import moment, plain
 from hvreplica.cli.store import DAMAGE_FOUND, show_verdict
+from hvreplica.clock import exact_time
 from hvreplica.units import format_size
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from hvreplica.cli.render import Output
     from hvreplica.disk import Format
     from hvreplica.store import PointStatus
+    from hvreplica.store.instant_spans import InstantSpan
 
 
 @click.group()
@@ -40,9 +42,14 @@ def point() -> None:
 @point.command("list")
 @store_option
 @vm_option
+@option("--instants", is_flag=True, help="List instead which instants between points `point at` can make.")
 @verb
-def list_(output: Output, store: Path, vm: str) -> None:
+def list_(output: Output, store: Path, vm: str, *, instants: bool) -> None:
     """List a VM's recovery points, oldest first."""
+    if instants:
+        spans = hvreplica.point_instants(store, vm)
+        output.answer(spans, lambda: _show_instants(output, vm, spans))
+        return
     points = hvreplica.point_list(store, vm)
     output.answer(points, lambda: _show(output, vm, points))
 
@@ -61,6 +68,25 @@ def _show(output: Output, vm: str, points: list[PointStatus]) -> None:
     for each in points:
         if each.warning is not None:
             output.line(plain(each.warning))
+
+
+def _show_instants(output: Output, vm: str, spans: list[InstantSpan]) -> None:
+    if not spans:
+        output.line(f"no logs of {plain(vm)} are kept: see --keep-logs")
+        return
+    output.table(
+        ("from", "to", ">steps of", ">flushes", "why not"),
+        [
+            (
+                exact_time(span.from_s),
+                exact_time(span.to_s),
+                "none" if span.step_s is None else f"{span.step_s:g} s",
+                span.flushes,
+                plain(span.reason or ""),
+            )
+            for span in spans
+        ],
+    )
 
 
 @point.command(short_help="Copy a disk at a point to a file of its own.")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hvreplica.cli.render import Output
     from hvreplica.store.plan import PlannedPoint, PointPlan
     from hvreplica.store.retain import GonePoint
+    from hvreplica.store.status import MadePoint
 
 
 @click.command(short_help="Show which recovery points stay, why, and which go first.")
@@ -57,16 +58,28 @@ def plan(
 @store_option
 @vm_option
 @click.argument("instant")
+@option("--flush", is_flag=True, help="Take the last flush of the guest at or before the instant.")
 @verb
-def at(output: Output, *, store: Path, vm: str, instant: str) -> None:
-    """Make a recovery point of any INSTANT between two cycles, such as 2026-11-23T10:15:30Z.
+def at(output: Output, *, store: Path, vm: str, instant: str, flush: bool) -> None:
+    """Make a recovery point of any INSTANT between two cycles, such as 2026-11-23T10:15:30.250Z.
 
-    Needs the cycle's log, see --keep-logs, and the log must hold each write in the guest's order. The writes
-    of that second are in the point. No disk is copied, no other point changes, and `serve` may run. The point
-    is of kind manual: it stays until it is deleted.
+    The point has all that was written until then. Without parts of a second that is the whole second; with
+    them, the last moment that is known; the answer tells it. With --flush it is what the guest itself wanted
+    to be durable. Needs the cycle's log, see --keep-logs, and the log must hold each write in the guest's
+    order; `point list --instants` shows what there is. No disk is copied, no other point changes, and `serve`
+    may run. The point is of kind manual: it stays until it is deleted.
     """
-    made = hvreplica.point_at(store, vm, instant)
-    output.answer(made, lambda: output.line(f"{made.id} shows {moment(made.instant_s)}"))
+    made = hvreplica.point_at(store, vm, instant, flush=flush)
+    output.answer(made, lambda: _show_made(output, made))
+
+
+def _show_made(output: Output, made: MadePoint) -> None:
+    what = f"{made.id} has all that was written until {made.instant}"
+    if made.is_flush:
+        what += ", a flush of the guest"
+    output.line(what)
+    if made.note:
+        output.line(plain(made.note))
 
 
 @click.command(short_help="Let recovery points go.")

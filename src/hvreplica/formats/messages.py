@@ -8,6 +8,7 @@ Working. Data never travels here: it goes as frames (formats/wire.py) over conne
     FingerprintsRequest       ->     Fingerprints | Refused     only for a resync
     ChangesRequest            ->     Changes | Refused          only of a replica that was a primary
     BeginInitial | BeginLogs  ->     Ready | AlreadyHave | Refused
+    LogTimes                  ->     Noted | Refused            beside logs of which they are known
       (Attach -> Attached on each data connection, then frames)
     Checkpoint                ->     Durable | Refused          frames that survive a power cut of the replica
     EndTransfer               ->     Committed | Refused        the primary may forget what it sent
@@ -27,10 +28,13 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from hvreplica.formats.times import TIMES_BYTES_MAX
+
 PROTOCOL_VERSION = 1
 # 2: copies made while the VM writes; disks that are resized, added and removed. 3: what is kept of points,
-# their kinds and consistency; planned failover and the way back.
-REVISION = 3
+# their kinds and consistency; planned failover and the way back. 4: when the entries of logs came.
+REVISION = 4
+TIMES_REVISION = 4
 RECOVERY_POINTS_MAX = 24  # as many as Hyper-V lets one choose
 VM_NAME_CHARS_MAX = 100  # Hyper-V's own limit for the name of a virtual machine
 DISKS_MAX = 64  # what one SCSI controller of a Hyper-V VM holds
@@ -254,6 +258,16 @@ class BeginLogs(Message, frozen=True, tag="logs"):
     consistency: Consistency = "crash"
 
 
+class LogTimes(Message, frozen=True, tag="times"):
+    """Say when the entries of a log of this transfer came. data: the file that formats/times.py describes.
+
+    Nobody has to: without it points between cycles are of whole seconds.
+    """
+
+    log_id: uuid.UUID
+    data: Annotated[bytes, Meta(max_length=TIMES_BYTES_MAX)]
+
+
 class Attach(Message, frozen=True, tag="attach"):
     """First message of a data connection; frames follow after Attached."""
 
@@ -311,6 +325,10 @@ class Ready(Message, frozen=True, tag="ready"):
     """
 
     positions: Annotated[list[ByteCount], Meta(max_length=DISKS_MAX)]
+
+
+class Noted(Message, frozen=True, tag="noted"):
+    """The times came; a replica that keeps no logs, or takes them for damaged, does not keep them."""
 
 
 class AlreadyHave(Message, frozen=True, tag="have"):
@@ -392,6 +410,7 @@ Question = (
     | ChangesRequest
     | BeginInitial
     | BeginLogs
+    | LogTimes
     | Attach
     | Checkpoint
     | EndTransfer
@@ -406,6 +425,7 @@ Answer = (
     | Changes
     | Ready
     | AlreadyHave
+    | Noted
     | Attached
     | Durable
     | Committed

@@ -121,7 +121,10 @@ def unpack_times(buffer: Buffer, *, log_id: uuid.UUID) -> Times:
     computed = native.crc32c(HEADER.pack(**values) + bytes(body))
     if stored != computed:
         raise ChecksumMismatch(
-            "a times file is damaged", field="checksum", expected=f"{computed:#010x}", actual=f"{stored:#010x}"
+            "a times file is damaged",
+            field="checksum",
+            expected=f"{computed:#010x}",
+            actual=f"{stored:#010x}",
         )
     if values["log_id"] != log_id:
         raise FieldOutOfRange(
@@ -204,7 +207,9 @@ def _check_ticks(times: Times) -> None:
     is_first = len(entries) > 0 and int(entries[0]) == 0
     _require(is_first == (times.entry_count > 0), "ticks", "one for the first entry")
     rises = bool((np.diff(entries) > 0).all() and (np.diff(slots) > 0).all())
-    _require(rises and bool((entries < max(times.entry_count, 1)).all()), "ticks", "ascending, each with entries")
+    _require(
+        rises and bool((entries < max(times.entry_count, 1)).all()), "ticks", "ascending, each with entries"
+    )
 
 
 def _check_flushes(times: Times) -> None:

@@ -6,6 +6,7 @@ from hvreplica.hrl.dump import dump_entries, log_info
 from hvreplica.hrl.reader import LogReader
 from hvreplica.hrl.recover import recover_log
 from hvreplica.hrl.report import ApplyReport, LogEnd, LogEntry, LogInfo, LogReport, LogSummary
+from hvreplica.hrl.times import read_times_file
 from hvreplica.hrl.verify import verify_log
 from hvreplica.hrl.writer import GrownLog, LogWriter
 
@@ -23,6 +24,7 @@ __all__ = [
     "apply_log",
     "dump_entries",
     "log_info",
+    "read_times_file",
     "recover_log",
     "verify_log",
 ]

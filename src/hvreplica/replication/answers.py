@@ -24,12 +24,12 @@ from hvreplica.errors import (
 )
 from hvreplica.formats import messages
 from hvreplica.formats.ranges import pack_rows
-from hvreplica.store import AlreadyHave, LogSpec
+from hvreplica.store import AlreadyHave, LogSink, LogSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from hvreplica.store import InitialSink, LogSink, VmReplica
+    from hvreplica.store import InitialSink, VmReplica
     from hvreplica.transport import Channel, Frame, PeerIdentity
 
     Sink = InitialSink | LogSink
@@ -133,6 +133,9 @@ class AnswerSession:
     def _answer_aside(self, question: messages.Question) -> messages.Message:
         """Answer what does not belong to the usual way of a transfer."""
         match question:
+            case messages.LogTimes():
+                self._current().take_times(question)
+                return messages.Noted()
             case messages.Prepare():
                 return messages.Prepared(self._replica.prepare(question.point_id))
             case messages.ChangesRequest():
@@ -320,6 +323,12 @@ class _Incoming:
             if len(self._ahead) > _OUT_OF_ORDER_MAX:
                 raise ProtocolViolation("frames are missing", field="sequence", expected=self._watermark)
             self._changed.notify_all()
+
+    def take_times(self, question: messages.LogTimes) -> None:
+        """Give the times of a log to the sink. Raises: ProtocolViolation for a transfer of disks."""
+        if not isinstance(self.sink, LogSink):
+            raise ProtocolViolation("times belong to a transfer of logs")
+        self.sink.take_times(question.log_id, question.data)
 
     def checkpoint(self) -> int:
         """Return the watermark of what is durable. Raises: the failure that ended the transfer."""

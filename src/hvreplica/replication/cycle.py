@@ -9,12 +9,14 @@ away, "cut" logs are shipped, "acknowledged" logs only have to be taken into the
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from typing import TYPE_CHECKING
 
 from hvreplica.errors import FormatError, LogError, TrackingLost
 from hvreplica.formats import messages
-from hvreplica.hrl import LogWriter
+from hvreplica.formats.times import times_path, unpack_times
+from hvreplica.hrl import LogWriter, read_times_file
 from hvreplica.progress import Progress
 from hvreplica.replication.follow import follow_log
 from hvreplica.replication.results import ShippedLog
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from hvreplica.replication.session import ReplicaSession
     from hvreplica.replication.work import Work
 
+_LOG = logging.getLogger("hvreplica.replicate")
 _COMPARE_WORKERS = 2
 
 
@@ -102,6 +105,7 @@ def ship(work: Work, session: ReplicaSession, transfer: Transfer) -> None:
     answer = session.ask_either(question, messages.Ready, messages.AlreadyHave)
     if isinstance(answer, messages.Ready):
         work.resume(transfer, answer.positions)
+        _send_times(work, session, transfer)
         with contextlib.ExitStack() as stack:
             opened = []
             for log in transfer.logs:
@@ -111,6 +115,23 @@ def ship(work: Work, session: ReplicaSession, transfer: Transfer) -> None:
             work.ship(session, LogSource(opened, transfer.positions), transfer, phase="ship")
     transfer.stage = "acknowledged"
     work.save()
+
+
+def _send_times(work: Work, session: ReplicaSession, transfer: Transfer) -> None:
+    """Tell the replica when the entries of logs came, where that is known and it understands."""
+    if session.revision < messages.TIMES_REVISION:
+        return
+    for log in transfer.logs:
+        path = times_path(work.folder.log_path(log.log_id))
+        if not work.files.exists(path):
+            continue
+        try:
+            data = read_times_file(work.files, path)
+            unpack_times(data, log_id=log.log_id)
+        except (OSError, FormatError) as error:
+            _LOG.warning("the replica is not told the parts of seconds of a log: %s: %s", path, error)
+        else:
+            session.ask(messages.LogTimes(log.log_id, data), messages.Noted)
 
 
 def settle(work: Work, transfer: Transfer) -> None:

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
 
+    from hvreplica.store.instant_spans import InstantSpan
     from hvreplica.store.plan import PointPlan
     from hvreplica.store.retain import GonePoint
-    from hvreplica.store.status import PointStatus
+    from hvreplica.store.status import MadePoint
 
     PathLike = str | os.PathLike[str]
 
@@ -63,17 +64,26 @@ def point_delete(store: PathLike, vm: str, points: Sequence[str]) -> list[GonePo
         return opened.delete_points(vm, ids)
 
 
-def point_at(store: PathLike, vm: str, instant: str | float) -> PointStatus:
+def point_at(store: PathLike, vm: str, instant: str | float, *, flush: bool = False) -> MadePoint:
     """Make a recovery point of any instant between two cycles whose logs were kept; no disk is copied.
 
-    instant: as ISO 8601 with its zone, as in "2026-11-23T10:15:30Z", or Unix seconds. Entries of logs carry
-    whole seconds: the writes of that second are in it. The same instant again is the same point. Raises:
-    NoSuchPoint where it is outside of what was kept, StoreError where the log does not hold each write in
-    the guest's order, FieldOutOfRange for what is no instant, Locked, StoreFull.
+    instant: as ISO 8601 with its zone, as in "2026-11-23T10:15:30.250Z", or Unix seconds. Without parts of
+    a second it means the end of its second; with them the last moment that is known at or before it, see
+    `instant` of the answer. flush: the last flush of the guest at or before it. The same instant again is the
+    same point. Raises: NoSuchPoint where it is outside of what was kept, StoreError where the log does not
+    hold each write in the guest's order, FieldOutOfRange for what is no instant, Locked, StoreFull.
     """
     instant_s = parse_instant(instant)
+    # What is written as 10:15:30.000 means just that.
+    fine = True if isinstance(instant, str) and not {".", ","}.isdisjoint(instant) else None
     with contextlib.closing(Store.open_reading(OS_FILES, Path(store), clock=SYSTEM)) as opened:
-        return opened.make_point_at(vm, instant_s)
+        return opened.make_point_at(vm, instant_s, fine=fine, flush=flush)
+
+
+def point_instants(store: PathLike, vm: str) -> list[InstantSpan]:
+    """Return for which instants point_at() can make a point, and how fine. Raises: NoSuchPoint."""
+    with contextlib.closing(Store.open_reading(OS_FILES, Path(store), clock=SYSTEM)) as opened:
+        return opened.instant_spans(vm)
 
 
 def parse_instant(instant: str | float) -> float:

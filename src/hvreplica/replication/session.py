@@ -102,6 +102,11 @@ class ReplicaSession:
                 hint=f"update the replica, which runs {claimed.software}",
             )
 
+    @property
+    def revision(self) -> int:
+        """What the replica understands; 1 before the claim."""
+        return 1 if self._claimed is None else self._claimed.revision
+
     def attach(self, transfer_id: uuid.UUID) -> Channel[messages.Answer]:
         """Open one data connection of the session; the caller gives it back with detach()."""
         channel = self._connect()

@@ -5,6 +5,7 @@
     fingerprints/0.fp   what the replica holds of disk 0 (tracking/fingerprints.py)
     journal/0.ij        what live tracking knows of disk 0 (capture/machine.py)
     logs/<id>.hrl       cut, not yet acknowledged: of the transfer on its way, and of those behind it
+    logs/<id>.hrt       when its entries came, where that is known (formats/times.py)
 
 Every verb writes its intention here before it acts, so that it can be killed anywhere and called again.
 """
@@ -22,6 +23,7 @@ from msgspec import Meta
 from hvreplica.errors import FormatError, HvReplicaError, Locked, UnsupportedVersion
 from hvreplica.files import write_durably
 from hvreplica.formats import messages
+from hvreplica.formats.times import times_path
 from hvreplica.transport.local import Owner
 
 if TYPE_CHECKING:
@@ -190,12 +192,14 @@ class StateFolder:
         """Remove the files of `logs`."""
         for log in logs:
             self._files.unlink(self.log_path(log.log_id))
+            self._files.unlink(times_path(self.log_path(log.log_id)))
         if logs:
             self._files.sync_directory(self.logs)
 
     def discard_logs(self, keep: Sequence[CutLog] = ()) -> None:
         """Remove every file in logs/ but those of `keep`."""
-        kept = {self.log_path(log.log_id).name for log in keep}
+        paths = [self.log_path(log.log_id) for log in keep]
+        kept = {path.name for log in paths for path in (log, times_path(log))}
         stale = [name for name in self._files.names(self.logs) if name not in kept]
         for name in stale:
             self._files.unlink(self.logs / name)

@@ -307,6 +307,7 @@ def _remove_logs(home: VmHome, logs: list[LogSpec]) -> None:
     """Remove applied logs; what a cut leaves behind is removed when the store starts."""
     for log in logs:
         home.files.unlink(home.paths.log(log.log_id))
+        home.files.unlink(home.paths.times(log.log_id))
         home.verified_logs.discard(log.log_id)
     if logs:
         home.files.sync_directory(home.paths.spool)

@@ -7,7 +7,8 @@
 The new point X comes right behind the kept point A that it is made from. Its undo part holds, in all ranges
 that A's parts cover, what A had there with the entries laid over it; elsewhere nothing changed between A and
 the next kept point, and reads go on there. So A's own parts stay as they are, no disk is copied, and nothing
-is overwritten. Entries carry whole seconds, so an instant means the end of its second.
+is overwritten. Entries carry whole seconds: an instant without parts of a second means its end. With them,
+and for flushes of the guest, the times beside the logs say how many entries come first (store/moment.py).
 
 The kept logs of whole cycles may be in any order. The one that is cut must hold each write of its cycle in
 the guest's order: otherwise the point would show later writes without earlier ones.
@@ -32,6 +33,7 @@ from hvreplica.store.check import file_length
 from hvreplica.store.digest import Digest, DigestReader
 from hvreplica.store.instant_plan import Plan, plan_instant
 from hvreplica.store.kept_logs import kept_log_path
+from hvreplica.store.moment import SECOND_US
 from hvreplica.store.old_data import append_old
 from hvreplica.store.open_point import open_point
 from hvreplica.store.point_index import DISK, ZEROS, PointIndex, rows_of
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from hvreplica.store.home import VmHome
+    from hvreplica.store.moment import Moment
     from hvreplica.store.point_disk import PointDisk
 
 _TRIES = 5
@@ -92,39 +95,68 @@ class _Part:
     """What one disk of the new point needs. own: the parts of the point before, as they were when read.
 
     part: None where nothing of the disk changed. change: from the point before to the new one; None where it
-    is not known.
+    is not known. entries: of the last cycle's log, those that are in the new point.
     """
 
     own: list[UndoRow]
     part: UndoRow | None
     change: Digest | None
+    entries: int
 
 
-def make_point_at(home: VmHome, instant_s: float) -> PointRow:
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A point, and how it came to be.
+
+    entries: of the last cycle's logs, those that it has; None where it was there. is_flush: whether the guest
+    asked for a flush at its time. is_coarse: whether the parts of seconds were wanted and are not known.
+    """
+
+    point: PointRow
+    entries: int | None
+    is_flush: bool
+    is_coarse: bool
+
+
+def make_point_at(
+    home: VmHome, instant_s: float, *, fine: bool | None = None, flush: bool = False
+) -> PointRow:
     """Return a new point of kind manual that shows the instant; durable. The one that is there, if one is.
 
-    Works beside the process that serves the store. Raises: NoSuchPoint where the instant is outside of what
-    was kept, StoreError where the logs do not lead there in the order of the guest's writes, FormatError for
+    fine: whether the instant is exact, and not the whole of its second; None: where it has parts of a second.
+    Then the last moment is taken that is known at or before it, and where the times of a log are lost the end
+    of the last second. flush: the last flush of the guest at or before the instant. Works beside the process
+    that serves the store. Raises: NoSuchPoint where the instant is outside of what was kept, or no flush is
+    known; StoreError where the logs do not lead there in the order of the guest's writes, FormatError for
     a damaged log, Locked while the disks are changed, StoreFull.
     """
+    return make_instant(home, instant_s, fine=fine, flush=flush).point
+
+
+def make_instant(home: VmHome, instant_s: float, *, fine: bool | None = None, flush: bool = False) -> Made:
+    """Do what make_point_at() says, and tell more of it."""
     validate_instant(instant_s)
     for left in range(_TRIES - 1, -1, -1):
         with home.exclusive():
             if is_cut(home):
                 finish(home)
-            plan = plan_instant(home, instant_s)
-            if plan.base.instant_s == instant_s:
-                return plan.base
+            plan = plan_instant(home, instant_s, fine=fine, flush=flush)
+            is_flush, is_coarse = plan.moment.is_flush, plan.is_coarse
+            if plan.is_there:
+                return Made(plan.base, None, is_flush, is_coarse)
             made = _make(home, plan)
         if made is not None:
-            return made
+            return Made(*made, is_flush, is_coarse)
         if not left:
             break
     raise Locked("points around the instant come and go", path=home.paths.folder, hint="try again")
 
 
-def _make(home: VmHome, plan: Plan) -> PointRow | None:
-    """Make the point; None where the point before was given other parts meanwhile."""
+def _make(home: VmHome, plan: Plan) -> tuple[PointRow, int] | None:
+    """Make the point; return it and how many entries of its cycle it has.
+
+    None where the point before was given other parts meanwhile.
+    """
     point_id = home.clock.guid()
     parts: dict[int, _Part] = {}
     is_recorded = False
@@ -142,7 +174,7 @@ def _make(home: VmHome, plan: Plan) -> PointRow | None:
                 if each.part is not None:
                     with contextlib.suppress(OSError):
                         home.files.unlink(home.paths.undo(each.part.id))
-    return row
+    return None if row is None else (row, sum(each.entries for each in parts.values()))
 
 
 def _make_part(
@@ -158,6 +190,7 @@ def _make_part(
     for row in undo:
         covered += log_extents(home, part_path(home, row), FILE_TYPE_UNDO)
     extents = _within(merge(np.concatenate(covered)), base.virtual_bytes)
+    count = 0
     with contextlib.ExitStack() as stack:
         logs = []
         for log in plan.logs_of(index):
@@ -166,15 +199,18 @@ def _make_part(
                 reader = stack.enter_context(LogReader(home.files, path))
             except FileNotFoundError as error:
                 raise StoreError("a kept log is missing", path=path, hint="see `store verify`") from error
-            is_last = log.point_id == plan.end.id
-            logs.append((reader, _entries(reader, base.virtual_bytes, plan.instant_s if is_last else None)))
+            tables = list(reader.entries(disk_bytes=base.virtual_bytes))
+            if log.point_id == plan.end.id:
+                tables = _until(reader, tables, plan.moment, log.log_id)
+                count += sum(map(len, tables))
+            logs.append((reader, tables))
         _require_covered(home, plan, logs, extents, base.virtual_bytes)
         if not len(extents):
-            return _Part(own, None, Digest())
+            return _Part(own, None, Digest(), count)
         disk = InstantDisk(base, logs)
         part = _write_part(home, point_id, index, disk, extents)
         change = DigestReader(disk).of_extents(extents) + -DigestReader(base).of_extents(extents)
-    return _Part(own, part, change)
+    return _Part(own, part, change, count)
 
 
 def _within(extents: NDArray[np.int64], end: int) -> NDArray[np.int64]:
@@ -187,13 +223,23 @@ def _before_whole(parts: list[UndoRow]) -> list[UndoRow]:
     return parts[: min([*wholes, len(parts)])]
 
 
-def _entries(reader: LogReader, disk_bytes: int, until_s: float | None) -> list[NDArray[Any]]:
-    """Return the entries stamped up to `until_s`, all of them where it is None; oldest first."""
+def _until(
+    reader: LogReader, tables: list[NDArray[Any]], moment: Moment, log_id: uuid.UUID
+) -> list[NDArray[Any]]:
+    """Return the entries that come until the moment, oldest first."""
+    if moment.entries is not None:
+        left, found = moment.entries[log_id], []
+        for table in tables:
+            found.append(table[:left])
+            left -= len(found[-1])
+        return found
+    return _until_second(reader, tables, moment.time_us // SECOND_US)
+
+
+def _until_second(reader: LogReader, tables: list[NDArray[Any]], until_s: int) -> list[NDArray[Any]]:
+    """Return the entries that are stamped with this second or an earlier one."""
     found, newest = [], 0
-    for table in reader.entries(disk_bytes=disk_bytes):
-        if until_s is None:
-            found.append(table)
-            continue
+    for table in tables:
         stamps = table["time_stamp"].astype(np.int64)
         back_s = np.maximum.accumulate(np.concatenate(([newest], stamps)))[1:] - stamps
         if len(stamps) and int(back_s.max()) > _CLOCK_BACK_S_MAX:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from hvreplica.clock import iso_time
 from hvreplica.errors import NoSuchPoint, StoreError
+from hvreplica.store.kept_times import times_of
+from hvreplica.store.moment import SECOND_US, Moment, choose_moment, micros, reach_us, second_of
 
 if TYPE_CHECKING:
     import uuid
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
 class Plan:
     """base: the kept point that the new one is made from. end: the point that the cycle wanted led to.
 
-    before_id: the point that this cycle led from. logs: of all cycles from base on, oldest first.
+    before_id: the point that this cycle led from. logs: of all cycles from base on, oldest first. instant_s:
+    what the new point is to say that it shows. moment: what it has of the last cycle. is_coarse: whether the
+    parts of seconds were wanted and are not known.
     """
 
     instant_s: float
@@ -31,6 +35,14 @@ class Plan:
     end: PointRow
     before_id: uuid.UUID
     logs: list[KeptLogRow]
+    moment: Moment
+    is_coarse: bool = False
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the point to begin with is what is wanted."""
+        same = self.base.instant_s == self.instant_s
+        return same or (self.base.id == self.before_id and self.moment.entry_count == 0)
 
     def logs_of(self, disk_index: int) -> list[KeptLogRow]:
         """Return those of one disk, oldest first."""
@@ -76,29 +88,74 @@ class _Known:
         return f"the nearest that can be had are {iso_time(first)} to {iso_time(last)}; see also `point list`"
 
 
-def plan_instant(home: VmHome, instant_s: float) -> Plan:
-    """Return the way to an instant. Raises: NoSuchPoint, StoreError: see make_point_at()."""
+def plan_instant(home: VmHome, instant_s: float, *, fine: bool | None = None, flush: bool = False) -> Plan:
+    """Return the way to an instant. For arguments and errors see make_point_at()."""
+    is_fine = flush or (micros(instant_s) % SECOND_US != 0 if fine is None else fine)
     with home.catalog.snapshot():
-        points = home.catalog.points(home.vm_id, superseded=True)
-        logs: dict[uuid.UUID, list[KeptLogRow]] = {}
-        for row in home.catalog.kept_logs(home.vm_id):
-            logs.setdefault(row.point_id, []).append(row)
-        known = _Known(home, points, logs, instant_s)
+        known = _known(home, instant_s)
         end, before = _find_cycle(known)
-        plan = _walk_back(known, end, before.id)
+        if not is_fine:
+            second_s = float(int(instant_s))
+            plan = _walk_back(known, end, before, Moment(reach_us(second_s), None), second_s)
+        elif flush:
+            plan = _plan_flush(known, end, before)
+        else:
+            plan = _plan_fine(known, end, before)
         _require_one_shape(known, plan)
-        for row in logs[end.id]:
-            if not row.is_ordered:
-                raise StoreError(
-                    f"the log of disk {row.disk_index} of the cycle up to {iso_time(end.instant_s)} does not"
-                    " hold each write in the order of the guest's writes",
-                    path=home.paths.folder,
-                    field="instant",
-                    actual=iso_time(instant_s),
-                    hint="ranges were read from the disk for it: let `capture --keep-logs` run, with a log"
-                    f" budget that is enough; {known.nearest()}",
-                )
+    _require_order(known, plan.end)
     return plan
+
+
+def _known(home: VmHome, instant_s: float) -> _Known:
+    logs: dict[uuid.UUID, list[KeptLogRow]] = {}
+    for row in home.catalog.kept_logs(home.vm_id):
+        logs.setdefault(row.point_id, []).append(row)
+    return _Known(home, home.catalog.points(home.vm_id, superseded=True), logs, instant_s)
+
+
+def _plan_fine(known: _Known, end: PointRow, before: PointRow) -> Plan:
+    """Plan the last moment that is known at or before the wanted one; by whole seconds where no part is."""
+    rows, wanted_us, began_us = known.logs[end.id], micros(known.instant_s), micros(before.instant_s)
+    times = times_of(known.home, rows)
+    moment = second_of(wanted_us) if times is None else choose_moment(times, wanted_us)
+    assert moment is not None
+    if moment.time_us <= began_us:
+        began_us += began_us % SECOND_US == 0  # a whole second would stand for all of it
+        moment = Moment(began_us, {row.log_id: 0 for row in rows})
+    return _walk_back(known, end, before, moment, moment.time_us / SECOND_US, is_coarse=times is None)
+
+
+def _plan_flush(known: _Known, end: PointRow, before: PointRow) -> Plan:
+    """Plan the last flush of the guest at or before the wanted moment, in this cycle or an earlier one."""
+    wanted_us = micros(known.instant_s)
+    for _ in known.points:  # at most so many steps
+        rows = known.logs[end.id]
+        times = times_of(known.home, rows) if all(row.is_ordered for row in rows) else None
+        moment = None if times is None else choose_moment(times, wanted_us, flush=True)
+        if moment is not None:
+            return _walk_back(known, end, before, moment, moment.time_us / SECOND_US)
+        earlier = known.before(before)
+        if earlier is None or before.id not in known.logs:
+            break
+        end, before = before, earlier
+    raise known.refuse(
+        "no flush of the guest is known until then",
+        hint="without --flush the last state is taken that is known; `capture --keep-logs` notes flushes",
+    )
+
+
+def _require_order(known: _Known, end: PointRow) -> None:
+    for row in known.logs[end.id]:
+        if not row.is_ordered:
+            raise StoreError(
+                f"the log of disk {row.disk_index} of the cycle up to {iso_time(end.instant_s)} does not hold"
+                " each write in the order of the guest's writes",
+                path=known.home.paths.folder,
+                field="instant",
+                actual=iso_time(known.instant_s),
+                hint="ranges were read from the disk for it: let `capture --keep-logs` run, with a log budget"
+                f" that is enough; {known.nearest()}",
+            )
 
 
 def _find_cycle(known: _Known) -> tuple[PointRow, PointRow]:
@@ -124,33 +181,40 @@ def _outside(known: _Known) -> NoSuchPoint:
     return known.refuse(f"logs are kept from {iso_time(first_s)} to {iso_time(last_s)}")
 
 
-def _walk_back(known: _Known, end: PointRow, before_id: uuid.UUID) -> Plan:
+def _walk_back(
+    known: _Known,
+    end: PointRow,
+    before: PointRow,
+    moment: Moment,
+    instant_s: float,
+    *,
+    is_coarse: bool = False,
+) -> Plan:
     """Go back over kept logs to the newest kept point on the way."""
     found: list[KeptLogRow] = []
-    at = end
+    first, at = before, end
     for _ in known.points:  # at most so many steps
-        before = known.before(at)
-        if before is None or at.id not in known.logs:
+        led_from = known.before(at)
+        if led_from is None or at.id not in known.logs:
             break
         found = known.logs[at.id] + found
-        made = [point for point in known.points if _is_made_in(known, point, before, at)]
-        if made:
-            return Plan(known.instant_s, made[-1], end, before_id, found)
-        if before.is_kept:
-            return Plan(known.instant_s, before, end, before_id, found)
-        at = before
+        made = [point for point in known.points if _is_made_in(known, point, led_from, at, moment)]
+        if made or led_from.is_kept:
+            base = made[-1] if made else led_from
+            return Plan(instant_s, base, end, first.id, found, moment, is_coarse)
+        at = led_from
     raise known.refuse("no point before it is kept that the kept logs lead on from")
 
 
-def _is_made_in(known: _Known, point: PointRow, before: PointRow, end: PointRow) -> bool:
-    """Return whether a kept point was made in this cycle, by an earlier call, of this instant or before."""
+def _is_made_in(known: _Known, point: PointRow, before: PointRow, end: PointRow, moment: Moment) -> bool:
+    """Return whether a kept point was made in this cycle, by an earlier call, of this moment or before."""
     return (
         point.is_kept
         and point.kind == "manual"
         and point.id not in known.logs
         and point.previous_id == before.id
         and point.id != end.id
-        and before.instant_s < point.instant_s <= known.instant_s
+        and micros(before.instant_s) <= reach_us(point.instant_s) <= moment.time_us
         and before.sequence < point.sequence < end.sequence
     )
 

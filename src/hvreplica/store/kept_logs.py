@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hvreplica.store.policy import Policy
     from hvreplica.store.records import LogSpec, PointRow
 
-_SUFFIX = ".hrl"
+_SUFFIXES = (".hrl", ".hrt")
 
 
 def record_kept(home: VmHome, point: PointRow, logs: Sequence[LogSpec]) -> bool:
@@ -61,6 +61,8 @@ def settle_kept(home: VmHome) -> None:
         return
     home.files.make_directory(home.paths.logs)
     for row in rows:
+        with contextlib.suppress(FileNotFoundError):  # there are none; before the log, which is looked for
+            home.files.replace(home.paths.times(row.log_id), home.paths.kept_times(row.log_id))
         with contextlib.suppress(FileNotFoundError):  # another thread did it meanwhile
             home.files.replace(home.paths.log(row.log_id), home.paths.kept_log(row.log_id))
     home.files.sync_directory(home.paths.logs)
@@ -88,8 +90,11 @@ def expire_kept(home: VmHome, policy: Policy) -> None:
         for row in catalog.kept_logs(vm_id):
             if not policy.keep_logs_s or row.kept_until_s <= now_s or row.point_id not in useful:
                 catalog.delete_kept_log(vm_id, row.log_id)
-        kept = {home.paths.kept_log(row.log_id).name for row in catalog.kept_logs(vm_id)}
-    gone = [name for name in home.files.names(home.paths.logs) if name.endswith(_SUFFIX) and name not in kept]
+        rows = catalog.kept_logs(vm_id)
+    kept = {home.paths.kept_log(row.log_id).name for row in rows}
+    kept |= {home.paths.kept_times(row.log_id).name for row in rows}
+    names = home.files.names(home.paths.logs)
+    gone = [name for name in names if name.endswith(_SUFFIXES) and name not in kept]
     for name in gone:
         home.files.unlink(home.paths.logs / name)
     if gone:

@@ -13,6 +13,7 @@
     <root>/<vm folder>/points/<point id>.use       held, shared, by whoever reads a point
     <root>/<vm folder>/applied                     counts the times that the disks began to change
     <root>/<vm folder>/logs/<log id>.hrl           applied, kept for points between two cycles
+    <root>/<vm folder>/logs/<log id>.hrt           its times; in spool/ beside a log that is not yet applied
     <root>/<vm folder>/active/0.vhdx               what runs here after a failover, a child of disks/0.vhdx
     <root>/<vm folder>/test/0.vhdx                 what a test failover writes to
     <root>/<vm folder>/feeds/<relationship id>.json   what a further site has of this replica's points
@@ -36,6 +37,7 @@ from urllib.parse import unquote_to_bytes
 
 from hvreplica.errors import FieldOutOfRange
 from hvreplica.formats.messages import VM_NAME_CHARS_MAX
+from hvreplica.formats.times import times_path
 
 if TYPE_CHECKING:
     import uuid
@@ -199,6 +201,14 @@ class VmPaths:
     def kept_log(self, log_id: uuid.UUID) -> Path:
         """Return where a log stands that is kept after it was applied."""
         return self.logs / f"{log_id}.hrl"
+
+    def times(self, log_id: uuid.UUID) -> Path:
+        """Return where the times of a log stand that is to be applied."""
+        return times_path(self.log(log_id))
+
+    def kept_times(self, log_id: uuid.UUID) -> Path:
+        """Return where the times of a log stand that is kept after it was applied."""
+        return times_path(self.kept_log(log_id))
 
     def active(self, disk_index: int) -> Path:
         """Return where a disk stands that runs here after a failover."""

@@ -19,6 +19,7 @@ from hvreplica.store.apply import finish_initial
 from hvreplica.store.arriving import ArrivingDigests
 from hvreplica.store.coverage import Coverage
 from hvreplica.store.gate import Gate
+from hvreplica.store.kept_times import keep_times
 from hvreplica.store.records import PointRow
 from hvreplica.store.room import room
 from hvreplica.store.window import gaps, validate_window, validated_extents
@@ -316,6 +317,17 @@ class InitialSink(TransferSink["Disk"]):
 class LogSink(TransferSink["BlockFile"]):
     """Fills spool/<log id>.hrl.partial; target numbers are places in the list of logs."""
 
+    def take_times(self, log_id: uuid.UUID, data: bytes) -> None:
+        """Keep when the entries of a log came, where logs are kept; durable on return.
+
+        What is damaged, or has no room, is told to the log of this process: without it nothing but the parts
+        of seconds is lost. Raises: FieldOutOfRange for a log of another transfer.
+        """
+        with self._gate:
+            if log_id not in {log.log_id for log in self._transfer.logs}:
+                raise FieldOutOfRange("the transfer has no such log", field="log_id", actual=log_id)
+            keep_times(self._home, log_id, data)
+
     def commit(self) -> uuid.UUID:
         """Verify the logs and keep them as a spooled point; then the primary may forget them. Repeatable.
 
@@ -383,6 +395,8 @@ class LogSink(TransferSink["BlockFile"]):
         for target in self._targets.values():
             target.medium.close()
             self._home.files.unlink(target.path)
+        for log in self._transfer.logs:
+            self._home.files.unlink(self._home.paths.times(log.log_id))
 
     def _rename(self) -> None:
         paths, files = self._home.paths, self._home.files

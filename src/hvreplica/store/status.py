@@ -6,14 +6,17 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from hvreplica.clock import exact_time
 from hvreplica.store.check import find_damage
 from hvreplica.store.failover import describe
+from hvreplica.store.moment import SECOND_US, reach_us
 from hvreplica.store.warning import point_warning, room_warning
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from hvreplica.store.home import VmHome
+    from hvreplica.store.instant import Made
     from hvreplica.store.records import DiskRow, PointRow, TransferRow
 
 
@@ -36,6 +39,20 @@ class PointStatus(msgspec.Struct, frozen=True):
     applied_s: float | None
     damage: str | None = None
     warning: str | None = None
+
+
+class MadePoint(PointStatus, frozen=True):
+    """A point that was made of an instant between two cycles.
+
+    instant: the last microsecond that it has, ISO 8601. is_flush: whether the guest asked for a flush then,
+    so that it wanted just this to be durable. entries: the entries of the cycle's logs that were replayed;
+    None where the point was there. note: a sentence where parts of seconds were wanted and are not known.
+    """
+
+    instant: str = ""
+    is_flush: bool = False
+    entries: int | None = None
+    note: str | None = None
 
 
 class DiskStatus(msgspec.Struct, frozen=True):
@@ -180,6 +197,20 @@ def points_of(home: VmHome) -> list[PointStatus]:
         for row in home.catalog.points(home.vm_id)
         if row.state != "base"
     ]
+
+
+def made_point(status: PointStatus, made: Made) -> MadePoint:
+    """Return a point with what is told of it once, where it was made."""
+    note = None
+    if made.is_coarse:
+        note = "the parts of seconds are not known of this cycle: the point shows the second before"
+    return MadePoint(
+        **msgspec.structs.asdict(status),
+        instant=exact_time(reach_us(status.instant_s, status.kind) / SECOND_US),
+        is_flush=made.is_flush,
+        entries=made.entries,
+        note=note,
+    )
 
 
 def store_status(root: Path, free_bytes: int, homes: list[VmHome]) -> StoreStatus:

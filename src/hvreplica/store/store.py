@@ -25,7 +25,8 @@ from hvreplica.store.catalog import Catalog
 from hvreplica.store.failover import may_apply
 from hvreplica.store.fencing import validate_claim, validate_disks_follow
 from hvreplica.store.home import StoreParts, VmHome
-from hvreplica.store.instant import make_point_at
+from hvreplica.store.instant import make_instant
+from hvreplica.store.instant_spans import InstantSpan, instant_spans
 from hvreplica.store.layout import (
     CATALOG_NAME,
     STORE_LOCK_NAME,
@@ -46,7 +47,14 @@ from hvreplica.store.records import DiskSpec, Owner, printable, validate_disks
 from hvreplica.store.replica import VmReplica
 from hvreplica.store.retain import GonePoint, delete_points, retain
 from hvreplica.store.room import room
-from hvreplica.store.status import PointStatus, StoreStatus, points_of, store_status
+from hvreplica.store.status import (
+    MadePoint,
+    PointStatus,
+    StoreStatus,
+    made_point,
+    points_of,
+    store_status,
+)
 from hvreplica.store.transfers import sweep
 from hvreplica.store.verify import StoreVerdict, VmVerdict, verified_s, verify_point, verify_vm
 
@@ -251,11 +259,18 @@ class Store:
             home.catalog.set_policy(home.vm_id, changed_policy(row.policy if row else None, wish))
         return self.plan_points(vm)
 
-    def make_point_at(self, vm: str, instant_s: float) -> PointStatus:
+    def make_point_at(
+        self, vm: str, instant_s: float, *, fine: bool | None = None, flush: bool = False
+    ) -> MadePoint:
         """Make a point of any instant between two cycles. See instant.make_point_at()."""
         home = self.home(vm)
-        made = make_point_at(home, instant_s)
-        return next(point for point in points_of(home) if point.id == str(made.id))
+        made = make_instant(home, instant_s, fine=fine, flush=flush)
+        status = next(point for point in points_of(home) if point.id == str(made.point.id))
+        return made_point(status, made)
+
+    def instant_spans(self, vm: str) -> list[InstantSpan]:
+        """Return which instants between points can be had. See instant_spans.py."""
+        return instant_spans(self.home(vm))
 
     def delete_points(self, vm: str, point_ids: Sequence[uuid.UUID]) -> list[GonePoint]:
         """Let points go that a person named. See retain.delete_points()."""

@@ -112,7 +112,8 @@ def sweep(home: VmHome) -> None:
     keep = {
         path.name for log_id in log_ids for path in (home.paths.log(log_id), home.paths.partial_log(log_id))
     }
-    _remove(home.files, home.paths.spool, (".hrl", ".hrl" + PARTIAL_SUFFIX), keep)
+    keep |= {home.paths.times(log_id).name for log_id in log_ids}
+    _remove(home.files, home.paths.spool, (".hrl", ".hrl" + PARTIAL_SUFFIX, ".hrt", ".tmp"), keep)
     arriving = {home.paths.partial_disk(index).name for row in initials for index in row.disks}
     _remove(home.files, home.paths.disks, (".vhdx" + PARTIAL_SUFFIX,), arriving)
     _remove(home.files, home.paths.disks, (".tmp",), set())  # of disks whose making was cut

@@ -282,16 +282,18 @@ def _unknown_files(home: VmHome) -> list[str]:
     catalog, paths = home.catalog, home.paths
     with catalog.snapshot():
         known = {part_path(home, part) for part in catalog.undo_rows(home.vm_id)}
-        known |= {paths.kept_log(log.log_id) for log in catalog.kept_logs(home.vm_id)}
-        known |= {paths.log(log_id) for log_id in catalog.log_ids(home.vm_id)}
+        for log in catalog.kept_logs(home.vm_id):
+            known |= {paths.kept_log(log.log_id), paths.kept_times(log.log_id)}
+        for log_id in catalog.log_ids(home.vm_id):
+            known |= {paths.log(log_id), paths.times(log_id)}
         known |= {paths.disk(row.spec.index) for row in catalog.disks(home.vm_id)}
     found = [
         folder / name
         for folder, suffixes in (
             (paths.disks, (".vhdx",)),
             (paths.points, (".hru", ".vhdx")),
-            (paths.folder / "logs", (".hrl",)),
-            (paths.spool, (".hrl",)),
+            (paths.folder / "logs", (".hrl", ".hrt")),
+            (paths.spool, (".hrl", ".hrt")),
         )
         for name in home.files.names(folder)
         if name.endswith(suffixes) and not name.endswith(PARTIAL_SUFFIX)
