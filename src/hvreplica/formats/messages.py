@@ -129,7 +129,8 @@ class Claim(Message, frozen=True, tag="claim"):
     disks: as they are now. removed: those that the VM does not have any more; one that is among `disks` too
     may be in points that are still to come. policy: what is to be kept from now on; None: as it is.
     reverse: by the site to which the VM was failed over; taken by a replica alone that was made of the old
-    primary's disks, and not yet written since.
+    primary's disks, and not yet written since. resync: the primary believes no record of its own, so that
+    points may go that wait for a log which cannot be read.
     """
 
     protocol: Annotated[int, Meta(ge=1, lt=1 << 16)]
@@ -141,6 +142,7 @@ class Claim(Message, frozen=True, tag="claim"):
     removed: Annotated[list[DiskIndex], Meta(max_length=DISKS_MAX)] = []
     policy: PointPolicy | None = None
     reverse: bool = False
+    resync: bool = False
 
 
 class DiskState(msgspec.Struct, frozen=True):

@@ -240,6 +240,7 @@ class Primary:
                     software=SOFTWARE,
                     points=self._work.points,
                     reverse=is_reversing,
+                    resync=self._with_resync,
                 )
             except Fenced:
                 # It was not taken. A fenced primary that tries again and again must not count up past the one

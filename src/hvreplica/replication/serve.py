@@ -190,7 +190,7 @@ class Server:
             session.close()
 
     def _claim(self, channel: Channel[messages.Question], claim: messages.Claim) -> VmReplica:
-        return self._store.claim(
+        replica = self._store.claim(
             claim.vm,
             relationship_id=claim.relationship_id,
             generation=claim.generation,
@@ -200,6 +200,9 @@ class Server:
             policy=claim.policy,
             reverse=claim.reverse,
         )
+        if claim.resync:
+            replica.drop_unreadable()
+        return replica
 
     def _authorise(self, channel: Channel[messages.Question], vm: str) -> None:
         # Read anew for each session: an entry that is taken away must hold at once.

@@ -57,6 +57,7 @@ class ReplicaSession:
         software: str,
         points: messages.PointPolicy | None = None,
         reverse: bool = False,
+        resync: bool = False,
     ) -> messages.Claimed:
         """Become the VM's writer.
 
@@ -76,6 +77,7 @@ class ReplicaSession:
             removed=removed,
             policy=points,
             reverse=reverse,
+            resync=resync,
         )
         claimed = self.ask(question, messages.Claimed)
         if [disk.index for disk in claimed.disks] != [shape.index for shape in shapes]:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from hvreplica.disk import open_disk
 from hvreplica.errors import ReplicaDiverged
+from hvreplica.files import require_unused
 from hvreplica.hrl import apply_log, verify_log
 from hvreplica.store.check import file_length, require_sound
 from hvreplica.store.counter import Counter
@@ -48,7 +49,7 @@ _WAITING = {"spooled", "applying"}
 
 def is_unfinished(home: VmHome) -> bool:
     """Return whether something that was received whole has not reached the disks yet."""
-    return bool(_renaming(home)) or bool(_waiting(home))
+    return bool(_renaming(home)) or bool(waiting_points(home))
 
 
 def is_cut(home: VmHome) -> bool:
@@ -70,7 +71,7 @@ def finish(home: VmHome, *, progress: ProgressCallback | None = None) -> list[uu
         with room(home.files, home.paths.folder), home.exclusive():
             require_changeable(home)
             done += finish_initial(home)
-            done += [_apply_point(home, point, progress) for point in _waiting(home)]
+            done += [_apply_point(home, point, progress) for point in waiting_points(home)]
     return done
 
 
@@ -89,7 +90,8 @@ def finish_initial(home: VmHome) -> list[uuid.UUID]:
     with home.exclusive():
         require_changeable(home)
         for transfer in _renaming(home):
-            require_sound(home)
+            # A whole copy needs no log that waits, and ends what waits for one that is lost.
+            require_sound(home, logs=transfer.kind != "initial")
             if _rename_disks(home, transfer):
                 done.append(transfer.point_id)
     return done
@@ -102,7 +104,7 @@ def _renaming(home: VmHome) -> list[TransferRow]:
 def _rename_disks(home: VmHome, transfer: TransferRow) -> bool:
     """Put the received disks in their place; return whether they make a point that can be had."""
     catalog, vm_id = home.catalog, home.vm_id
-    old_logs = [log for point in _waiting(home) for log in catalog.logs(vm_id, point.id)]
+    old_logs = [log for point in waiting_points(home) for log in catalog.logs(vm_id, point.id)]
     rows = [row for row in catalog.disks(vm_id) if row.spec.index in transfer.disks]
     if transfer.kind == "initial":
         keep_whole(home, transfer, rows)
@@ -122,14 +124,14 @@ def _rename_disks(home: VmHome, transfer: TransferRow) -> bool:
             catalog.delete_transfers(vm_id, "join")
         return False
     with catalog.transaction():
-        for point in _waiting(home):
+        for point in waiting_points(home):
             catalog.delete_logs(vm_id, point.id)
         catalog.insert_point(vm_id, _initial_point(home, transfer, states))
         for state in states:
             begin_anew(home, state.spec.index, digests.get(state.spec.index))
         _complete(home, transfer.point_id, states, "complete" if transfer.consistent else "base")
         catalog.end_transfer(vm_id, "initial")
-    _remove_logs(home, old_logs)
+    remove_logs(home, old_logs)
     return transfer.consistent
 
 
@@ -149,7 +151,8 @@ def _initial_point(home: VmHome, transfer: TransferRow, states: list[DiskRow]) -
     )
 
 
-def _waiting(home: VmHome) -> list[PointRow]:
+def waiting_points(home: VmHome) -> list[PointRow]:
+    """Return the points that were received whole and that the disks are not on yet, oldest first."""
     return [point for point in home.catalog.points(home.vm_id) if point.state in _WAITING]
 
 
@@ -169,6 +172,7 @@ def _apply_point(home: VmHome, point: PointRow, progress: ProgressCallback | Non
     if point.state == "spooled":
         for row in rows:
             _require_undisturbed(home, row)
+            require_unused(home.files, home.paths.disk(row.spec.index))  # before anything changes
         _begin(home, point, rows, sizes, logs)
     count_change(home)
     states = [
@@ -192,7 +196,7 @@ def _apply_point(home: VmHome, point: PointRow, progress: ProgressCallback | Non
         home.verified_logs.difference_update(log.log_id for log in logs)
         settle_kept(home)
     else:
-        _remove_logs(home, logs)
+        remove_logs(home, logs)
     return point.id
 
 
@@ -303,8 +307,8 @@ def _complete(home: VmHome, point_id: uuid.UUID, states: list[DiskRow], state: s
     catalog.prune_points(vm_id, POINTS_KEPT)
 
 
-def _remove_logs(home: VmHome, logs: list[LogSpec]) -> None:
-    """Remove applied logs; what a cut leaves behind is removed when the store starts."""
+def remove_logs(home: VmHome, logs: list[LogSpec]) -> None:
+    """Remove logs that no point needs; what a cut leaves behind is removed when the store starts."""
     for log in logs:
         home.files.unlink(home.paths.log(log.log_id))
         home.files.unlink(home.paths.times(log.log_id))

@@ -27,19 +27,22 @@ class _Records:
     logs: list[LogSpec]
 
 
-def find_damage(home: VmHome) -> list[str]:
-    """Return a sentence for each file of the VM that is missing or of the wrong length; reads no content."""
-    records = _records(home)
+def find_damage(home: VmHome, *, logs: bool = True) -> list[str]:
+    """Return a sentence for each file of the VM that is missing or of the wrong length; reads no content.
+
+    logs: whether those that wait to be applied count.
+    """
+    records = _records(home, logs=logs)
     found = _compare(home, records)
     for _ in range(_LOOKS_MAX):
-        again = _records(home)
+        again = _records(home, logs=logs)
         if not found or again == records:
             break  # else the VM moved on between catalog and files, in this process or in another
         records, found = again, _compare(home, again)
     return found
 
 
-def _records(home: VmHome) -> _Records:
+def _records(home: VmHome, *, logs: bool) -> _Records:
     with home.catalog.snapshot():
         transfers = home.catalog.transfers(home.vm_id)
         points = home.catalog.points(home.vm_id)
@@ -47,7 +50,7 @@ def _records(home: VmHome) -> _Records:
             disks=home.catalog.disks(home.vm_id),
             states={point.id: point.state for point in points},
             renaming={index for row in transfers if row.state == "renaming" for index in row.disks},
-            logs=[log for point in points for log in home.catalog.logs(home.vm_id, point.id)],
+            logs=[log for point in points for log in home.catalog.logs(home.vm_id, point.id)] if logs else [],
         )
 
 
@@ -68,9 +71,12 @@ def _compare(home: VmHome, records: _Records) -> list[str]:
     return [sentence for sentence in found if sentence is not None]
 
 
-def require_sound(home: VmHome) -> None:
-    """Refuse to work on a VM with damaged files. Raises: StoreError naming what find_damage() finds."""
-    found = find_damage(home)
+def require_sound(home: VmHome, *, logs: bool = True) -> None:
+    """Refuse to work on a VM with damaged files. Raises: StoreError naming what find_damage() finds.
+
+    logs: those that wait too.
+    """
+    found = find_damage(home, logs=logs)
     if found:
         raise home.damage(*found, hint=_HINT)
 

@@ -13,6 +13,7 @@ from hvreplica.store.blocks import BlockReader
 from hvreplica.store.check import find_damage
 from hvreplica.store.fencing import fenced
 from hvreplica.store.gate import Gate
+from hvreplica.store.lost_logs import drop_unreadable
 from hvreplica.store.prepared import record_prepared
 from hvreplica.store.records import DiskSpec, TransferRow, validate_disks
 from hvreplica.store.repair import Repair
@@ -55,6 +56,7 @@ class VmReplica:
         self._reader: BlockReader | None = None
         self.retained = Retained()
         self._repair = Repair(home, owner)
+        self._lost: list[str] = []
 
     @property
     def vm(self) -> str:
@@ -109,7 +111,18 @@ class VmReplica:
     def damage(self) -> list[str]:
         """A sentence for each file that cannot be built upon; begin_initial() mends it."""
         scans = self._home.catalog.scans(self._home.vm_id).values()
-        return find_damage(self._home) + [scan.damage or "" for scan in scans if scan.is_unreadable]
+        unreadable = [scan.damage or "" for scan in scans if scan.is_unreadable]
+        return find_damage(self._home) + unreadable + self._lost
+
+    def drop_unreadable(self) -> None:
+        """Let points go that wait for a log which cannot be read, for a resync; durable on return.
+
+        Where the disks need such a log `damage` says so from now on. Raises: Locked while another process
+        reads the disks, Fenced.
+        """
+        with self._gate, self._lock:
+            lost = drop_unreadable(self._home)
+            self._lost = [] if lost is None else [lost]
 
     @property
     def adopted(self) -> AdoptedRecord | None:
