@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 from hvreplica.errors import Locked, Truncated, kept
-from hvreplica.image_lock import hold_image, programs_with, release_image
+from hvreplica.image_lock import bars_writer, hold_image, programs_with, release_image
 from hvreplica.punch import punch
 
 if TYPE_CHECKING:
@@ -542,6 +542,26 @@ def lock_open_file(file: BlockFile, *, shared: bool = False) -> None:
             path=file.path,
             hint="wait for it to end, or stop it; the lock goes away with its process",
         )
+
+
+def who_bars_writers(file: BlockFile) -> str | None:
+    """Return who holds a lock because of which nobody may write to a disk's file now; None if nobody does.
+
+    Nothing is locked for it. None too where there is no descriptor.
+    """
+    descriptor = file.fileno()
+    if descriptor is None:
+        return None
+    with _noted("test the locks of", file.path):
+        if not bars_writer(descriptor):
+            return None
+    return ", ".join(programs_with(descriptor)) or "another process"
+
+
+def who_has_open(file: BlockFile) -> str | None:
+    """Return which other processes have the file of `file` open too; None if none, as far as one may know."""
+    descriptor = file.fileno()
+    return None if descriptor is None else ", ".join(programs_with(descriptor)) or None
 
 
 def require_unused(files: FileSystem, path: Path) -> None:

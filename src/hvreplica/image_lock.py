@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _READ, _WRITE, _RESIZE = 0, 1, 3
+_WRITER, _UNSHARED = (_READ, _WRITE, _RESIZE), (_WRITE, _RESIZE)
 _HELD_BASE, _UNSHARED_BASE = 100, 200
 _BYTES_END = 300
 _UNSUPPORTED = (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -60,15 +61,31 @@ def hold_image(descriptor: int, *, writes: bool) -> bool:
     return is_free
 
 
+def bars_writer(descriptor: int) -> bool:
+    """Return whether somebody's lock stands against a writer of an open file; takes none. Raises: OSError.
+
+    Programs of ours hold QEMU's locks too, so that these tell of all; flock() cannot be asked.
+    """
+    try:
+        return not all(_is_free(descriptor, start) for start in _bars(_WRITER))
+    except OSError as error:
+        if error.errno in _UNSUPPORTED:
+            return False
+        raise
+
+
 def _hold_qemu(descriptor: int, *, writes: bool) -> bool:
-    held = (_READ, _WRITE, _RESIZE) if writes else (_READ,)
-    unshared = (_WRITE, _RESIZE)
+    held = _WRITER if writes else (_READ,)
     # First our own, then those of others: of two that come at once at least one sees the other.
-    own = [_HELD_BASE + number for number in held] + [_UNSHARED_BASE + number for number in unshared]
+    own = [_HELD_BASE + number for number in held] + [_UNSHARED_BASE + number for number in _UNSHARED]
     for start in own:
         _lock(descriptor, fcntl.F_RDLCK, start, 1)
-    bars = [_UNSHARED_BASE + number for number in held] + [_HELD_BASE + number for number in unshared]
-    return all(_is_free(descriptor, start) for start in bars)
+    return all(_is_free(descriptor, start) for start in _bars(held))
+
+
+def _bars(held: tuple[int, ...]) -> list[int]:
+    """Return the bytes on which no other may hold a lock, for one who is to hold these permissions."""
+    return [_UNSHARED_BASE + number for number in held] + [_HELD_BASE + number for number in _UNSHARED]
 
 
 def release_image(descriptor: int) -> None:

@@ -121,6 +121,8 @@ def test_kept_logs_go_when_their_time_is_over(world: InstantWorld) -> None:
     assert [row.point_id for row in rows] == [first] * len(rows)
     assert rows
     assert sorted(home.files.names(home.paths.logs)) == sorted(f"{row.log_id}.hrl" for row in rows)
+    told = world.store.status().vms[0]
+    assert (told.kept_logs, told.kept_log_bytes) == (len(rows), sum(row.log_bytes for row in rows))
     assert home.files.names(home.paths.spool) == []
     world.clock.advance(3590)
     retain(home)

@@ -249,5 +249,7 @@ def _show_points(output: Output, result: ReplicateResult) -> None:
     output.line(f"recovery point {result.point}")
     for point in result.gone:
         output.line(f"the replica let point {point.id} of {point.instant} go: {plain(point.reason)}")
+    if result.waits_for is not None:
+        output.line(f"the replica applies it later: {plain(result.waits_for)}")
     if result.warning is not None:
         output.line(f"at the replica {plain(result.warning)}")

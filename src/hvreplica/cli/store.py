@@ -154,6 +154,12 @@ def _show(output: Output, found: StoreStatus) -> None:
             output.line(f"{plain(vm.name)}: added disks, {done} of {total} are safe here")
         if vm.spool_bytes:
             output.line(f"{plain(vm.name)}: {format_size(vm.spool_bytes)} of logs wait to be applied")
+        if vm.waits_for is not None:
+            output.line(f"{plain(vm.name)}: {plain(vm.waits_for)}")
+        if vm.kept_logs:
+            count = f"{vm.kept_logs} applied log" + ("" if vm.kept_logs == 1 else "s")
+            taken = format_size(vm.kept_log_bytes)
+            output.line(f"{plain(vm.name)}: {count} kept for points between cycles, {taken}, in no budget")
         if vm.failover != "Replicating":
             output.line(f"{plain(vm.name)}: {vm.failover}; see `hvreplica failover status`")
         if vm.test is not None:

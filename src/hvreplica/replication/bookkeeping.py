@@ -77,7 +77,11 @@ class Bookkeeper:
         synchronized_s = self._clock.now_s() - latency_s
         self._change(
             lambda record: statistics.succeeded(
-                record, size_bytes=size_bytes, latency_s=latency_s, synchronized_s=synchronized_s
+                record,
+                size_bytes=size_bytes,
+                latency_s=latency_s,
+                synchronized_s=synchronized_s,
+                waits_for=result.waits_for,
             )
         )
 

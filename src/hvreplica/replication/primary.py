@@ -356,8 +356,9 @@ class Primary:
         except Locked as error:
             # An export holds the disks. The point is durable in the spool, further ones queue up behind it.
             _LOG.warning("the replica has the point and applies it later: %s", error)
+            work.tally.waits_for = str(error)
         else:
-            self._applied = point_id
+            self._applied, work.tally.waits_for = point_id, None
             self._tell_gone(applied)
         work.on_progress(Progress("apply", 1, 1))
 

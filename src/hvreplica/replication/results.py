@@ -48,7 +48,7 @@ class ReplicateResult(msgspec.Struct, frozen=True):
     wire_bytes: bytes that this side put on the network, all connections and TLS included. seconds: wall time.
     point: the id of the recovery point that the replica now holds. gone: older ones that it let go. warning:
     which one it lets go next for the budget of older points. prepared: whether the VM is held here for a
-    planned failover from now on.
+    planned failover from now on. waits_for: why the replica, which has the point durably, applies it later.
     """
 
     vm: str
@@ -61,6 +61,7 @@ class ReplicateResult(msgspec.Struct, frozen=True):
     gone: list[GonePoint] = []
     warning: str | None = None
     prepared: bool = False
+    waits_for: str | None = None
 
 
 class CutLog(msgspec.Struct, frozen=True):
@@ -109,4 +110,5 @@ def make_result(work: Work, seconds: float, *, prepared: bool = False) -> Replic
         gone=work.tally.gone,
         warning=work.tally.warning,
         prepared=prepared,
+        waits_for=work.tally.waits_for,
     )

@@ -42,7 +42,10 @@ class Trouble(msgspec.Struct, frozen=True):
 
 
 class Statistics(msgspec.Struct, frozen=True):
-    """The record of one interval. *_sum: over its successful cycles; trouble: None once a cycle succeeded."""
+    """The record of one interval. *_sum: over its successful cycles; trouble: None once a cycle succeeded.
+
+    waits_for: why the replica had not applied the point of the last successful cycle; None where it had.
+    """
 
     start_statistic_time: float
     version: int = VERSION
@@ -59,6 +62,7 @@ class Statistics(msgspec.Struct, frozen=True):
     max_replication_latency: Seconds = 0.0
     last_synchronized_at: float | None = None
     trouble: Trouble | None = None
+    waits_for: Annotated[str, Meta(max_length=_TEXT_CHARS_MAX)] | None = None
 
 
 class ReplicationStatistics(msgspec.Struct, frozen=True):
@@ -104,7 +108,14 @@ class Situation:
     issues: tuple[str, ...] = ()
 
 
-def succeeded(record: Statistics, *, size_bytes: int, latency_s: float, synchronized_s: float) -> Statistics:
+def succeeded(
+    record: Statistics,
+    *,
+    size_bytes: int,
+    latency_s: float,
+    synchronized_s: float,
+    waits_for: str | None = None,
+) -> Statistics:
     """Count a cycle that ended well. synchronized_s: the instant that the replica has now."""
     return replace(
         record,
@@ -117,6 +128,7 @@ def succeeded(record: Statistics, *, size_bytes: int, latency_s: float, synchron
         max_replication_latency=max(record.max_replication_latency, latency_s),
         last_synchronized_at=synchronized_s,
         trouble=None,
+        waits_for=None if waits_for is None else waits_for[:_TEXT_CHARS_MAX],
     )
 
 
@@ -148,7 +160,12 @@ def freeze_failed(record: Statistics) -> Statistics:
 
 def reset(record: Statistics, now_s: float) -> Statistics:
     """Begin a new interval now: counts go, what is true now stays."""
-    return Statistics(now_s, last_synchronized_at=record.last_synchronized_at, trouble=record.trouble)
+    return Statistics(
+        now_s,
+        last_synchronized_at=record.last_synchronized_at,
+        trouble=record.trouble,
+        waits_for=record.waits_for,
+    )
 
 
 def is_over(record: Statistics, now_s: float) -> bool:
@@ -207,6 +224,8 @@ def _critical_issues(record: Statistics) -> list[str]:
 
 def _warnings(record: Statistics, situation: Situation) -> list[str]:
     issues = list(situation.issues)
+    if record.waits_for is not None:
+        issues.append(f"the replica has the newest point and applies it later: {record.waits_for}")
     if situation.phase != "ready":
         issues.append("the initial replication is not complete")
     if situation.is_paused:

@@ -86,6 +86,7 @@ class Tally:
     shipped: list[ShippedLog] = field(default_factory=list)
     gone: list[GonePoint] = field(default_factory=list)
     warning: str | None = None
+    waits_for: str | None = None
 
 
 @dataclass(slots=True)

@@ -10,6 +10,7 @@ from hvreplica.clock import exact_time
 from hvreplica.store.check import find_damage
 from hvreplica.store.failover import describe
 from hvreplica.store.moment import SECOND_US, reach_us
+from hvreplica.store.waits import why_waiting
 from hvreplica.store.warning import point_warning, room_warning
 
 if TYPE_CHECKING:
@@ -97,7 +98,9 @@ class VmStatus(msgspec.Struct, frozen=True):
     of a copy that was made while the VM wrote; "ready". points: oldest first. spool_bytes: of logs that wait
     to be applied. owners: the present one last. joining: the first copy of disks that were added. failover:
     the state of it, "Replicating" where there is none. test: the point of a test failover.
-    warnings: of points that go next for their budget, and of room, a sentence each.
+    warnings: of points that go next for their budget, and of room, a sentence each. waits_for: who keeps
+    those logs from being applied now; None where nobody does. kept_logs, kept_log_bytes: applied ones that
+    stay for points between two cycles, which no budget counts.
     """
 
     name: str
@@ -113,6 +116,9 @@ class VmStatus(msgspec.Struct, frozen=True):
     failover: str = "Replicating"
     test: str | None = None
     warnings: list[str] = []
+    waits_for: str | None = None
+    kept_logs: int = 0
+    kept_log_bytes: int = 0
 
 
 class StoreStatus(msgspec.Struct, frozen=True):
@@ -136,6 +142,7 @@ def vm_status(home: VmHome) -> VmStatus:
         members = {index for point in stored for index in catalog.members(vm_id, point.id)}
         owners = catalog.owners(vm_id)
         failover = home.failover()
+        kept = catalog.kept_logs(vm_id)
     if transfer is not None and transfer.kind == "initial":
         phase = "initial"
     elif any(point.state == "base" for point in stored):
@@ -169,6 +176,9 @@ def vm_status(home: VmHome) -> VmStatus:
         failover=describe(failover),
         test=None if failover.test is None else str(failover.test.point),
         warnings=_warnings(home),
+        waits_for=why_waiting(home),
+        kept_logs=len(kept),
+        kept_log_bytes=sum(log.log_bytes for log in kept),
     )
 
 
