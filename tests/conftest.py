@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,29 @@ settings.register_profile(
 _PROFILE = os.environ.get("HVREPLICA_PROFILE") or ("ci" if os.environ.get("CI") else "dev")
 settings.load_profile(_PROFILE)
 
+# Temporary files go to memory where there is room for them: nothing here is proven by what a sync costs, and to
+# remove a file that was just synced waits for the device, on some file systems for half a second. TMPDIR decides
+# where it is set. Worker processes inherit it.
+_MEMORY, _MEMORY_BYTES_MIN = "/dev/shm", 3 << 30
+
+
+def _has_room() -> bool:
+    """Return whether /dev/shm and the machine's memory have enough left."""
+    try:
+        held = os.statvfs(_MEMORY)
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            known = dict(line.split(":", 1) for line in lines)
+    except OSError:
+        return False
+    available_bytes = int(known.get("MemAvailable", "0 kB").split()[0]) * 1024
+    free_bytes = min(held.f_bavail * held.f_frsize, available_bytes)
+    return os.access(_MEMORY, os.W_OK) and free_bytes >= _MEMORY_BYTES_MIN
+
+
+if "TMPDIR" not in os.environ and _has_room():
+    os.environ["TMPDIR"] = _MEMORY
+    tempfile.tempdir = None  # asked for anew
+
 # Run with nohup, or in the background of a script, some signals come ignored; processes under test inherit that.
 for _signal in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(_signal) is signal.SIG_IGN:
@@ -38,7 +62,8 @@ SEED = int(os.environ.get("HVREPLICA_SEED", "42"))
 def pytest_report_header() -> str:
     """Say what a failure needs to be replayed."""
     tools = "required" if tools_are_required() else "skipped where absent"
-    return f"hvreplica: HVREPLICA_SEED={SEED} HVREPLICA_PROFILE={_PROFILE}, outside tools {tools}"
+    where = tempfile.gettempdir()
+    return f"hvreplica: HVREPLICA_SEED={SEED} HVREPLICA_PROFILE={_PROFILE}, outside tools {tools}, files in {where}"
 
 
 @pytest.fixture
