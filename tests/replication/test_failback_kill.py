@@ -6,28 +6,23 @@ A real process dies each time: a fork that counts its file operations, so that m
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
-import signal
-import sys
-import traceback
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
 
 import hvreplica
-from tests.replication.dying import arm
+from tests.replication.dying import dies
 from tests.replication.test_kill import Sites
 from tests.replication.two_sites import MIB, VM, TwoSites
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Callable
     from pathlib import Path
 
 IS_DEEP = settings().max_examples > 1000
-STEP = 1 if IS_DEEP else 7
+STEP = 1 if IS_DEEP else 13
 OPERATIONS_MAX = 2000
 
 
@@ -38,30 +33,6 @@ class Server(Sites):
         self.store, self.tls = store, tls
         self._server = None
         self.address = ""
-
-
-def dies(kill_at: int, verb: Callable[[], object]) -> bool:
-    """Call `verb` in a fork that is killed at its `kill_at`-th file operation; return whether it was.
-
-    The test fails where the verb fails by itself.
-    """
-    child = os.fork()
-    if child == 0:  # pragma: no cover - another process
-        code = 1
-        try:
-            arm(kill_at)
-            verb()
-            code = 0
-        except BaseException:
-            traceback.print_exc(file=sys.stderr)
-        finally:
-            os._exit(code)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        return True
-    assert os.WEXITSTATUS(status) == 0, f"the verb failed where it was to be killed at {kill_at}"
-    return False
 
 
 class Forked:
@@ -141,7 +112,7 @@ def test_adoption_that_is_killed_again_and_again_ends(forked: Forked) -> None:
 def test_reversal_killed_anywhere_is_ended_by_the_same_call(forked: Forked) -> None:
     forked.adopt()
     forked.save()
-    step = 1 if IS_DEEP else 37
+    step = 1 if IS_DEEP else 67
     for kill_at in range(forked.sites.rng.randrange(1, step + 1), OPERATIONS_MAX, step):
         forked.server.serve()
         was_killed = dies(kill_at, forked.reverse)
@@ -168,7 +139,7 @@ def test_failback_into_the_store_of_the_failover_killed_anywhere_is_ended_by_the
     hvreplica.failover_planned(sites.a, VM)
     points = [point.id for point in hvreplica.point_list(sites.b, VM)]
     forked.save()
-    step = 1 if IS_DEEP else 11
+    step = 1 if IS_DEEP else 23
     for kill_at in range(sites.rng.randrange(1, step + 1), OPERATIONS_MAX, step):
 
         def adopt() -> None:
@@ -209,7 +180,7 @@ def test_preparation_and_planned_failover_killed_anywhere_are_ended_by_the_same_
     def planned() -> None:
         hvreplica.failover_planned(sites.b, VM)
 
-    step = 1 if IS_DEEP else 29
+    step = 1 if IS_DEEP else 53
     is_ended = False
     for kill_at in range(rng.randrange(1, step + 1), OPERATIONS_MAX, step):
         server.serve()
