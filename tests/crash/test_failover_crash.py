@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from hvreplica.store.home import VmHome
 
 IS_DEEP = settings().max_examples > 1000
-WORLDS_MAX = 400 if IS_DEEP else 40
-KILLS_MAX = 100 if IS_DEEP else 12
+WORLDS_MAX = 400 if IS_DEEP else 32
+KILLS_MAX = 100 if IS_DEEP else 10
 
 
 class Call(NamedTuple):
@@ -154,7 +154,7 @@ def test_power_cut_at_any_step_the_same_call_ends_as_one_that_was_not(
     trace = world.files.trace()
     world.store.close()
     count = 0
-    for _, files in crash_states(trace, seed=seed, subsets_per_prefix=4, limit=WORLDS_MAX):
+    for _, files in crash_states(trace, seed=seed, subsets_per_prefix=4, limit=WORLDS_MAX, distinct=True):
         put_catalog(root, files.last_note("catalog", snapshot))
         check(files, root, scene, world, wanted)
         count += 1

@@ -11,6 +11,7 @@ import random
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 from tests.store.history import open_store, put_catalog
 from tests.store.shape_history import ShapeHistory
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-WORLDS_MAX = 150
+IS_DEEP = settings().max_examples > 1000
+WORLDS_MAX, KILLS_MAX = (None, 200) if IS_DEEP else (70, 12)
 
 
 @pytest.fixture
@@ -61,14 +63,14 @@ def test_power_cut_anywhere_loses_nothing_acknowledged(root: Path, seed: int) ->
         put_catalog(root, world.last_note("catalog"))
         check_world(world, history, root)
         count += 1
-    assert count > 80
+    assert count > 35
 
 
 def test_kill_anywhere_is_continued(root: Path, seed: int) -> None:
     history = ShapeHistory(seed + 2, policy=EVERY)
     steps = len(record(history, root).trace())
     rng = random.Random(seed)
-    for step in sorted(rng.sample(range(1, steps), 25)):
+    for step in sorted(rng.sample(range(1, steps), KILLS_MAX)):
         put_catalog(root, None)
         files = FaultFiles(root)
         files.kill_at(step)
