@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from hvreplica.units import KIB
@@ -11,7 +13,8 @@ from tests.fuzz.fuzzers import FUZZERS
 from tests.fuzz.guided import CORPUS, Outcome
 from tests.fuzz.registry import MEMORY_BYTES_MAX, Fuzzer, attempt, make_input, peak_bytes, run
 
-SMOKE_SECONDS = 1.0
+DEEP = os.environ.get("HVREPLICA_PROFILE") == "deep"
+SMOKE_SECONDS, MEMORY_ROUNDS = (5.0, 100) if DEEP else (0.4, 12)
 NAMES = [fuzzer.name for fuzzer in FUZZERS]
 
 
@@ -38,7 +41,7 @@ def test_seeds_are_valid(fuzzer: Fuzzer) -> None:
 
 @pytest.mark.parametrize("fuzzer", FUZZERS, ids=NAMES)
 def test_memory_stays_in_proportion(fuzzer: Fuzzer, seed: int) -> None:
-    assert peak_bytes(fuzzer, seed=seed, rounds=25) < MEMORY_BYTES_MAX
+    assert peak_bytes(fuzzer, seed=seed, rounds=MEMORY_ROUNDS) < MEMORY_BYTES_MAX
 
 
 def test_corpus_is_kept(fuzzer_with_corpus: Fuzzer) -> None:
