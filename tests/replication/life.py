@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import hvreplica
@@ -11,6 +13,7 @@ from hvreplica.clock import SYSTEM
 from hvreplica.disk import open_disk
 from hvreplica.files import OS_FILES
 from tests.support.command_line import Running, ask_verb
+from tests.support.live_client import SocketGuest
 from tests.support.tools import run_tool
 
 if TYPE_CHECKING:
@@ -22,6 +25,7 @@ MIB = 1 << 20
 VM = ("--vm", "web01")
 SYSTEM_BYTES, DATA_BYTES = 12 * MIB, 3 * MIB
 FILE_BYTES = 24 << 10
+PAGE_BYTES = 4096
 
 
 class Content(NamedTuple):
@@ -38,6 +42,7 @@ class ModelVM:
         self._folder, self._rng = folder, rng
         self._images = [folder / "system.img", folder / "data.img"]
         self._files: tuple[str, ...] = ()
+        self._guests: Sequence[SocketGuest] = ()
         self._images[0].write_bytes(bytes(SYSTEM_BYTES))
         run_tool("mkfs.ext4", "-q", "-F", "-O", "^has_journal", self._images[0])
         self._images[1].write_bytes(rng.randbytes(DATA_BYTES // 2) + bytes(DATA_BYTES // 2))
@@ -56,9 +61,20 @@ class ModelVM:
             image.write_bytes(data)
         self._files, self.disks = content.files, list(disks)
 
+    @contextlib.contextmanager
+    def served(self, socket: Path) -> Iterator[None]:
+        """Write through a server's exports instead of to the disks, in order and flushed, for as long."""
+        with contextlib.ExitStack() as stack:
+            self._guests = [
+                stack.enter_context(SocketGuest(socket, str(index))) for index in range(len(self._images))
+            ]
+            stack.callback(setattr, self, "_guests", ())
+            yield
+
     def work(self, name: str) -> Content:
         """Write a new file, remove an old one, scatter some bytes; return what it holds then."""
         source, commands = self._folder / name, self._folder / "commands"
+        before = self.content
         source.write_bytes(self._rng.randbytes(FILE_BYTES))
         removed = self._files[:-2]
         lines = [*(f"rm /{old}" for old in removed), f"write {source} {name}"]
@@ -69,9 +85,30 @@ class ModelVM:
             for _ in range(12):
                 data.seek(self._rng.randrange((DATA_BYTES - 4096) // 512) * 512)
                 data.write(self._rng.randbytes(4096))
-        for image, disk in zip(self._images, self.disks, strict=True):
-            write_changes(image, disk)
+        if self._guests:
+            for guest, old, new in zip(self._guests, before.disks, self.content.disks, strict=True):
+                write_as_guest(guest, old, new)
+        else:
+            for image, disk in zip(self._images, self.disks, strict=True):
+                write_changes(image, disk)
         return self.content
+
+
+def write_as_guest(guest: SocketGuest, old: bytes, new: bytes) -> None:
+    """Write what differs, one page after the other; it is durable on return."""
+    for offset in range(0, len(new), PAGE_BYTES):
+        page = new[offset : offset + PAGE_BYTES]
+        if page != old[offset : offset + PAGE_BYTES]:
+            guest.write(offset, page)
+    guest.flush()
+
+
+def let_second_end() -> float:
+    """Wait until the second that it is has passed, for whatever is written next; return the one that passed."""
+    second = math.floor(SYSTEM.now_s())
+    while SYSTEM.now_s() < second + 1:
+        threading.Event().wait(second + 1 - SYSTEM.now_s())
+    return float(second)
 
 
 class Site(NamedTuple):

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING, Any
 
-from tests.replication.life import VM, Content, ModelVM, Site, require_content, require_sound, served_site
+from hvreplica.clock import iso_time
+from tests.replication.life import (
+    VM,
+    Content,
+    ModelVM,
+    Site,
+    let_second_end,
+    require_content,
+    require_sound,
+    served_site,
+)
 from tests.support.command_line import Running, ask_verb, run_verb
 from tests.support.live_client import SocketGuest
 from tests.support.tools import require_tool, run_tool
@@ -110,6 +121,7 @@ def test_whole_life_of_a_replica(tmp_path: Path, tls: Path, rng: random.Random) 
         b.require(life.points)
         assert len(life.points) >= 8, "of before, of the planned failover, and of after the failback"
         lose_primary_a(life, old)
+        lose_primary_b(life)
 
 
 def lose_primary_a(life: Life, old: str) -> None:
@@ -141,3 +153,34 @@ def lose_primary_a(life: Life, old: str) -> None:
     life.record(a, adopted["point"], at_a)  # what A alone had is not lost either
     life.reverse(b, a)
     b.require(life.points)
+
+
+def lose_primary_b(life: Life) -> None:
+    """Let the VM run at B under capture, kill that, and bring A up as the VM was between two of its cycles."""
+    a, b = life.a, life.b
+    socket = life.folder / "b.sock"
+    verb = ("capture", *VM, "--state", b.primary, "--socket", socket, "--keep-logs", "12h", "--json")
+    with Running(*verb) as capture, life.vm.served(socket):
+        assert capture.ready["event"] == "listening", capture.errors()
+        life.vm.work("under-capture")
+        life.cycle(b.primary, a)
+        life.vm.work("soon-after-the-cycle")
+        wanted = life.vm.work("before-the-instant")
+        instant = iso_time(let_second_end())
+        life.vm.work("after-the-instant")
+        life.vm.work("before-the-next-cycle")
+        life.cycle(b.primary, a)
+        life.vm.work("of-no-cycle")
+        capture.end(signal.SIGKILL)
+    late = run_verb(
+        "failover", "unplanned", "--store", a.store, *VM, "--point", "2020-01-01T00:00:00Z", "--json"
+    )
+    assert (late.code, late.error["class"]) == (52, "NoSuchPoint")
+    assert a.ask("failover status")["state"] == "Replicating"
+    found = a.ask("failover unplanned", "--point", instant)
+    assert found == a.ask("failover unplanned", "--point", instant)
+    require_content(a.active, wanted)
+    life.record(a, found["point"], wanted)
+    image = life.folder / "active.img"
+    ask_verb("disk", "convert", a.active[0], image, "--overwrite")
+    require_sound(image, wanted.files)

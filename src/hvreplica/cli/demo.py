@@ -35,7 +35,8 @@ def demo(output: Output, size_bytes: int, folder: Path | None) -> None:
 
     Two processes talk over TLS on 127.0.0.1: an initial replication, a change as a guest makes it, the change
     shipped as an [MS-HRL] log, a run that finds nothing. Then the VM fails over: a test from an older
-    point, a planned failover and back again, and an unplanned one to the older point. Everything happens
+    point, a planned failover and back again, and an unplanned one to an instant between two cycles, then to
+    the older point. Everything happens
     in a temporary folder, and the exit code is 0 only if every disk is what it should be.
     """
     from hvreplica.cli.demo_run import Story  # noqa: PLC0415

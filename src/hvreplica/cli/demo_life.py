@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 import hvreplica
-from hvreplica.cli import demo_guest, demo_process
+from hvreplica.cli import demo_guest, demo_live, demo_process
+from hvreplica.clock import iso_time
 from hvreplica.units import format_size
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Life:
             self._move("planned", self._folder / "state", (self._replica, address), (self._old, old_address))
             state = self._replica / _STATE
             self._move("back", state, (self._old, old_address), (self._replica, address))
-        self._lose_primary(first)
+        self._lose_primary(first, *self._run_live(address))
         kept = self._count_kept()
         return LifeProof(
             equal=self._equal and sound is not False and kept == len(points),
@@ -115,15 +116,34 @@ class Life:
             self._wire_bytes += wire_bytes
             said.append(f"{format_size(union_bytes)} differ and were sent as {format_size(wire_bytes)}")
 
-    def _lose_primary(self, point: str) -> None:
-        """Bring the replica up though nobody prepared it, then choose the point of the first copy instead."""
+    def _run_live(self, address: str) -> tuple[str, str]:
+        """Let the VM run on capture, and work before and after an instant between two cycles; return that.
+
+        With it a hash of what the guest's disk held then.
+        """
+        with self._tell("letting the VM run on capture", "live") as said:
+            state, socket, image = self._old / _STATE, self._folder / "live.sock", self._guest.image
+            verb = ("capture", "--vm", VM, "--state", state, "--socket", socket, "--keep-logs", "1h")
+            with demo_process.running(verb, self._folder / "capture.log"):
+                self._replicate(state, address)
+                demo_guest.change_guest(self._guest, turn=3)
+                demo_live.write_live(image, socket)
+                instant, held = iso_time(demo_live.let_second_end()), self._digest_of_guest()
+                demo_guest.change_guest(self._guest, turn=4)
+                demo_live.write_live(image, socket)
+                self._replicate(state, address)
+            said.append(f"it wrote before and after {instant}, between two cycles")
+        return instant, held
+
+    def _lose_primary(self, point: str, instant: str, held: str) -> None:
+        """Bring the replica up as the VM was at the instant, then as it was at the first copy instead."""
         with self._tell("losing the primary", "lost") as said:
-            hvreplica.failover_unplanned(self._replica, VM)
-            self._require(self._replica / _ACTIVE, self._digest_of_guest())
+            hvreplica.failover_unplanned(self._replica, VM, point=instant)
+            self._require(self._replica / _ACTIVE, held)
             hvreplica.failover_cancel(self._replica, VM, point=point)
             self._require(self._replica / _ACTIVE, self._points[point])
             hvreplica.failover_commit(self._replica, VM)
-            said.append(f"ran from the latest point, then from {point}, and stays there")
+            said.append(f"ran from {instant}, then from point {point}, and stays there")
 
     def _count_kept(self) -> int:
         """Return how many points of before the failovers are still what they were."""
