@@ -25,7 +25,7 @@ from tests.replication.dying import dies
 from tests.store.failover_world import World
 from tests.store.world import read_disk
 from tests.support.command_line import Running, ask_verb, environment, run_verb
-from tests.support.nbd_client import READ, WRITE, Connection
+from tests.support.nbd_client import FLUSH, READ, WRITE, Connection
 from tests.support.tools import missing, run_tool
 
 try:
@@ -283,3 +283,32 @@ def test_test_failover_as_a_process_ends_cleanly_and_counts_as_none_if_it_never_
     assert ask_verb("failover", "status", *vm(world))["test"] is None
     both = run_verb("failover", "test", *vm(world), "--socket", socket, "--cleanup", "--json")
     assert both.code == 2
+
+
+def test_test_failover_and_cleanup_killed_by_the_system_go_on(world: World, tmp_path: Path) -> None:
+    """SIGKILL ends the server after a flush, and the cleanup at some of its file operations."""
+    socket, old = tmp_path / "t.sock", points(world)[0]
+    content = next(iter(world.images.values()))[0]
+    verb = ("failover", "test", *vm(world), "--point", old, "--socket", socket, "--json")
+    for place in range(2):
+        with Running(*verb) as server, contextlib.closing(Connection(socket, "0")) as client:
+            assert read(client, len(content)) == content, f"run {place}"
+            assert client.ask(WRITE, 8192, 512, data=b"t" * 512)[0] == 0
+            assert client.ask(FLUSH, 0, 0)[0] == 0
+            content = content[:8192] + b"t" * 512 + content[8704:]
+            assert server.end(signal.SIGKILL)[0] == -signal.SIGKILL
+    world.store.close()
+    original, store = world.root, tmp_path / "copy"
+    target = ("--store", store, "--vm", "web01")
+    cleanup = ("failover", "test", "--cleanup", *target)
+    shutil.copytree(original, store)
+    operations = int(dying(0, *cleanup).stderr.rsplit("operations ", 1)[1])
+    killed = 0
+    for kill_at in range(1, operations, max(1, operations // (KILLS_MAX // 2))):
+        shutil.rmtree(store)
+        shutil.copytree(original, store)
+        killed += dies(kill_at, lambda: hvreplica.failover_test_cleanup(store, "web01"))
+        assert hvreplica.failover_test_cleanup(store, "web01").test is None, f"killed at operation {kill_at} of {operations}"
+        assert [path.name for path in (store / "web01" / "test").iterdir()] == ["lock"]
+        assert read_by_dissect(store / "web01" / "disks" / "0.vhdx") == list(world.images.values())[1][0]
+    assert killed >= KILLS_MAX // 4
