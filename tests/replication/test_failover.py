@@ -308,7 +308,9 @@ def test_test_failover_and_cleanup_killed_by_the_system_go_on(world: World, tmp_
         shutil.rmtree(store)
         shutil.copytree(original, store)
         killed += dies(kill_at, lambda: hvreplica.failover_test_cleanup(store, "web01"))
-        assert hvreplica.failover_test_cleanup(store, "web01").test is None, f"killed at operation {kill_at} of {operations}"
+        assert hvreplica.failover_test_cleanup(store, "web01").test is None, (
+            f"killed at operation {kill_at} of {operations}"
+        )
         assert [path.name for path in (store / "web01" / "test").iterdir()] == ["lock"]
         assert read_by_dissect(store / "web01" / "disks" / "0.vhdx") == list(world.images.values())[1][0]
     assert killed >= KILLS_MAX // 4

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import pytest
 
@@ -65,7 +65,7 @@ class Diary:
         assert there == [True] * count + [False] * (self.next - count), "not the first ones"
         return count
 
-    def __enter__(self) -> Diary:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
