@@ -208,7 +208,7 @@ def _begin(
     is_begun = False
     try:
         while not is_begun:  # again where a scan has moved on meanwhile, which takes longer than this
-            touched = measure(home, rows, sizes, logs, written.parts)
+            touched = measure(home, rows, sizes, logs, written)
             with home.catalog.transaction():
                 if holds(home, touched):
                     record(home, written)

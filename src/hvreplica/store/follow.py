@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hvreplica.disk import open_disk
-from hvreplica.disk.extents import NO_EXTENTS, intersection, merge
+from hvreplica.disk.extents import NO_EXTENTS, difference, intersection, merge
 from hvreplica.formats.hrl import FILE_TYPE_HRL
 from hvreplica.native import PAGE_BYTES
 from hvreplica.store.digest import Digest, DigestReader, pages_of
@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hvreplica.store.home import VmHome
+    from hvreplica.store.old_data import OldPages
     from hvreplica.store.records import DiskRow, LogSpec, UndoRow
+    from hvreplica.store.undo import Written
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +53,25 @@ def measure(
     rows: Sequence[DiskRow],
     sizes: dict[int, int],
     logs: Sequence[LogSpec],
-    parts: Sequence[UndoRow] = (),
+    written: Written | None = None,
 ) -> list[Touched]:
     """Read what the disks hold where `logs`, or their new `sizes`, will change them or have changed them.
 
-    parts: those that were written and have no row yet. Nothing is read of a disk whose digests nobody needs.
+    written: the parts that were written before the change and have no row yet; what was read for them is not
+    read again. Nothing is read of a disk whose digests nobody needs.
     """
     positions = _positions(home)
+    parts = [] if written is None else written.parts
+    old = {} if written is None else written.old
     kept = {part.disk_index for part in (*home.catalog.undo_rows(home.vm_id), *parts)}
     found = []
     for row in rows:
         index = row.spec.index
         if row.digest is not None or positions.get(index) or index in kept:
             own = [log for log in logs if log.disk_index == index]
-            found.append(_measure_disk(home, index, positions.get(index, 0), own, sizes[index]))
+            position = positions.get(index, 0)
+            known = None if position else old.get(index)  # a scan wants to know of each page where it is
+            found.append(_measure_disk(home, index, position, own, sizes[index], known=known))
     return found
 
 
@@ -135,7 +142,13 @@ def _positions(home: VmHome) -> dict[int, int]:
 
 
 def _measure_disk(
-    home: VmHome, disk_index: int, position: int, logs: Sequence[LogSpec], new_bytes: int
+    home: VmHome,
+    disk_index: int,
+    position: int,
+    logs: Sequence[LogSpec],
+    new_bytes: int,
+    *,
+    known: OldPages | None,
 ) -> Touched:
     found = [
         extents for log in logs for extents in log_extents(home, home.paths.log(log.log_id), FILE_TYPE_HRL)
@@ -146,10 +159,13 @@ def _measure_disk(
         # it counts the same before and after.
         tail = align_down(new_bytes, PAGE_BYTES)
         extents = pages_of(merge(np.concatenate(found)) if found else NO_EXTENTS, tail)
+        counted = Digest()
+        if known is not None and known.digest is not None:
+            extents, counted = difference(extents, known.extents), known.digest
         reader = DigestReader(disk)
         scanned = _between(reader, extents, tail, start=0, end=position)
         rest = _between(reader, extents, tail, start=position, end=disk.virtual_bytes)
-    return Touched(disk_index, position, scanned + rest, scanned)
+    return Touched(disk_index, position, scanned + rest + counted, scanned)
 
 
 def _between(reader: DigestReader, extents: NDArray[np.int64], tail: int, *, start: int, end: int) -> Digest:

@@ -2,17 +2,19 @@
 
 Short ranges are read many at a time, ahead of the writer and in two threads. Long ones are asked first where
 the disk holds data at all, so that terabytes of nothing cost entries and no reading. Memory is a few steps of
-STEP_BYTES, whatever was touched.
+STEP_BYTES, whatever was touched. What is read is counted for the digest of the disk on the way.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from hvreplica.disk.extents import batches, clipped, data_windows, spans_of
 from hvreplica.disk.parallel import map_ordered
+from hvreplica.native import PAGE_BYTES
+from hvreplica.store.digest import Digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,19 +27,42 @@ if TYPE_CHECKING:
 STEP_BYTES = 1 << 20  # stays within a processor's own cache between the read and the write
 _LONG_BYTES = 16 << 20  # from here on a look at the disk's own map is cheaper than reading zeros
 
-_Step = tuple["NDArray[np.int64]", "NDArray[np.uint8]"]
+_Step = tuple["NDArray[np.int64]", "NDArray[np.uint8]", "Digest | None"]
 
 
-def append_old(writer: LogWriter, disk: Readable, extents: NDArray[np.int64]) -> None:
-    """Append what `disk` holds in `extents`, sorted and disjoint; beyond the end of the disk are zeros."""
+class OldPages(NamedTuple):
+    """What was read for an undo part, of the pages before a given one. digest: None if they are not whole."""
+
+    extents: NDArray[np.int64]
+    digest: Digest | None
+
+
+def append_old(
+    writer: LogWriter, disk: Readable, extents: NDArray[np.int64], *, digest_end: int = 0
+) -> OldPages:
+    """Append what `disk` holds in `extents`, sorted and disjoint; beyond the end of the disk are zeros.
+
+    digest_end: where a page begins; what is read before it is counted while it is in memory.
+    """
     inside, behind = clipped(spans_of(extents), disk.virtual_bytes)
-    _Appender(writer, disk).run(np.ascontiguousarray(inside[:, :2]))
+    rows = np.ascontiguousarray(inside[:, :2])
+    appender = _Appender(writer, disk, digest_end)
+    appender.run(rows)
     for disk_offset, length in behind[:, :2].tolist():
         writer.append_zeroes(disk_offset, length)
+    return OldPages(_before(rows, digest_end), appender.digest)
+
+
+def _before(rows: NDArray[np.int64], end: int) -> NDArray[np.int64]:
+    """Return the rows, sorted and disjoint, as far as they lie before `end`."""
+    kept = rows[rows[:, 0] < end]
+    return np.column_stack((kept[:, 0], np.minimum(kept[:, 1], end - kept[:, 0])))
 
 
 class _Appender:
-    def __init__(self, writer: LogWriter, disk: Readable) -> None:
+    def __init__(self, writer: LogWriter, disk: Readable, digest_end: int) -> None:
+        self.digest: Digest | None = Digest()
+        self._digest_end = digest_end
         self._writer = writer
         self._disk = disk
         self._free: list[NDArray[np.uint8]] = []  # steps that nobody uses now; lists take many threads
@@ -66,7 +91,8 @@ class _Appender:
             self._writer.append_zeroes(start, end - start)
 
     def _append(self, extents: NDArray[np.int64]) -> None:
-        for rows, buffer in self._read(extents):
+        for rows, buffer, digest in self._read(extents):
+            self.digest = None if digest is None or self.digest is None else self.digest + digest
             self._writer.append(rows, memoryview(buffer)[: int(rows[:, 1].sum())], holes=True)
             self._free.append(buffer)
 
@@ -83,4 +109,14 @@ class _Appender:
         except IndexError:
             buffer = np.empty(STEP_BYTES, np.uint8)
         self._disk.read_extents(rows, buffer[: int(rows[:, 1].sum())])
-        return rows, buffer
+        return rows, buffer, self._digest_of(rows, buffer)
+
+    def _digest_of(self, rows: NDArray[np.int64], buffer: NDArray[np.uint8]) -> Digest | None:
+        """Return the digest of the pages before the end; None where one is not read as a whole."""
+        kept = _before(rows, self._digest_end)
+        ends = kept.sum(axis=1)
+        if (kept[:, 0] % PAGE_BYTES).any() or (ends % PAGE_BYTES).any():
+            return None
+        if not len(kept):
+            return Digest()
+        return Digest.of_extents(buffer[: int(kept[:, 1].sum())].data, kept)

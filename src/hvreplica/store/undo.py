@@ -25,8 +25,9 @@ from hvreplica.disk.extents import NO_EXTENTS, data_windows, difference, merge, 
 from hvreplica.errors import FormatError, LogError
 from hvreplica.formats.hrl import FILE_TYPE_HRL, FILE_TYPE_UNDO
 from hvreplica.hrl import LogReader, LogWriter
+from hvreplica.native import PAGE_BYTES
 from hvreplica.store.check import file_length
-from hvreplica.store.old_data import STEP_BYTES, append_old
+from hvreplica.store.old_data import STEP_BYTES, OldPages, append_old
 from hvreplica.store.part_files import PartFiles
 from hvreplica.store.point_use import hold_alone
 from hvreplica.store.points_kept import kept_points, part_path, spoiled_points
@@ -34,6 +35,7 @@ from hvreplica.store.policy import policy_of
 from hvreplica.store.records import UndoRow
 from hvreplica.store.room import room
 from hvreplica.store.verdicts import candidate, verdicts
+from hvreplica.units import align_down
 
 if TYPE_CHECKING:
     import uuid
@@ -77,10 +79,14 @@ class Keeping:
 
 @dataclass(slots=True)
 class Written:
-    """Parts whose files are durable and that no row speaks of yet. spoiled: damaged parts that were met."""
+    """Parts whose files are durable and that no row speaks of yet. spoiled: damaged parts that were met.
+
+    old: what was read for them, by disk, of the pages before the one in which the disk will end.
+    """
 
     keeping: Keeping
     parts: list[UndoRow] = field(default_factory=list)
+    old: dict[int, OldPages] = field(default_factory=dict)
     spoiled: list[tuple[UndoRow, str]] = field(default_factory=list)
 
 
@@ -201,7 +207,9 @@ def _write_part(
         extents = NO_EXTENTS if known is None else difference(extents, known)
         if not len(extents):
             return None
-        return _write_file(home, disk, row, extents, keeper=keeper, logs=logs)
+        part, old = _write_file(home, disk, row, extents, keeper=keeper, logs=logs, new_bytes=new_bytes)
+        written.old[disk_index] = old
+        return part
 
 
 def _write_file(
@@ -212,7 +220,8 @@ def _write_file(
     *,
     keeper: PointRow,
     logs: list[LogSpec],
-) -> UndoRow:
+    new_bytes: int,
+) -> tuple[UndoRow, OldPages]:
     part_id = home.clock.guid()
     partial, path = home.paths.partial_undo(part_id), home.paths.undo(part_id)
     covered_bytes = int(extents[:, 1].sum())
@@ -229,13 +238,13 @@ def _write_file(
                 entry_count=len(extents) + covered_bytes // STEP_BYTES,  # each step may cut one in two
             )
             with writer:
-                append_old(writer, disk, extents)
+                old = append_old(writer, disk, extents, digest_end=align_down(new_bytes, PAGE_BYTES))
             home.files.replace(partial, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 home.files.unlink(partial)
             raise
-    return UndoRow(
+    part = UndoRow(
         point_id=keeper.id,
         disk_index=row.spec.index,
         id=part_id,
@@ -244,6 +253,7 @@ def _write_file(
         covered_bytes=covered_bytes,
         log_id=logs[0].log_id if len(logs) == 1 else None,
     )
+    return part, old
 
 
 def _touched(home: VmHome, logs: list[LogSpec], end: int) -> NDArray[np.int64]:
