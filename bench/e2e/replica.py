@@ -56,8 +56,11 @@ class Replica:
         sink.commit()
         self._replica.apply()
 
-    def receive(self, extents: np.ndarray, content: bytes) -> None:
-        """Take one cycle in: these extents, (offset, length) in order, were written. Not applied yet."""
+    def receive(self, extents: np.ndarray, content: bytes) -> int:
+        """Take one cycle in: these extents, (offset, length) in order, were written. Not applied yet.
+
+        Returns the length of its log.
+        """
         self._cycles += 1
         log_id, path = SYSTEM.guid(), self.root.parent / f"{self.vm}.hrl"
         writer = LogWriter.create(
@@ -84,6 +87,7 @@ class Replica:
         sink.commit()
         path.unlink()
         self._point, self._log = point_id, log_id
+        return spec.log_bytes
 
     def apply(self) -> None:
         """Apply what was received, and do what the VM's policy asks for."""

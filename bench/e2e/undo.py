@@ -52,6 +52,7 @@ def _measure(
     disk_bytes, churn_bytes, cycles = sizes
     rng = np.random.default_rng(SEED)
     written: dict[str, int] = {}
+    received = 0  # by each of the two
     names = {"with": f"apply with undo, {name}", "without": f"apply without undo, {name}"}
     with (
         Replica(folder / "with", disk_bytes=disk_bytes, policy=EVERY) as keeping,
@@ -61,18 +62,21 @@ def _measure(
             extents = choose(rng, disk_bytes, churn_bytes)
             content = rng.bytes(int(extents[:, 1].sum()))
             for key, replica in (("with", keeping), ("without", plain)):
-                replica.receive(extents, content)
+                log_bytes = replica.receive(extents, content)
                 before, start = written_bytes(), time.perf_counter()
                 replica.apply()
                 seconds = time.perf_counter() - start
                 if number:
                     report.samples.setdefault(names[key], []).append(seconds)
                     written[key] = written.get(key, 0) + written_bytes() - before
+                    received += log_bytes // 2
                 told(f"{seconds:9.3f} s  {names[key]}")
         keeping.verify_oldest()
         space = sum(path.stat().st_blocks * 512 for path in keeping.parts) / len(keeping.parts)
     share = written["with"] / written["without"]
     report.add_limit(f"bytes written with undo, of those without, {name}", share, at_most=BYTES_MAX)
+    cycle = (written["with"] + received) / (written["without"] + received)
+    report.figures.append(Figure(f"the same with the log's arrival, {name}", f"{cycle:.3f}"))
     report.add_ratio(
         f"rate with undo, of that without, {name}", names["with"], names["without"], at_least=RATE_MIN
     )

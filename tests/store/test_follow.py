@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    import numpy as np
+
 HOURLY = Policy()  # what comes within the hour leaves again: its parts go to the point before
 NONE = Policy(recovery_points=0)
 
@@ -64,6 +66,26 @@ def test_every_digest_is_known_after_every_cycle(root: Path, policy: Policy) -> 
         life.cycle()
         check_digests(life)
     life.check()
+
+
+def test_what_was_read_for_an_undo_part_is_not_read_again(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    life = Life(root, EVERY)
+    read: list[int] = []
+    whole = follow.DigestReader.of_extents
+
+    def of_extents(reader: follow.DigestReader, extents: np.ndarray) -> Digest:
+        read.append(int(extents[:, 1].sum()))
+        return whole(reader, extents)
+
+    monkeypatch.setattr(follow.DigestReader, "of_extents", of_extents)
+    life.cycle()
+    disks = len(life.home.catalog.disks(life.home.vm_id))
+    assert len(read) == 2 * disks, "before and after"
+    assert sum(read[:disks]) == 0
+    assert sum(read[disks:]) > 0
+    check_digests(life)
 
 
 @pytest.mark.parametrize("policy", [EVERY, HOURLY], ids=["every", "hourly"])
