@@ -255,6 +255,26 @@ def test_a_replica_that_runs_here_is_not_shipped_on(chain: Chain) -> None:
     assert "--takeover" in (raised.value.hint or "")
 
 
+@pytest.mark.parametrize("site", ["b", "c"])
+def test_a_feed_that_stays_waits_for_a_failover_to_be_taken_back(chain: Chain, site: str) -> None:
+    store: Path = getattr(chain, site)
+    chain.cycle()
+    with hvreplica.Extender(chain.b, VM, **chain.link(chain.c), interval_s=1e6) as feeding:
+        loop = feeding._resident._loop
+        assert loop is not None
+        loop.step()
+        chain.cycle()
+        hvreplica.failover_unplanned(store, VM)
+        loop.resume()
+        wait_s = loop.step()
+        assert wait_s is not None, "it does not stop for good"
+        assert 0 < wait_s <= 60
+        hvreplica.failover_cancel(store, VM)
+        loop.resume()
+        loop.step()
+    assert chain.replica_equals(chain.c)
+
+
 def test_failover_to_the_further_site_fences_its_feed(chain: Chain) -> None:
     chain.cycle()
     chain.extend()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from hvreplica.clock import SYSTEM
-from hvreplica.errors import InvalidTransition, NoSuchPoint, StateError
+from hvreplica.errors import Fenced, InvalidTransition, NoSuchPoint, StateError
 from hvreplica.files import OS_FILES
 from hvreplica.progress import Progress, quiet
 from hvreplica.replication.bookkeeping import Bookkeeper
@@ -130,7 +130,8 @@ class Extender:
             home = _home(root, vm, files, clock, stack)
             source = ExtendedSource(home, store=root, hold_s=hold_s)
             runner = _runner(source, _state_path(home, state), link, points, stack)
-            passing = (InvalidTransition, NoSuchPoint)  # it is failed over here, or has no point yet
+            # It is failed over, here or there, or has no point yet.
+            passing = (InvalidTransition, NoSuchPoint, Fenced)
             loop = CycleLoop(runner, interval_s=interval_s, passing=passing)
             self._resident = Resident(runner, loop, running="extend", metrics=metrics)
             self._closing = stack.pop_all()
