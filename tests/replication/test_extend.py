@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import uuid
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -349,3 +350,30 @@ def test_state_of_the_version_before_is_read(chain: Chain) -> None:
     assert found is not None
     assert (found.version, found.store, found.source_point) == (VERSION, "", None)
     assert chain.cycle()
+
+
+def test_a_replica_that_was_the_primary_for_a_while_is_shipped_on_again(chain: Chain) -> None:
+    """What it wrote as the primary, and the points of its adoption, are between the point shipped last and now."""
+    old_state = chain.state
+    chain.cycle()
+    chain.extend()
+    shipped = chain.feed().points
+    chain.write(3, models=[bytearray(model) for model in chain.models])  # what the replica never gets
+    chain.fail_over(chain.b)
+    chain.write(3)
+    hvreplica.store_adopt(chain.a, VM, state=old_state)
+    hvreplica.failover_reverse(chain.b, VM, **chain.link(chain.a))
+    chain.write(3)
+    chain.replicate(chain.a, prepare=True)
+    hvreplica.failover_planned(chain.a, VM)
+    at_b = chain.state
+    chain.run_at(chain.a)
+    chain.write(3)
+    hvreplica.store_adopt(chain.b, VM, state=at_b)
+    hvreplica.failover_reverse(chain.a, VM, **chain.link(chain.b))
+    chain.write(3)
+    chain.replicate(chain.b)
+    assert shipped[0] in [uuid.UUID(point.id) for point in hvreplica.point_list(chain.b, VM)]
+    assert chain.extend().kind == "delta"
+    assert chain.replica_equals(chain.c)
+    assert 0 < chain.looked_at < MIB, "the point shipped last still leads to the newest"
