@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from typing import TYPE_CHECKING
 
 import pytest
 
 import hvreplica
 from tests.replication.sites import Guest, Served
+from tests.support.threads import own_threads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,9 +27,8 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def served(tmp_path: Path, tls: Path) -> Iterator[Served]:
     """Return a server that can be stopped and started again on the same store."""
-    with contextlib.closing(Served(tmp_path / "store", tls)) as site:
+    with own_threads(at_most=12), contextlib.closing(Served(tmp_path / "store", tls)) as site:
         yield site
-    assert threading.active_count() < 20, "connections left their threads behind"
 
 
 @pytest.fixture

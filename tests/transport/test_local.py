@@ -18,6 +18,7 @@ from hvreplica.files import short_name
 from hvreplica.transport import local
 from hvreplica.transport.local import LINE_BYTES_MAX, LocalServer
 from hvreplica.transport.local import Owner as Line
+from tests.support.threads import own_threads
 
 if TYPE_CHECKING:
     import random
@@ -74,11 +75,10 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def server(path: Path, owner: Owner) -> Iterator[LocalServer]:
-    with LocalServer(path, owner) as made:
+    with own_threads("hvreplica c"), LocalServer(path, owner) as made:
         yield made
         owner.released.set()
     assert not path.exists()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("hvreplica c")]
 
 
 @contextlib.contextmanager
