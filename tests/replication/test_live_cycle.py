@@ -13,6 +13,7 @@ import hvreplica
 from hvreplica.errors import ChecksumMismatch, InvalidTransition, StateError, TrackingLost, Unreachable
 from hvreplica.replication import cycle, live, primary, sources
 from hvreplica.replication.live import cut_live
+from hvreplica.replication.session import ReplicaSession
 from hvreplica.replication.state import VERSION
 from tests.replication.live_site import MIB, STATE, VM, LiveSite
 from tests.support.crash import worlds_after
@@ -394,6 +395,34 @@ def test_resync_looks_at_all_and_drops_what_waits(site: LiveSite, served: Served
     # Of what the log has a write of, the whole grain of 64 KiB is sent.
     assert sum(tally.changed_bytes) <= 10 * (64 << 10) + 30 * 4096, "the log, and what the comparison finds"
     assert site.equals(served)
+
+
+@pytest.mark.parametrize("number", [2, 3, 5, 6, 7, 8])
+def test_resync_whose_line_breaks_at_any_answer_ends_as_one_that_was_not(
+    served: Served, seed: int, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(primary, "RETRY_AFTER_S", (0.0,))
+    site = LiveSite(seed, disks_bytes=(6 * MIB, MIB + 512))
+    site.replicate(served)
+    site.write(4096)
+    site.cut()
+    site.files.unlink(STATE / "logs" / site.files.names(STATE / "logs")[0])
+    site.write(4096)
+    real, answers = ReplicaSession._expect, []
+
+    def expect(session: ReplicaSession, channel: Any, kind: Any) -> Any:
+        answers.append(kind)
+        if len(answers) == number:
+            channel.abort()
+        return real(session, channel, kind)
+
+    monkeypatch.setattr(ReplicaSession, "_expect", expect)
+    tally = site.replicate(served, with_resync=True)
+    assert len(answers) > number
+    assert len(tally.shipped) == 1
+    assert sum(tally.changed_bytes) <= (64 << 10) + 3 * 4096
+    assert site.equals(served)
+    site.stop()
 
 
 def test_state_without_cuts_that_wait_is_read(site: LiveSite) -> None:
