@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 ROOT = Path(__file__).parents[2]
 DISK_BYTES = 32 * MIB
-ROUNDS = 60 if settings().max_examples > 1000 else 5
+ROUNDS = 60 if settings().max_examples > 1000 else 3
 
 
 class Sites:
@@ -137,8 +137,8 @@ def test_primary_killed_anywhere_next_call_continues(sites: Sites, phase: str) -
 def test_replica_killed_anywhere_next_call_continues(sites: Sites) -> None:
     """The server dies in its initial transfer first, then in cycles; it restarts on the same store."""
     deaths = 0
-    for attempt in range(ROUNDS + 2):
-        kill_at = sites.rng.randrange(40, 500) if attempt < 4 else sites.rng.randrange(40, 160)
+    for attempt in range(ROUNDS + 1):
+        kill_at = sites.rng.randrange(40, 500) if attempt < 3 else sites.rng.randrange(40, 160)
         sites.serve(kill_at=kill_at)
         where = f"attempt {attempt}, server killed at operation {kill_at}"
         code, out, err = sites.replicate()
@@ -150,4 +150,4 @@ def test_replica_killed_anywhere_next_call_continues(sites: Sites) -> None:
         assert code == 0, f"{where}\nthen {out} {err}"
         assert sites.is_equal(), where
         sites.write(MIB // 2)
-    assert deaths > 2, "the server is to be killed while it works"
+    assert deaths > 1, "the server is to be killed while it works"
