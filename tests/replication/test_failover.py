@@ -97,7 +97,7 @@ def test_other_programs_read_the_active_disks(world: World, tmp_path: Path, plac
 def test_whole_life_on_the_command_line(world: World) -> None:
     status = ask_verb("failover", "status", *vm(world))
     assert (status["mode"], status["state"], status["disks"]) == ("Replica", "Replicating", [])
-    assert status["possible"] == ["prepare", "unplanned"]
+    assert status["possible"] == ["replicate --prepare-failover", "failover unplanned"]
     answer = ask_verb("failover", "unplanned", *vm(world))
     assert answer["point"] == points(world)[-1]
     world.run_vm()

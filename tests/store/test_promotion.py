@@ -40,6 +40,13 @@ def test_unplanned_applies_what_waits_and_shows_the_newest_point(world: World) -
     assert record.generation == world.home.row().owner.generation + 1
 
 
+def test_point_is_called_what_it_is(world: World) -> None:
+    for place, called in ((0, "initial"), (-1, "regular")):
+        record = fail_over(world.home, "unplanned", Wish(list(world.images)[place], wait_s=0.0))
+        assert record.point_type == called
+        cancel(world.home, Wish(wait_s=0.0))
+
+
 def test_active_disk_takes_writes_and_leaves_the_replica_alone(world: World) -> None:
     fail_over(world.home, "unplanned", NOW)
     world.run_vm()
@@ -162,7 +169,7 @@ def test_status_names_the_disks_to_run_and_what_may_follow(world: World) -> None
     status = failover_status(world.home)
     assert [disk.path for disk in status.disks] == [str(world.home.paths.active(index)) for index in (0, 1)]
     assert [disk.written_bytes for disk in status.disks] == [512, 0]
-    assert status.possible == ["cancel", "commit", "reverse"]
+    assert status.possible == ["failover cancel", "failover commit", "failover reverse"]
     assert status.unfinished is None
     shown = world.store.status().vms[0]
     assert (shown.failover, shown.test, shown.damage) == ("FailedOverWaitingCompletion", None, [])

@@ -44,10 +44,18 @@ Mode = Literal["Replica", "Primary"]
 State = Literal["Replicating", "PreparedForFailover", "FailedOverWaitingCompletion", "FailedOver"]
 Verb = Literal["prepare", "planned", "unplanned", "cancel", "commit", "reverse", "adopt"]
 Step = Literal["finish", "revert", "promote", "remove", "restore", "delete", "reverse"]
-PointType = Literal["regular", "application-consistent", "planned"]
+PointType = Literal["regular", "application-consistent", "planned", "initial"]
 
 TEST_STATE = "FiredrillInProgress"
 TEST_MODE = "TestReplica"
+_COMMANDS: dict[Verb, str] = {
+    "prepare": "replicate --prepare-failover",  # at the primary
+    "adopt": "store adopt",
+}
+_NOT_PREPARED = (
+    "shut the VM down and call `hvreplica replicate --prepare-failover` at its primary, then this again;"
+    " where the primary is lost it is `hvreplica failover unplanned`"
+)
 STATES = get_args(State)
 VERBS = get_args(Verb)
 _APPLYING_STEPS: tuple[Step, ...] = ("finish", "revert")
@@ -249,11 +257,11 @@ def find_rule(name: str, failover: Failover, verb: Verb) -> Rule:
             return rule
     possible = possible_verbs(failover)
     raise InvalidTransition(
-        f"VM {name!r} is {describe(failover)}: `failover {verb}` does not follow that",
+        f"VM {name!r} is {describe(failover)}: `{command_of(verb)}` does not follow that",
         field="state",
         expected=" or ".join(_states_of(verb)),
         actual=failover.state if failover.mode == "Replica" else f"{failover.state} as {failover.mode}",
-        hint=f"what may follow: {', '.join(possible) or 'nothing here; the other side has the replica'}",
+        hint=_NOT_PREPARED if "prepare" in possible and verb == "planned" else _hint_of(possible),
     )
 
 
@@ -265,10 +273,19 @@ def possible_verbs(failover: Failover) -> list[Verb]:
     return [rule.verb for rule in TABLE if (rule.mode, rule.state) == (failover.mode, failover.state)]
 
 
+def _hint_of(possible: Sequence[Verb]) -> str:
+    return f"what may follow: {', '.join(map(command_of, possible)) or 'nothing here'}"
+
+
+def command_of(verb: Verb) -> str:
+    """Return what a person calls for a verb: most are verbs of `failover`, at this side."""
+    return _COMMANDS.get(verb, f"failover {verb}")
+
+
 def describe(failover: Failover) -> str:
     """Return the state in words, to follow "is"."""
     if failover.intent is not None:
-        return f"{failover.state}, with an unfinished `failover {failover.intent.verb}`"
+        return f"{failover.state}, with an unfinished `{command_of(failover.intent.verb)}`"
     return failover.state if failover.mode == "Replica" else f"{failover.state} as the {failover.mode}"
 
 
@@ -356,14 +373,14 @@ def _cancel_rule() -> Rule:
     return next(rule for rule in TABLE if rule.verb == "cancel" and rule.steps)
 
 
-def _unfinished(name: str, running: Intent, verb: str) -> InvalidTransition:
+def _unfinished(name: str, running: Intent, verb: Verb) -> InvalidTransition:
     others = " or `failover cancel`" if running.verb in _INTERRUPTIBLE else ""
     return InvalidTransition(
-        f"`failover {running.verb}` of VM {name!r} was cut before its end;"
-        f" `failover {verb}` must wait for it",
+        f"`{command_of(running.verb)}` of VM {name!r} was cut before its end;"
+        f" `{command_of(verb)}` must wait for it",
         field="intent",
         actual=f"{running.verb}, step {running.step}",
-        hint=f"call `failover {running.verb}`{others} again; it goes on where it was cut",
+        hint=f"call `{command_of(running.verb)}`{others} again; it goes on where it was cut",
     )
 
 

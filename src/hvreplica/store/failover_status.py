@@ -52,8 +52,9 @@ class FailoverStatus(msgspec.Struct, frozen=True):
 
     mode: Replica or Primary. state: Replicating, PreparedForFailover, FailedOverWaitingCompletion or
     FailedOver. unfinished: the verb and step that was cut, to be called again. point: what the active disks
-    began as, of point_type regular, application-consistent or planned. generation: of the side that is
-    active, 0 where that is the primary's. since: ISO 8601. possible: the verbs that may follow.
+    began as, of point_type regular, application-consistent, planned or initial (a first copy); None once this
+    side is the primary. generation: of the side that is active, 0 where that is the primary's. since: ISO
+    8601. possible: the commands that may follow, as `failover cancel`.
     """
 
     vm: str
@@ -73,18 +74,19 @@ def failover_status(home: VmHome) -> FailoverStatus:
     """Return where a failover of the VM stands."""
     record = home.failover()
     intent = record.intent
+    point = record.point if record.mode == "Replica" else None
     return FailoverStatus(
         vm=home.name,
         mode=record.mode,
         state=record.state,
         unfinished=None if intent is None else f"{intent.verb}: {intent.step}",
-        point=None if record.point is None else str(record.point),
-        point_type=None if record.point is None else record.point_type,
+        point=None if point is None else str(point),
+        point_type=None if point is None else record.point_type,
         generation=record.generation,
         since=iso_time(record.started_s) if record.started_s else None,
         disks=_disks(home, record),
         test=_test(home, record),
-        possible=list(table.possible_verbs(record)),
+        possible=[table.command_of(verb) for verb in table.possible_verbs(record)],
     )
 
 

@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from hvreplica.store.records import PointRow
 
 _UNFINISHED = ".tmp"
-_POINT_TYPES: dict[str, table.PointType] = {"app": "application-consistent", "crash": "regular"}
 
 
 class Wish(NamedTuple):
@@ -337,7 +336,7 @@ def _revert(home: VmHome, record: Failover, wish: Wish) -> _Done:
 def _promote(home: VmHome, record: Failover, _wish: Wish) -> _Done:
     """Put an empty child on top of each disk of the newest point; one that is there already stays."""
     newest = choose_point(home, LATEST, force=True)
-    chosen = record.intent and record.intent.point
+    chosen = None if record.intent is None else record.intent.point
     folder = home.paths.active(0).parent
     home.files.make_directory(folder)
     for name in home.files.names(folder):
@@ -351,8 +350,16 @@ def _promote(home: VmHome, record: Failover, _wish: Wish) -> _Done:
         open_disk(home.files, path, clock=home.clock).close()  # proves that it rests on its parent
     home.files.sync_directory(folder)
     active = [ActiveDisk(disk_index, virtual_bytes) for disk_index, virtual_bytes in members.items()]
-    point_type = "planned" if newest.kind == "planned" else _POINT_TYPES.get(newest.consistency, "regular")
-    return _Done(replace(record, active=active, point=chosen or newest.id, point_type=point_type))
+    shown = newest if chosen is None else home.catalog.point(home.vm_id, chosen) or newest
+    return _Done(replace(record, active=active, point=shown.id, point_type=_type_of(shown)))
+
+
+def _type_of(point: PointRow) -> table.PointType:
+    if point.kind == "planned":
+        return "planned"
+    if point.consistency == "app":
+        return "application-consistent"
+    return "initial" if point.kind == "initial" else "regular"
 
 
 def _remove(home: VmHome, record: Failover, _wish: Wish) -> _Done:

@@ -8,7 +8,7 @@ import msgspec
 
 from hvreplica.clock import exact_time
 from hvreplica.store.check import find_damage
-from hvreplica.store.failover import describe
+from hvreplica.store.failover import describe, is_frozen
 from hvreplica.store.moment import SECOND_US, reach_us
 from hvreplica.store.waits import why_waiting
 from hvreplica.store.warning import point_warning, room_warning
@@ -95,12 +95,13 @@ class VmStatus(msgspec.Struct, frozen=True):
     """A VM. damage: a sentence for each file that is not right.
 
     phase: "empty"; "initial", while the first copy arrives; "waiting" for the first cut, which makes a point
-    of a copy that was made while the VM wrote; "ready". points: oldest first. spool_bytes: of logs that wait
-    to be applied. owners: the present one last. joining: the first copy of disks that were added. failover:
-    the state of it, "Replicating" where there is none. test: the point of a test failover.
-    warnings: of points that go next for their budget, and of room, a sentence each. waits_for: who keeps
-    those logs from being applied now; None where nobody does. kept_logs, kept_log_bytes: applied ones that
-    stay for points between two cycles, which no budget counts.
+    of a copy that was made while the VM wrote; "failed over", while no primary may write to it, for it is the
+    active side or about to be; "primary", once the VM replicates from here; "ready". points: oldest first.
+    spool_bytes: of logs that wait to be applied. owners: the present one last. joining: the first copy of
+    disks that were added. failover: the state of it, "Replicating" where there is none. test: the point of a
+    test failover. warnings: of points that go next for their budget, and of room, a sentence each. waits_for:
+    who keeps those logs from being applied now; None where nobody does. kept_logs, kept_log_bytes: applied
+    ones that stay for points between two cycles, which no budget counts.
     """
 
     name: str
@@ -143,7 +144,9 @@ def vm_status(home: VmHome) -> VmStatus:
         owners = catalog.owners(vm_id)
         failover = home.failover()
         kept = catalog.kept_logs(vm_id)
-    if transfer is not None and transfer.kind == "initial":
+    if is_frozen(failover):
+        phase = "failed over" if failover.mode == "Replica" else "primary"
+    elif transfer is not None and transfer.kind == "initial":
         phase = "initial"
     elif any(point.state == "base" for point in stored):
         phase = "waiting"
