@@ -108,5 +108,14 @@ def test_cut_says_whether_the_guest_was_at_rest(guest: Guest, served: Served) ->
     assert listed.items() <= found.items(), "an app-consistent point stays although its hour has one"
 
 
+def test_cycle_says_whether_the_guest_was_at_rest(guest: Guest, served: Served) -> None:
+    guest.replicate(served, points=PointPolicy(recovery_point_every_s=0), app_consistent=True)
+    for app_consistent in (True, False):
+        guest.write(4096)
+        guest.replicate(served, app_consistent=app_consistent)
+    found = [point.consistency for point in hvreplica.point_list(served.store, VM)]
+    assert found == ["crash", "app", "crash"], "a first copy is not called so"
+
+
 def test_points_have_ids_of_their_own(guest: Guest, served: Served) -> None:
     assert uuid.UUID(guest.replicate(served).point).version == 4

@@ -64,6 +64,12 @@ _HEADLINES = {"initial": "initial replication", "delta": "changes replicated"}
 @cycle_options
 @point_options
 @link_options
+@option(
+    "--app-consistent",
+    is_flag=True,
+    help="With --once: call the point app-consistent, because you brought to rest what runs in the guest. A"
+    " first copy is not called so.",
+)
 @option("--resync", is_flag=True, help="Trust no record: compare every block with the replica's.")
 @option(
     "--takeover", is_flag=True, help="Become the VM's primary although another one owns it at the replica."
@@ -96,6 +102,7 @@ def replicate(  # noqa: PLR0913 - the options of the verb
     interval_s: float | None,
     continuous: bool,
     metrics: str | None,
+    app_consistent: bool,
     resync: bool,
     takeover: bool,
     prepare: bool,
@@ -127,7 +134,7 @@ def replicate(  # noqa: PLR0913 - the options of the verb
         return
     once = once or prepare
     cycles: dict[str, Any] = {"interval_s": interval_s, "continuous": continuous, "metrics": metrics}
-    _check(settings, cycles, once=once, resync=resync or takeover)
+    _check(settings, cycles, once=once, resync=resync or takeover, app_consistent=app_consistent)
     if not once:
         level = log_level or ("warning" if output.quiet else "info")
         run_cycles(output, lambda: hvreplica.Replicator(vm, disks, **settings, **cycles), level=level)
@@ -144,6 +151,7 @@ def replicate(  # noqa: PLR0913 - the options of the verb
             takeover=takeover,
             prepare=prepare,
             force=force,
+            app_consistent=app_consistent,
             **settings,
         )
     output.answer(result, lambda: show_result(output, result))
@@ -167,7 +175,9 @@ def _cancel(output: Output, settings: dict[str, Any], *, force: bool) -> None:
     output.answer(found, lambda: output.line(f"{plain(found.vm)}: {found.replication_state}"))
 
 
-def _check(settings: dict[str, Any], cycles: dict[str, Any], *, once: bool, resync: bool) -> None:
+def _check(
+    settings: dict[str, Any], cycles: dict[str, Any], *, once: bool, resync: bool, app_consistent: bool
+) -> None:
     message = None
     if (settings["to"] is None) != (settings["tls"] is None):
         message = "--to and --tls belong together"
@@ -175,6 +185,8 @@ def _check(settings: dict[str, Any], cycles: dict[str, Any], *, once: bool, resy
         message = "--interval, --continuous and --metrics are for runs without --once"
     elif not once and resync:
         message = "--resync and --takeover belong to one cycle: pass --once"
+    elif not once and app_consistent:
+        message = "--app-consistent belongs to one cycle: pass --once"
     elif not once and settings["to"] is None:
         message = "say where the replica is, with --to and --tls"
     elif cycles["continuous"] and cycles["interval_s"] is not None:

@@ -61,6 +61,7 @@ class ReplicateRequest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults
 
     to, tls: None for the usual replica. points: None for what was said before. prepare: for a planned
     failover; force: although clients use the disks, which loses what they write after the cut.
+    app_consistent: see CutRequest.
     """
 
     vm: Text | None = None
@@ -75,6 +76,7 @@ class ReplicateRequest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults
     points: PointPolicy | None = None
     prepare: bool = False
     force: bool = False
+    app_consistent: bool = False
 
 
 class CancelPrepareRequest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -178,6 +180,7 @@ class Control:
                 takeover=request.takeover,
                 points=request.points,
                 prepare=request.prepare,
+                app_consistent=request.app_consistent,
                 on_progress=tell,
             )
         finally:

@@ -70,15 +70,17 @@ class CycleRunner:
         takeover: bool = False,
         points: PointPolicy | None = None,
         prepare: bool = False,
+        app_consistent: bool = False,
         is_due: Callable[[], bool] = lambda: False,
         on_progress: ProgressCallback = quiet,
     ) -> ReplicateResult:
         """Bring the replica up to date and count it.
 
         link: instead of the usual one. points: what the replica shall keep from now on. prepare: for a
-        planned failover: the VM cannot start from then on. is_due: whether the copy of an added disk has to
-        make room for the next cycle, which goes on with it. Raises: InvalidTransition while paused or held;
-        StateError without a link and when stopped; else as replicate().
+        planned failover: the VM cannot start from then on. app_consistent: of the cut that is made. is_due:
+        whether the copy of an added disk has to make room for the next cycle, which goes on with it. Raises:
+        InvalidTransition while paused or held; StateError without a link and when stopped; else as
+        replicate().
         """
         with self._turn:
             self._check(link, prepare=prepare)
@@ -96,7 +98,7 @@ class CycleRunner:
             try:
                 with self._ready():
                     self.work.tally = Tally("none", [0] * len(self.work.disks))
-                    primary.run()
+                    primary.run(app_consistent=app_consistent)
                     result = make_result(self.work, self.work.clock.monotonic_s() - start_s, prepared=prepare)
             except Exception as error:
                 if not self._stopping.is_set():

@@ -79,15 +79,18 @@ class Primary:
         self._damaged: list[int] = []
         self._is_cut = False
         self._is_aborted = False
+        self._app_consistent = False
 
-    def run(self) -> None:
+    def run(self, *, app_consistent: bool = False) -> None:
         """Bring the replica to what the disks hold now.
 
-        Raises: what stands in the way, once retries are used up.
+        app_consistent: whether the cut that is made may be called so. Raises: what stands in the way, once
+        retries are used up.
         """
         waits = iter(RETRY_AFTER_S)
         durable_bytes, was_damaged = 0, False
         self._is_cut = self._is_prepared = False
+        self._app_consistent = app_consistent
         while True:
             try:
                 self._run_once()
@@ -148,14 +151,14 @@ class Primary:
                     replicate_initially(self._work, session)
                 self._deliver(session)
                 if not self._is_cut:
-                    cut_live(self._work)
+                    cut_live(self._work, on_ready=lambda: self._app_consistent)
                     self._is_cut = True
                     self._deliver(session)
             return
         self._catch_up()
         if not self._is_cut and (self._work.tally.kind != "initial" or self._work.state.mixed):
             # The comparison may take hours: no connection is kept open meanwhile.
-            changed = cycle.cut(self._work)
+            changed = cycle.cut(self._work, "app" if self._app_consistent else "crash")
             self._is_cut = True
             if changed:
                 self._catch_up()

@@ -51,6 +51,7 @@ def replicate(  # noqa: PLR0913 - a verb with its options, all but two by keywor
     points: PointPolicy | None = None,
     prepare: bool = False,
     force: bool = False,
+    app_consistent: bool = False,
     progress: ProgressCallback | None = None,
     files: FileSystem = OS_FILES,
     clock: Clock = SYSTEM,
@@ -68,7 +69,9 @@ def replicate(  # noqa: PLR0913 - a verb with its options, all but two by keywor
     before, 24 hourly ones at first. resync: trust no record, compare with the replica by fingerprints.
     takeover: become the primary of a VM that another one owned (implies resync). prepare: for a planned
     failover: the VM is off, this is its last cut, and capture and replicate refuse to start until
-    cancel_prepare(); force: although clients of capture use its disks, which are cut off.
+    cancel_prepare(); force: although clients of capture use its disks, which are cut off. app_consistent:
+    what runs in the guest was brought to rest, and the point of what changed is to be called so; a first copy
+    is not.
 
     On return the replica has applied the point durably. After any failure the next call goes on from there.
     Raises: HvReplicaError, OSError, ValueError for an argument out of its range.
@@ -94,6 +97,7 @@ def replicate(  # noqa: PLR0913 - a verb with its options, all but two by keywor
             points=points,
             prepare=prepare,
             force=force,
+            app_consistent=app_consistent,
         )
         return _asked(owner, request, progress or quiet)
     if link is None:
@@ -108,7 +112,11 @@ def replicate(  # noqa: PLR0913 - a verb with its options, all but two by keywor
         runner = CycleRunner(work, Bookkeeper(files, folder_path, clock=clock), link=link)
         stack.callback(runner.close)
         return runner.run(
-            with_resync=resync, takeover=takeover, prepare=prepare, on_progress=progress or quiet
+            with_resync=resync,
+            takeover=takeover,
+            prepare=prepare,
+            app_consistent=app_consistent,
+            on_progress=progress or quiet,
         )
 
 
