@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -80,6 +80,9 @@ def test_fork_that_nobody_wrote_to_ships_nothing(sites: TwoSites) -> None:
     old_state = sites.state
     forked(sites, written_at_a=0, written_at_b=0)
     point = hvreplica.point_list(sites.b, VM)[-1].id
+    status = hvreplica.failover_status(sites.b, VM)
+    assert (status.point, status.point_type) == (point, "regular")
+    assert hvreplica.store_status(sites.b).vms[0].phase == "failed over"
 
     report = hvreplica.store_adopt(sites.a, VM, state=old_state)
     result = hvreplica.failover_reverse(sites.b, VM, **sites.link(sites.a))
@@ -87,6 +90,27 @@ def test_fork_that_nobody_wrote_to_ships_nothing(sites: TwoSites) -> None:
     assert (report.changed_bytes, report.point) == (0, point), "the disks are that very point"
     assert (result.kind, result.union_bytes, result.changed_bytes, result.point) == ("none", 0, 0, point)
     assert sites.replica_equals(sites.a)
+    status = hvreplica.failover_status(sites.b, VM)
+    assert (status.point, status.point_type, status.possible) == (None, None, ["store adopt"])
+    assert hvreplica.store_status(sites.b).vms[0].phase == "primary"
+    assert hvreplica.store_status(sites.a).vms[0].phase == "ready"
+
+
+@pytest.mark.parametrize("given", [None, PointPolicy(recovery_points=3)])
+def test_reversal_passes_on_what_is_kept_of_points(sites: TwoSites, given: PointPolicy | None) -> None:
+    old_state = sites.state
+    forked(sites, written_at_a=0, written_at_b=0)
+    rule: dict[str, Any] = {"keep": "last 30, daily 7", "points_budget": "15%", "keep_logs": 60}
+    wanted = hvreplica.store_policy(sites.b, VM, **rule).policy
+    if given is not None:
+        wanted = hvreplica.store_policy(sites.b, VM, recovery_points=3).policy
+        hvreplica.store_policy(sites.b, VM, **rule)
+    hvreplica.store_adopt(sites.a, VM, state=old_state)
+    hvreplica.store_policy(sites.a, VM, recovery_points=1, points_budget="1G")
+    hvreplica.failover_reverse(sites.b, VM, points=given, **sites.link(sites.a))
+    assert hvreplica.store_policy(sites.a, VM).policy == wanted
+    hvreplica.failover_reverse(sites.b, VM, **sites.link(sites.a))
+    assert hvreplica.store_policy(sites.a, VM).policy == wanted
 
 
 @pytest.mark.parametrize("side", ["a", "b"])
@@ -170,8 +194,9 @@ def test_whole_life_of_two_sites_with_two_disks(tmp_path: Path, tls: Path, rng: 
 def test_planned_failover_needs_a_prepared_primary(sites: TwoSites) -> None:
     sites.write(50)
     sites.replicate(sites.b)
-    with pytest.raises(InvalidTransition, match="planned"):
+    with pytest.raises(InvalidTransition, match="planned") as caught:
         hvreplica.failover_planned(sites.b, VM)
+    assert "hvreplica replicate --prepare-failover" in (caught.value.hint or "")
     sites.replicate(sites.b, prepare=True)
     hvreplica.cancel_prepare(sites.state, **sites.link(sites.b))
     with pytest.raises(InvalidTransition, match="planned"):
@@ -330,6 +355,11 @@ def test_capture_serves_the_active_disks_with_the_folder_of_the_reversal(sites: 
                 guest.flush()
             result = hvreplica.replicate(VM, state=sites.state, **sites.link(sites.a))
             assert result.disks[0].changed_bytes <= 20 * 4096
+            with SocketGuest(socket, "0") as guest:
+                guest.write(0, bytes(sites.models[0][:4096]))
+            hvreplica.replicate(VM, state=sites.state, app_consistent=True, **sites.link(sites.a))
+            found = [point.consistency for point in hvreplica.point_list(sites.a, VM)]
+            assert found[-2:] == ["crash", "app"]
             assert sites.replica_equals(sites.a)
             with pytest.raises((Locked, HvReplicaError)):
                 hvreplica.store_adopt(sites.b, VM, state=sites.state)

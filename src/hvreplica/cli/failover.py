@@ -19,6 +19,7 @@ from hvreplica.cli.options import (
     verb,
     vm_option,
 )
+from hvreplica.cli.policy_options import point_options
 from hvreplica.cli.progress import progress_shown
 from hvreplica.cli.render import plain
 from hvreplica.cli.serve import run_until_signal
@@ -190,6 +191,7 @@ def commit(output: Output, *, store: Path, vm: str, delete_points: bool) -> None
     metavar="DIR",
     help="What this side remembers as the primary; the folder `primary` beside the VM's disks by default.",
 )
+@point_options
 @link_options
 @verb
 def reverse(output: Output, *, store: Path, vm: str, **settings: Any) -> None:
@@ -197,8 +199,8 @@ def reverse(output: Output, *, store: Path, vm: str, **settings: Any) -> None:
 
     Before: `store adopt` and `serve` at the old site. The VM must be off while this runs. What travels is
     what either side wrote since the two went apart, as one log that the old site can undo. Then serve
-    the active disks with `capture --state`, or call `replicate` as usual. Cut anywhere, the same call
-    goes on.
+    the active disks with `capture --state`, or call `replicate` as usual. The old site keeps recovery points
+    as this one did, unless told otherwise. Cut anywhere, the same call goes on.
     """
     with progress_shown(output) as progress:
         found = hvreplica.failover_reverse(store, vm, progress=progress, **settings)
@@ -232,16 +234,19 @@ def status(output: Output, *, store: Path, vm: str) -> None:
     output.answer(found, lambda: show_failover(output, found))
 
 
+def _type_words(found: FailoverStatus) -> str:
+    return "the first copy" if found.point_type == "initial" else str(found.point_type)
+
+
 def show_failover(output: Output, found: FailoverStatus) -> None:
     """Show where a failover stands to a person."""
     words = _WORDS[found.state] if found.mode == "Replica" else "this site is the primary"
     output.headline(f"{plain(found.vm)}: {found.state} · {found.mode} · {words}", good=not found.unfinished)
     if found.unfinished is not None:
-        step_verb = found.unfinished.partition(":")[0]
-        output.line(f"`failover {step_verb}` was cut before its end ({found.unfinished}); call it again")
+        output.line(f"`{found.possible[0]}` was cut before its end ({found.unfinished}); call it again")
     output.fields(
         [
-            ("point", None if found.point is None else f"{found.point} ({found.point_type})"),
+            ("point", None if found.point is None else f"{found.point} ({_type_words(found)})"),
             ("since", found.since),
             ("generation", found.generation or None),
             ("may follow", ", ".join(found.possible) or None),

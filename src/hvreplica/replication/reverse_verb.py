@@ -29,6 +29,7 @@ from hvreplica.replication.verbs import replicate
 from hvreplica.replication.work import CONNECTIONS_DEFAULT, Tally, Work, make_link
 from hvreplica.store import Store
 from hvreplica.store.failover import Intent, advance, begin
+from hvreplica.store.policy import follow, policy_of, wish_of
 from hvreplica.tracking.identity import disk_identity
 from hvreplica.tracking.journal import IntentJournal
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from hvreplica.clock import Clock
     from hvreplica.disk import Disk
     from hvreplica.files import FileSystem
+    from hvreplica.formats.messages import PointPolicy
     from hvreplica.progress import ProgressCallback
     from hvreplica.replication.results import ReplicateResult
     from hvreplica.store.failover import Failover
@@ -73,6 +75,7 @@ def failover_reverse(  # noqa: PLR0913 - a verb with its options, all but two by
     to: str,
     tls: PathLike,
     state: PathLike | None = None,
+    points: PointPolicy | None = None,
     compression: str = "auto",
     connections: int = CONNECTIONS_DEFAULT,
     progress: ProgressCallback | None = None,
@@ -82,7 +85,8 @@ def failover_reverse(  # noqa: PLR0913 - a verb with its options, all but two by
     """Become the primary of a VM that was failed over here, and bring its old primary to what it holds now.
 
     to, tls: where `hvreplica serve` runs at the old site, on the store that `store adopt` made there. state:
-    a folder for this side's memory; <vm folder>/primary in the store by default. The VM must be off for as
+    a folder for this side's memory; <vm folder>/primary in the store by default. points: what the old site is
+    to keep of the VM's points from now on; what is left out is as it was here. The VM must be off for as
     long as this runs. On return the old site has a recovery point. After any failure the same call goes on.
     Raises: InvalidTransition for a VM that is not failed over here, FailoverRefused where the old primary's
     disks are no replica yet, Fenced, Locked, StateError for another VM's folder, HvReplicaError, OSError.
@@ -96,7 +100,8 @@ def failover_reverse(  # noqa: PLR0913 - a verb with its options, all but two by
         path = home.paths.folder / "primary" if state is None else Path(state).absolute()
         record = home.failover()
         if record.mode == "Primary" and record.intent is None:
-            options = {"compression": compression, "connections": connections, "progress": progress}
+            options = {"compression": compression, "connections": connections, "points": points}
+            options["progress"] = progress
             found = replicate(vm, to=to, tls=tls, state=path, files=files, clock=clock, **options)  # type: ignore[arg-type]
             return _result(home, path, found, None)
         record = _begin(home, path, files)
@@ -112,6 +117,7 @@ def failover_reverse(  # noqa: PLR0913 - a verb with its options, all but two by
             clock=clock,
             on_progress=progress or quiet,
             tally=Tally("none", [0] * len(disks)),
+            points=_policy(home, points),
         )
         stack.callback(work.close_tables)
         work.save()
@@ -124,6 +130,14 @@ def failover_reverse(  # noqa: PLR0913 - a verb with its options, all but two by
                 advance(msgspec.structs.replace(home.failover(), generation=work.state.generation))
             )
         return _result(home, path, found, reversal)
+
+
+def _policy(home: VmHome, wish: PointPolicy | None) -> PointPolicy | None:
+    """Return what the old site is to keep; None where nobody has ever said."""
+    if wish is None and home.row().policy is None:
+        return None
+    policy = policy_of(home)
+    return wish_of(policy if wish is None else follow(policy, wish))
 
 
 def _begin(home: VmHome, path: Path, files: FileSystem) -> Failover:

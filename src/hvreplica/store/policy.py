@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 from msgspec import Meta
 
-from hvreplica.formats.messages import RECOVERY_POINTS_MAX
+from hvreplica.formats.messages import RECOVERY_POINTS_MAX, PointPolicy
 from hvreplica.store.keep_rule import parse_keep_rule
 
 if TYPE_CHECKING:
-    from hvreplica.formats.messages import PointPolicy
     from hvreplica.store.home import VmHome
 
 RECOVERY_POINTS_DEFAULT = RECOVERY_POINTS_MAX
@@ -77,6 +76,19 @@ def follow(policy: Policy, wish: PointPolicy) -> Policy:
     if "compress_after_points" in given:
         given["compress_after_points"] = given["compress_after_points"] or None
     return msgspec.structs.replace(policy, **given)
+
+
+def wish_of(policy: Policy) -> PointPolicy:
+    """Return what to ask another replica for, so that it keeps what this policy says, whatever it kept."""
+    return PointPolicy(
+        recovery_points=policy.recovery_points,
+        recovery_point_every_s=policy.recovery_point_every_s,
+        keep=policy.keep or "",
+        budget_bytes=None if policy.budget_percent else policy.budget_bytes or 0,
+        budget_percent=policy.budget_percent,
+        keep_logs_s=policy.keep_logs_s or 0,
+        app_consistent=policy.app_consistent,
+    )
 
 
 def pack_policy(policy: Policy) -> str:
