@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hvreplica.clock import iso_time
-from hvreplica.errors import Fenced, InvalidTransition, NoSuchPoint
+from hvreplica.errors import FailoverRefused, Fenced, InvalidTransition, NoSuchPoint
 from hvreplica.store.at_instant import Instant
 from hvreplica.store.failover import AT_WORK
 from hvreplica.store.firedrill import begin_firedrill, end_firedrill, remove_firedrill
@@ -139,6 +139,20 @@ def test_instant_that_cannot_be_had_changes_nothing_and_names_the_nearest(world:
     with pytest.raises(NoSuchPoint, match="no logs are kept") as caught:
         fail_over(world.home, "unplanned", at(world.clock.now_s() - 3))
     assert "--keep-logs" in (caught.value.hint or "")
+
+
+def test_instant_with_a_disk_that_was_removed_since_makes_no_point(world: InstantWorld) -> None:
+    first, _, _ = middles(world)
+    world.replica.apply()
+    catalog, vm_id = world.home.catalog, world.home.vm_id
+    newest = list(world.points)[-1]
+    with catalog.transaction():
+        catalog.set_members(vm_id, newest, {0: catalog.members(vm_id, newest)[0]})
+    listed = world.store.points("web01")
+    with pytest.raises(FailoverRefused, match="does not have any more: 1"):
+        fail_over(world.home, "unplanned", at(first))
+    assert world.store.points("web01") == listed
+    assert world.home.failover() == AT_WORK
 
 
 def test_test_failover_of_an_instant_is_one_point_that_stays(world: InstantWorld) -> None:

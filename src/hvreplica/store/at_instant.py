@@ -16,10 +16,11 @@ from hvreplica.errors import Locked
 from hvreplica.store.apply import finish
 from hvreplica.store.failover import may_apply
 from hvreplica.store.instant import make_point_at
+from hvreplica.store.instant_plan import plan_instant
 
 if TYPE_CHECKING:
     import uuid
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from hvreplica.progress import ProgressCallback
     from hvreplica.store.home import VmHome
@@ -36,16 +37,24 @@ class Instant(NamedTuple):
 
 
 def reach(
-    home: VmHome, instant: Instant, *, wait_s: float = WAIT_S, progress: ProgressCallback | None = None
+    home: VmHome,
+    instant: Instant,
+    *,
+    wait_s: float = WAIT_S,
+    progress: ProgressCallback | None = None,
+    check: Callable[[PointRow], None] | None = None,
 ) -> PointRow:
     """Return a point that shows the instant, durable. What was received and waits may hold it: it is applied
     first.
 
+    check: called with the point that it is made from, whose disks it has, before it is made; may raise.
     Raises: as make_point_at(); Locked where the disks stay in use for longer than wait_s.
     """
     with exclusive_within(home, wait_s):
         if may_apply(home.failover()):
             finish(home, progress=progress)
+        if check is not None:
+            check(plan_instant(home, instant.unix_s).base)
         return make_point_at(home, instant.unix_s)
 
 

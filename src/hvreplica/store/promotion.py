@@ -214,7 +214,14 @@ def _reached(home: VmHome, verb: table.Verb, wish: Wish) -> Wish:
             _require_unwritten(home)
         if verb == "unplanned" and intent is not None:
             raise _other_point(home, intent.point, iso_time(instant.unix_s))
-        found = reach(home, instant, wait_s=wish.wait_s, progress=wish.progress)
+        leaving = None if record.reverted is None else record.reverted.id
+        found = reach(
+            home,
+            instant,
+            wait_s=wish.wait_s,
+            progress=wish.progress,
+            check=lambda base: _require_revertible(home, base, without=leaving),
+        )
     return wish._replace(point=found.id)
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from msgspec.structs import replace
 
+from hvreplica.clock import iso_time
 from hvreplica.disk import open_disk
 from hvreplica.disk.extents import (
     NO_EXTENTS,
@@ -64,13 +65,23 @@ _SECTOR_BYTES = 512  # what extents of a log are multiples of
 def require_revertible(home: VmHome, newest: PointRow, chosen: PointRow) -> None:
     """Refuse a point with a disk that the newest one does not have. Raises: FailoverRefused."""
     members = home.catalog.members(home.vm_id, chosen.id)
-    missing = sorted(members.keys() - home.catalog.members(home.vm_id, newest.id).keys())
-    if missing:
-        raise FailoverRefused(
-            f"point {chosen.id} of VM {home.name!r} has disk {missing[0]}, which the VM lost since",
-            path=home.paths.folder,
-            hint="choose a newer point; `point serve` and `point export` give this one's disks",
-        )
+    missing = members.keys() - home.catalog.members(home.vm_id, newest.id).keys()
+    if not missing:
+        return
+    named = [
+        f"{row.spec.index} ({row.spec.label}"
+        + ("" if row.removed_s is None else f", removed {iso_time(row.removed_s)}")
+        + ")"
+        for row in home.catalog.disks(home.vm_id)
+        if row.spec.index in missing
+    ]
+    raise FailoverRefused(
+        f"point {chosen.id} of VM {home.name!r} has a disk that the VM does not have any more:"
+        f" {', '.join(named)}",
+        path=home.paths.folder,
+        hint="choose a newer point; `failover test` runs a test VM from this one, and `point export` writes"
+        " its disks, for a VM of its own",
+    )
 
 
 def revert_forward(
