@@ -13,8 +13,8 @@ import pytest
 
 from hvreplica.clock import HRL_EPOCH_S
 from hvreplica.files import OS_FILES
-from hvreplica.formats.times import Times, times_path, unpack_times
-from hvreplica.hrl import LogReader
+from hvreplica.formats.times import Times, unpack_times
+from hvreplica.hrl import LogReader, times_path
 from hvreplica.native import live
 from hvreplica.units import GIB, MIB
 from tests.support.live import FLUSH, FUA, Guest, Site

@@ -10,6 +10,7 @@ from tests.fuzz import (
     targets_nbd,
     targets_pressed,
     targets_text,
+    targets_times,
     targets_vhd,
     targets_vhdx,
     targets_wire,
@@ -26,4 +27,5 @@ FUZZERS = (
     *targets_pressed.FUZZERS,
     *targets_text.FUZZERS,
     *targets_journal.FUZZERS,
+    *targets_times.FUZZERS,
 )

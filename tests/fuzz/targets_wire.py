@@ -113,6 +113,7 @@ _QUESTION_SEEDS = (
     {"is": "fingerprints?", "disk_index": 0, "first_block": 0, "block_count": 9, "block_bytes": 65_536},
     {"is": "initial", **_TRANSFER},
     {"is": "logs", **_TRANSFER, "logs": [_LOG]},
+    {"is": "times", "log_id": _ID, "data": bytes(96)},
     {"is": "attach", "session": bytes(16), "transfer_id": _ID},
     {"is": "end", "frame_count": 7},
     {"is": "checkpoint"},

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hvreplica.errors import FormatError
-from hvreplica.formats.times import Times, pack_times, times_path
-from hvreplica.hrl import LogWriter
+from hvreplica.formats.times import Times, pack_times
+from hvreplica.hrl import LogWriter, times_path
 from hvreplica.units import MIB
 
 if TYPE_CHECKING:

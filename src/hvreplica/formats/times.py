@@ -21,7 +21,6 @@ from hvreplica.formats.layout import GUID, Field, Layout
 
 if TYPE_CHECKING:
     import uuid
-    from pathlib import Path
     from typing import Any
 
     import numpy.typing as npt
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
 SIGNATURE = b"HVRTIMES"
 VERSION = 1
-SUFFIX = ".hrt"
 ROW_BYTES = 16
 TICKS_MAX = 32_768  # every 10 ms for 327 s of steady writes; with the flushes well below a control message
 FLUSHES_MAX = 16_384
@@ -141,11 +139,6 @@ def unpack_times(buffer: Buffer, *, log_id: uuid.UUID) -> Times:
     _check_ticks(times)
     _check_flushes(times)
     return times
-
-
-def times_path(log: Path) -> Path:
-    """Return where the times of a log stand: beside it."""
-    return log.with_suffix(SUFFIX)
 
 
 def is_slot(slot_us: int) -> bool:

@@ -6,7 +6,7 @@ from hvreplica.hrl.dump import dump_entries, log_info
 from hvreplica.hrl.reader import LogReader
 from hvreplica.hrl.recover import recover_log
 from hvreplica.hrl.report import ApplyReport, LogEnd, LogEntry, LogInfo, LogReport, LogSummary
-from hvreplica.hrl.times import read_times_file
+from hvreplica.hrl.times import read_times_file, times_path
 from hvreplica.hrl.verify import verify_log
 from hvreplica.hrl.writer import GrownLog, LogWriter
 
@@ -26,5 +26,6 @@ __all__ = [
     "log_info",
     "read_times_file",
     "recover_log",
+    "times_path",
     "verify_log",
 ]

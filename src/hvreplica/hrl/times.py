@@ -1,4 +1,4 @@
-"""Read the times file beside a log; formats/times.py says what it holds."""
+"""The times file beside a log; formats/times.py says what it holds."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hvreplica.files import FileSystem
+
+
+_SUFFIX = ".hrt"
+
+
+def times_path(log: Path) -> Path:
+    """Return where the times of a log stand: beside it."""
+    return log.with_suffix(_SUFFIX)
 
 
 def read_times_file(files: FileSystem, path: Path) -> bytes:

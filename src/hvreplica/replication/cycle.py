@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from hvreplica.errors import FormatError, LogError, TrackingLost
 from hvreplica.formats import messages
-from hvreplica.formats.times import times_path, unpack_times
-from hvreplica.hrl import LogWriter, read_times_file
+from hvreplica.formats.times import unpack_times
+from hvreplica.hrl import LogWriter, read_times_file, times_path
 from hvreplica.progress import Progress
 from hvreplica.replication.follow import follow_log
 from hvreplica.replication.results import ShippedLog

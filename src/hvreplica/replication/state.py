@@ -23,7 +23,7 @@ from msgspec import Meta
 from hvreplica.errors import FormatError, HvReplicaError, Locked, UnsupportedVersion
 from hvreplica.files import write_durably
 from hvreplica.formats import messages
-from hvreplica.formats.times import times_path
+from hvreplica.hrl import times_path
 from hvreplica.transport.local import Owner
 
 if TYPE_CHECKING:

@@ -37,7 +37,7 @@ from urllib.parse import unquote_to_bytes
 
 from hvreplica.errors import FieldOutOfRange
 from hvreplica.formats.messages import VM_NAME_CHARS_MAX
-from hvreplica.formats.times import times_path
+from hvreplica.hrl.times import times_path
 
 if TYPE_CHECKING:
     import uuid
