@@ -308,10 +308,13 @@ class Machine:
             return  # it is reported, and no later flush succeeds: from now on the journal only grows
         tracked.journal.settle()
 
-    def give_back(self, cut: Cut) -> None:
-        """Count all that a cut holds as changed again: it could not be recorded. Its logs go."""
+    def give_back(self, cut: Cut, *, keep_logs: bool = False) -> None:
+        """Count all that a cut holds as changed again: it could not be recorded. Its logs go.
+
+        keep_logs: they stay, for somebody has recorded them all the same.
+        """
         with self._cutting:
-            self._give_back(self._take_unsettled(cut), cut.logs)
+            self._give_back(self._take_unsettled(cut), [] if keep_logs else cut.logs)
 
     def _take_unsettled(self, cut: Cut) -> list[Ended]:
         if self._unsettled is None or self._unsettled[0] is not cut:

@@ -31,6 +31,8 @@ from hvreplica.replication.cycle import drop_unfinished
 from hvreplica.replication.joining import is_begun
 from hvreplica.replication.loop import CycleLoop, CycleRunner
 from hvreplica.replication.opening import check_start, check_vm, disk_paths, state_for
+from hvreplica.replication.replica_folders import remove_replica, require_none_stopped
+from hvreplica.replication.replicas import Replicas, check_replicas
 from hvreplica.replication.resident import Resident, interval_of
 from hvreplica.replication.state import StateFolder
 from hvreplica.replication.work import CONNECTIONS_DEFAULT, Tally, Work, make_link
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from hvreplica.disk import Disk
     from hvreplica.files import FileSystem
     from hvreplica.formats.messages import PointPolicy
+    from hvreplica.replication.replicas import Replica
     from hvreplica.replication.state import CutLog
     from hvreplica.replication.work import Link
 
@@ -78,6 +81,8 @@ class Capture:
         continuous: bool = False,
         remove_disks: Sequence[str | int] = (),
         points: PointPolicy | None = None,
+        replicas: Sequence[Replica] = (),
+        remove_replicas: Sequence[str] = (),
         compression: str = "auto",
         connections: int = CONNECTIONS_DEFAULT,
         log_budget_bytes: int | None = None,
@@ -93,30 +98,51 @@ class Capture:
         (`continuous`); without them cycles run only when asked for. log_budget_bytes: of each disk's log, a
         quarter of the disk by default; 0 keeps no log, and each cut reads what changed from the disk.
         points: as of replicate(); where logs are to be kept, long writes are logged too, so that logs hold
-        all of them in order. metrics: HOST:PORT to serve measurements. Raises: Locked where state, a
-        disk or a socket is another process's; Unreachable, HvReplicaError, OSError, ValueError.
+        all of them in order. replicas: further ones, each with a state folder of its own below this one;
+        those of before that are not named are fed too, until they are named in remove_replicas. metrics:
+        HOST:PORT to serve measurements. Raises: Locked where state, a disk or a socket is another process's;
+        Unreachable, HvReplicaError, OSError, ValueError.
         """
         check_vm(vm, disks)
         places = _places(socket, tcp)
-        link, interval_s = _standing(to, tls, (compression, connections), interval_s, continuous=continuous)
+        check_replicas(replicas, tls)
+        link, interval_s = _standing(
+            to, tls, (compression, connections), interval_s, continuous=continuous, shares_tls=bool(replicas)
+        )
         context = None if nbd_tls is None else server_context(Path(nbd_tls))
         check_start(files, Path(state).absolute(), disks)
+        require_none_stopped(files, Path(state).absolute())
         with contextlib.ExitStack() as stack:
             folder = StateFolder(files, Path(state).absolute(), clock=clock)
             stack.callback(folder.release)
             work = _open(vm, disks, remove_disks, folder, stack, files=files, clock=clock)
             self._indexes = work.indexes
-            machine = _track(work, stack, log_budget_bytes, points)
+            for name in remove_replicas:
+                remove_replica(files, folder.folder, name)
+            self._replicas = Replicas(work, replicas, tls)
+            self._replicas.open(stack)
+            keeps_logs = _keeps_logs([points, *(replica.points for replica in replicas)])
+            machine = _track(work, self._replicas, stack, log_budget_bytes, keeps_logs=keeps_logs)
             work.machine = self.machine = machine
             work.points = points
-            forget_lost_cuts(work)
-            work.sweep_logs()
+            self._replicas.begin(machine)
+            for each in (work, *self._replicas.works.values()):
+                forget_lost_cuts(each)
+                each.sweep_logs()
             runner = CycleRunner(
                 work, Bookkeeper(files, work.folder.folder, clock=clock), link=link, keep_session=continuous
             )
             loop = None if link is None else CycleLoop(runner, interval_s=interval_s)
             self._clients = ClientGate()
-            self._resident = Resident(runner, loop, running="capture", metrics=metrics, clients=self._clients)
+            self._replicas.run(stack, self._clients)
+            self._resident = Resident(
+                runner,
+                loop,
+                running="capture",
+                metrics=metrics,
+                clients=self._clients,
+                replicas=self._replicas.residents,
+            )
             stack.callback(self._resident.close)
             self._listeners = [
                 self._listener(place, context, stack, files=files, clock=clock) for place in places
@@ -138,14 +164,17 @@ class Capture:
         for listener in self._listeners:
             listener.start()
         self._resident.start()
+        self._replicas.start()
         self._resident.wait()
 
     def stop(self) -> None:
         """End serve_forever(), and a cycle that runs; what it had sent is gone on with later."""
+        self._replicas.stop()
         self._resident.stop()
 
     def close(self) -> None:
         """Let clients go, then stop cycles and tracking in good order. May be called twice."""
+        self._replicas.stop()
         self._resident.stop()
         self._closing.close()
 
@@ -215,7 +244,7 @@ def forget_lost_cuts(work: Work) -> None:
             _LOG.warning("%s is lost: the next cut looks at the whole disks", path)
             assert work.machine is not None
             for index, disk in zip(work.indexes, work.disks, strict=True):
-                work.machine.mark(index, np.array([[0, disk.virtual_bytes]], np.int64))
+                work.mark(index, np.array([[0, disk.virtual_bytes]], np.int64))
             with work.lock:
                 del work.state.pending[number:]
                 work.save()
@@ -251,9 +280,13 @@ def _standing(
     interval_s: float | None,
     *,
     continuous: bool,
+    shares_tls: bool = False,
 ) -> tuple[Link | None, float | None]:
-    """Return the link and the interval of the cycles that run by themselves."""
-    if to is None and tls is None and interval_s is None and not continuous:
+    """Return the link and the interval of the cycles that run by themselves.
+
+    shares_tls: whether `tls` may be there for other replicas alone.
+    """
+    if to is None and (tls is None or shares_tls) and interval_s is None and not continuous:
         return None, None
     if to is None or tls is None:
         message = "`to` and `tls` belong together, and cycles need both"
@@ -300,8 +333,21 @@ def _abandoned(disks: list[Disk]) -> Callable[..., None]:
     return leave
 
 
+def _keeps_logs(policies: Sequence[PointPolicy | None]) -> bool:
+    """Return whether any replica keeps logs: they should hold each write in order, and its time.
+
+    What is read at the cut has neither.
+    """
+    return any(points and points.keep_logs_s for points in policies)
+
+
 def _track(
-    work: Work, stack: contextlib.ExitStack, log_budget_bytes: int | None, points: PointPolicy | None
+    work: Work,
+    replicas: Replicas,
+    stack: contextlib.ExitStack,
+    log_budget_bytes: int | None,
+    *,
+    keeps_logs: bool,
 ) -> Machine:
     remove_loose_logs(work.files, work.folder.folder)
     known = work.folder.load()
@@ -312,14 +358,13 @@ def _track(
         work.files,
         work.folder.folder,
         [
-            Slot(index, disk, has_base and is_begun(work.state, index))
+            Slot(index, disk, (has_base and is_begun(work.state, index)) or replicas.has_base(index))
             for index, disk in zip(work.indexes, work.disks, strict=True)
         ],
         clock=work.clock,
         log_budget_bytes=log_budget_bytes,
-        # Logs that are kept should hold each write in order: what is read at the cut has none.
-        write_bytes_max=ORDERED_WRITE_BYTES_MAX if points and points.keep_logs_s else WRITE_BYTES_MAX,
-        has_times=bool(points and points.keep_logs_s),
+        write_bytes_max=ORDERED_WRITE_BYTES_MAX if keeps_logs else WRITE_BYTES_MAX,
+        has_times=keeps_logs,
     )
     stack.callback(machine.close)
     return machine

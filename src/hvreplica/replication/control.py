@@ -17,14 +17,15 @@ from hvreplica.clock import iso_time
 from hvreplica.errors import FreezeFailed, InvalidTransition, ProtocolViolation, StateError, Unreachable
 from hvreplica.formats.messages import PointPolicy  # noqa: TC001 - msgspec resolves the annotations
 from hvreplica.replication.live import RecordedCut, cut_live
+from hvreplica.replication.replica_folders import require_none_stopped
 from hvreplica.replication.results import CutLog, CutResult
 from hvreplica.replication.shape import removed_indexes
-from hvreplica.replication.status import Cycles, make_status
+from hvreplica.replication.status import Cycles, NamedReplica, make_status
 from hvreplica.replication.stopped import require_own_disks, require_running
 from hvreplica.replication.work import CONNECTIONS_DEFAULT, CONNECTIONS_MAX, make_link
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from hvreplica.capture.clients import ClientGate
     from hvreplica.replication.loop import CycleLoop, CycleRunner
@@ -94,7 +95,8 @@ class NoArguments(msgspec.Struct, forbid_unknown_fields=True):
 class Control:
     """Answers the verbs of one VM. Any thread may call.
 
-    running: the name of the process's own verb. clients: who uses the disks, where it serves them.
+    running: the name of the process's own verb. clients: who uses the disks, where it serves them. replicas:
+    what answers for the VM's further ones, by name.
     """
 
     def __init__(
@@ -104,7 +106,9 @@ class Control:
         *,
         running: str,
         clients: ClientGate | None = None,
+        replicas: Mapping[str, Control] | None = None,
     ) -> None:
+        self._replicas = dict(replicas or {})
         self._runner = runner
         self._loop = loop
         self._running = running
@@ -170,8 +174,10 @@ class Control:
     def replicate(self, request: ReplicateRequest, tell: Tell) -> ReplicateResult:
         """Run one cycle now."""
         self._require_same(request)
+        work = self._runner.work
         if request.prepare:
-            require_own_disks(self._runner.work.state, self._runner.work.folder.folder)
+            require_own_disks(work.state, work.folder.folder)
+            require_none_stopped(work.files, work.folder.folder)
             self._shut(force=request.force)
         try:
             result = self._runner.run(
@@ -184,7 +190,7 @@ class Control:
                 on_progress=tell,
             )
         finally:
-            if self._clients is not None and self._runner.work.state.stopped is None:
+            if self._clients is not None and request.prepare and work.state.stopped is None:
                 self._clients.open()  # it was refused before the VM was held
         if self._loop is not None:
             self._loop.mended()
@@ -221,6 +227,7 @@ class Control:
             tracking=() if work.machine is None else work.machine.status(),
             running=self._running,
             cycles=cycles,
+            replicas=[NamedReplica(name, control.status()) for name, control in self._replicas.items()],
         )
 
     def pause(self) -> None:

@@ -109,5 +109,7 @@ def _begin(work: Work) -> Transfer:
         with work.lock:
             work.state.phase, work.state.transfer, work.state.pending = "initial", transfer, []
             work.save()
+        if work.fan is not None:
+            work.fan.begun_anew(work)
         work.sweep_logs()
     return transfer

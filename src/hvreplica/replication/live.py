@@ -20,10 +20,13 @@ from hvreplica.replication.shape import differs, point_disks
 from hvreplica.replication.state import PENDING_MAX, CutLog, Transfer, cuts, previous_log_ids
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
     from hvreplica.capture.machine import ClosedLog, Cut
+    from hvreplica.files import FileSystem
     from hvreplica.formats.messages import Consistency
     from hvreplica.replication.work import Work
     from hvreplica.tracking.fingerprints import FingerprintTable
@@ -58,11 +61,13 @@ def cut_live(
     raises undoes the cut. Raises: InvalidTransition while the initial replication reads the disks, StateError
     where too much waits, OSError; what changed then counts as changed still.
     """
+    if work.fan is not None:
+        return work.fan.cut(work, on_ready=on_ready, on_instant=on_instant)
     machine = work.machine
     assert machine is not None
     with work.cutting:
         _collapse(work)
-        _check_cut(work)
+        check_cut(work)
         last = previous_log_ids(work.state)
         known = _known(work)
         consistency: Consistency = "app" if on_ready() else "crash"
@@ -74,7 +79,7 @@ def cut_live(
             for log in cut.logs:
                 if log.disk_index not in in_point:
                     _mark_again(work, log.disk_index, log.path)  # for the first cut that has the disk
-            transfer = _record(work, cut, logs, consistency)
+            transfer = record(work, cut, logs, consistency)
         except BaseException:
             machine.give_back(cut)
             raise
@@ -205,23 +210,36 @@ def _mark_again(work: Work, disk_index: int, path: Path | None) -> None:
         return  # the VM no longer has it
     disk_bytes = work.state.disks[disk_index].virtual_bytes
     if path is None:
-        work.machine.mark(disk_index, np.array([[0, disk_bytes]], np.int64))
+        work.mark(disk_index, np.array([[0, disk_bytes]], np.int64))
+        return
+    if work.fan is not None:
+        work.fan.miss_log(work, disk_index, path)
         return
     try:
-        with LogReader(work.files, path) as reader:
-            for entries in reader.blocks():
-                starts = entries["byte_offset"].astype(np.int64)
-                # The log may be of a time before the disk became shorter.
-                lengths = np.minimum(entries["data_length"].astype(np.int64), disk_bytes - starts)
-                extents = np.stack((starts, lengths), axis=1)[lengths > 0]
-                if len(extents):
-                    work.machine.mark(disk_index, extents)
+        for extents in log_extents(work.files, path, disk_bytes):
+            work.machine.mark(disk_index, extents)
     except (FileNotFoundError, FormatError, NotClosed) as error:
         _LOG.warning("the next cut looks at the whole disk %d: %s", disk_index, error)
         work.machine.mark(disk_index, np.array([[0, disk_bytes]], np.int64))
 
 
-def _check_cut(work: Work) -> None:
+def log_extents(files: FileSystem, path: Path, disk_bytes: int) -> Iterator[NDArray[np.int64]]:
+    """Yield what a closed log holds of a disk of so many bytes, int64 (n, 2) for each block of its entries.
+
+    Raises: FileNotFoundError, FormatError, NotClosed.
+    """
+    with LogReader(files, path) as reader:
+        for entries in reader.blocks():
+            starts = entries["byte_offset"].astype(np.int64)
+            # The log may be of a time before the disk became shorter.
+            lengths = np.minimum(entries["data_length"].astype(np.int64), disk_bytes - starts)
+            extents = np.stack((starts, lengths), axis=1)[lengths > 0]
+            if len(extents):
+                yield extents
+
+
+def check_cut(work: Work) -> None:
+    """Refuse a cut that this replica cannot have. Raises: InvalidTransition, StateError."""
     state = work.state
     if state.phase == "initial":
         # It would hold older bytes of a block than the initial replication may have read already, and would
@@ -241,7 +259,11 @@ def _check_cut(work: Work) -> None:
         )
 
 
-def _record(work: Work, cut: Cut, closed: Sequence[ClosedLog], consistency: Consistency) -> Transfer | None:
+def record(work: Work, cut: Cut, closed: Sequence[ClosedLog], consistency: Consistency) -> Transfer | None:
+    """Record a cut behind those that wait; durable on return. closed: its logs, which are in the folder.
+
+    Returns None where there is nothing to ship.
+    """
     logs = [
         CutLog(
             log.disk_index,

@@ -85,7 +85,7 @@ class _Disk:
         table.sync()
         rest = merge(np.concatenate(self._changed)) if self._changed else np.empty((0, 2), np.int64)
         if len(rest) and self._work.machine is not None:
-            self._work.machine.mark(self.index, rest)
+            self._work.mark(self.index, rest)
         question = messages.RepairEnd(self.index, proven=not len(rest))
         answer = self._session.ask(question, messages.Repaired)
         _LOG.warning(

@@ -27,7 +27,7 @@ from hvreplica.transport.local import LocalServer
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from types import TracebackType
 
     from hvreplica.capture.clients import ClientGate
@@ -55,13 +55,18 @@ class Resident:
         running: str,
         metrics: str | None,
         clients: ClientGate | None = None,
+        replicas: Mapping[str, Resident] | None = None,
     ) -> None:
-        """Bind. Raises: Unreachable where `metrics` cannot be listened on, OSError."""
+        """Bind. replicas: the VM's further ones, by name.
+
+        Raises: Unreachable where `metrics` cannot be listened on, OSError.
+        """
         work = runner.work
         self.runner = runner
         self._loop = loop
         self._stopped = threading.Event()
-        self.control = Control(runner, loop, running=running, clients=clients)
+        further: dict[str, Control] = {name: each.control for name, each in (replicas or {}).items()}
+        self.control: Control = Control(runner, loop, running=running, clients=clients, replicas=further)
         with contextlib.ExitStack() as stack:
             self._page = None
             if metrics is not None:

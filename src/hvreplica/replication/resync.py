@@ -58,7 +58,7 @@ def _mark_all(work: Work) -> None:
         work.folder.remove_journals()
         return
     for index, disk in zip(work.indexes, work.disks, strict=True):
-        work.machine.mark(index, np.array([[0, disk.virtual_bytes]], np.int64))
+        work.mark(index, np.array([[0, disk.virtual_bytes]], np.int64))
 
 
 def fill_from_replica(work: Work, session: ReplicaSession, place: int) -> None:

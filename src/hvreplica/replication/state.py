@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 VERSION = 4
 SOCKET_NAME = "control.sock"  # of the process that owns the folder
+MISSED_NAME = "missed.json"  # of cuts that another replica of the VM has: replication/missed.py
 NIL = uuid.UUID(int=0)
 PENDING_MAX = 256  # cuts that wait to be shipped; more only cost room that one later cut would not
 _STATE_BYTES_MAX = 16 << 20  # twice what that many cuts of 64 disks take
@@ -208,6 +209,9 @@ class StateFolder:
 
     def remove_journals(self) -> None:
         """Remove what live tracking knew when it ended, durably: its next start takes all for changed."""
+        if self._files.exists(self.folder / MISSED_NAME):
+            self._files.unlink(self.folder / MISSED_NAME)
+            self._files.sync_directory(self.folder)
         folder = self.folder / "journal"
         names = self._files.names(folder)
         for name in names:

@@ -92,7 +92,8 @@ class ReplicationStatus(msgspec.Struct, frozen=True):
     replication_state: ReadyForInitialReplication, InitialReplicationInProgress, Replicating, Suspended
     (paused here, or the replica has no room), PreparedForFailover, FailedOver (the disks are a replica now)
     or Error. last_point: that the replica acknowledged. pending: cuts that it does not have, oldest first.
-    cycles: None where none are scheduled. statistics: see ReplicationStatistics.
+    cycles: None where none are scheduled. statistics: see ReplicationStatistics. replicas: the VM's further
+    ones, which are fed by the same process.
     """
 
     vm: str
@@ -106,6 +107,14 @@ class ReplicationStatus(msgspec.Struct, frozen=True):
     cycles: Cycles | None
     disks: list[DiskStatus]
     statistics: ReplicationStatistics
+    replicas: list[NamedReplica] = []
+
+
+class NamedReplica(msgspec.Struct, frozen=True):
+    """A further replica of a VM: its name, and how replication to it stands."""
+
+    name: str
+    status: ReplicationStatus
 
 
 def make_status(
@@ -117,6 +126,7 @@ def make_status(
     running: str | None = None,
     cycles: Cycles | None = None,
     journals: Mapping[int, JournalStatus] | None = None,
+    replicas: Sequence[NamedReplica] = (),
 ) -> ReplicationStatus:
     """Return the status of a VM from what is known of it. journals: by index, where no capture runs."""
     left = journals or {}
@@ -153,6 +163,7 @@ def make_status(
             if disk.stage != "removed"
         ],
         statistics=statistics.show(record, situation),
+        replicas=list(replicas),
     )
 
 

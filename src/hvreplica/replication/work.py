@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from hvreplica.formats import messages
     from hvreplica.formats.messages import PointPolicy
     from hvreplica.progress import ProgressCallback
+    from hvreplica.replication.fan import Fan
     from hvreplica.replication.origin import Origin
     from hvreplica.replication.results import GonePoint, ShippedLog
     from hvreplica.replication.sources import FrameSource
@@ -100,7 +101,8 @@ class Work:
     points: what the replica shall keep of the VM's points, None for what it was told before.
     is_due: whether a cycle should begin now; an added disk's first copy makes room for it. within: where
     alone a disk may differ from its table at the next comparison, by index. origin: the recovery point that
-    the disks are, where they are those of a store.
+    the disks are, where they are those of a store. fan: where the VM has several replicas; they share
+    machine, disks and `cutting`, each has its own state and what it missed of cuts.
     """
 
     folder: StateFolder
@@ -113,6 +115,7 @@ class Work:
     tally: Tally
     machine: Machine | None = None
     points: PointPolicy | None = None
+    fan: Fan | None = None
     is_due: Callable[[], bool] = lambda: False
     origin: Origin | None = None
     tables: list[FingerprintTable] = field(default_factory=list)
@@ -163,8 +166,18 @@ class Work:
         """Give the files of acknowledged logs back to live tracking, or remove them."""
         if self.machine is None:
             self.folder.remove_logs(transfer.logs)
+        elif self.fan is not None:
+            self.fan.release(self.folder.log_path(log.log_id) for log in transfer.logs)
         else:
             self.machine.recycle(self.folder.log_path(log.log_id) for log in transfer.logs)
+
+    def mark(self, disk_index: int, extents: npt.NDArray[np.int64]) -> None:
+        """Have this replica's next cut carry ranges of a disk that is tracked live; durable on return."""
+        assert self.machine is not None
+        if self.fan is not None:
+            self.fan.miss(self, {disk_index: extents})
+        else:
+            self.machine.mark(disk_index, extents)
 
     def sweep_logs(self) -> None:
         """Remove every file in logs/ that the state does not name."""
