@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from hvreplica.replication.planned_verb import failover_planned
     from hvreplica.replication.point_server import PointServer
     from hvreplica.replication.prepare_verbs import cancel_prepare
+    from hvreplica.replication.replicas import Replica
     from hvreplica.replication.resident import Replicator
     from hvreplica.replication.results import CutLog, CutResult, DiskChange, ReplicateResult, ShippedLog
     from hvreplica.replication.retention_verbs import (
@@ -76,6 +77,7 @@ __all__ = [
     "PointPolicy",
     "PointServer",
     "Progress",
+    "Replica",
     "ReplicateResult",
     "ReplicationStatistics",
     "ReplicationStatus",
@@ -145,6 +147,7 @@ _HOMES = {
     "CutResult": "replication.results",
     "FiredrillServer": "replication.firedrill_server",
     "PointServer": "replication.point_server",
+    "Replica": "replication.replicas",
     "Replicator": "replication.resident",
     "ReplicationStatistics": "replication.statistics",
     "ReplicationStatus": "replication.status",

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+import os
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import hvreplica
+from hvreplica.capture.machine import Machine
+from hvreplica.files import OsBlockFile, OsFiles
+from hvreplica.replication import initial
+from hvreplica.replication.control import CutRequest
 from hvreplica.replication.replicas import Replica
 from tests.replication.captured import VM, Captured
 from tests.replication.sites import Served
 
 if TYPE_CHECKING:
-    import contextlib
     import random
     from collections.abc import Iterator
     from pathlib import Path
 
+    from hvreplica.replication.work import Work
+
+DEEP = os.environ.get("HVREPLICA_PROFILE") == "deep"
 NEVER_S = 1e6  # a cycle at the start alone
 
 
@@ -81,3 +89,130 @@ def test_each_replica_gets_every_change_at_its_own_pace(site: Fanned) -> None:
         assert site.equal()
     assert not list((site.state / "logs").iterdir())
     assert not list((site.east_state / "logs").iterdir())
+
+
+def test_replica_that_is_added_later_begins_while_the_other_goes_on(site: Fanned) -> None:
+    with site.running(), site.guest() as guest:
+        site.write(guest, 20)
+        site.replicate()
+        site.write(guest, 5)
+    with site.both(), site.guest() as guest:
+        site.write(guest, 5)
+        site.to_east()
+        site.replicate()
+        assert site.equal()
+        site.to_east()
+        assert site.east_equal()
+
+
+def test_cuts_during_a_first_copy_are_missed_and_then_made_good(
+    site: Fanned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the other replica cut meanwhile may be newer or older than what the copy has read."""
+    real = initial._send
+    with site.running(), site.guest() as guest:
+        site.write(guest, 20)
+        site.replicate()
+
+    def send(work: Work, *arguments: Any) -> None:
+        with site.guest() as guest:
+            site.write(guest, 10)
+            site.replicate()
+            real(work, *arguments)
+            site.write(guest, 10)
+            site.replicate()
+        assert site.equal()
+        missed.append((site.east_state / "missed.json").read_text())
+
+    missed: list[str] = []
+    monkeypatch.setattr(initial, "_send", send)
+    with site.both():
+        site.to_east()
+        assert site.east_equal()
+        assert "[[" in missed[0]
+        assert "[[" not in (site.east_state / "missed.json").read_text()
+
+
+def test_replica_that_is_down_for_long_holds_up_nobody_and_fills_no_disk(site: Fanned) -> None:
+    with site.running(replicas=[site.replica()], log_budget_bytes=64 << 10), site.guest() as guest:
+        site.write(guest, 10)
+        site.replicate()
+        site.to_east()
+        site.east.close()
+        for _ in range(6):
+            site.write(guest, 10)
+            site.replicate()
+            assert site.equal()
+            held = sum(path.stat().st_blocks * 512 for path in (site.east_state / "logs").iterdir())
+            assert held <= 1 << 20
+        assert '"disks":{"0":[[' in (site.east_state / "missed.json").read_text()
+        site.east.start()
+        site.east_link["to"] = site.east.address
+        result = site.to_east()
+        assert site.east_equal()
+        assert result.disks[0].changed_bytes <= 60 << 16
+        site.replicate()
+        assert site.equal()
+        assert site.queues() == (0, 1)
+
+
+class Died(BaseException):
+    """The process is dead: nothing that it still does reaches a file."""
+
+
+@contextlib.contextmanager
+def dying(monkeypatch: pytest.MonkeyPatch, at: int) -> Iterator[list[int]]:
+    """Let the `at`-th change of a file, and every later one, fail; yield the running count."""
+    count = [0]
+
+    def counted(function: Any) -> Any:
+        def operation(*values: Any, **options: Any) -> Any:
+            count[0] += 1
+            if at and count[0] >= at:
+                raise Died
+            return function(*values, **options)
+
+        return operation
+
+    with monkeypatch.context() as patch:
+        for kind, names in (
+            (OsFiles, ("open", "replace", "link", "unlink", "sync_directory")),
+            (OsBlockFile, ("write", "sync", "resize", "zero")),
+        ):
+            for name in names:
+                patch.setattr(kind, name, counted(getattr(kind, name)))
+        yield count
+
+
+@pytest.mark.parametrize("state", ["queue", "missed"])
+def test_killed_anywhere_in_a_cut_no_replica_forgets_a_change(
+    site: Fanned, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    """Without cycles of its own, so that nothing runs on after the simulated death."""
+    monkeypatch.setattr(Machine, "close", Machine.abandon)
+    options = {"log_budget_bytes": 64 << 10} if state == "missed" else {}
+
+    def check() -> None:
+        with site.running():
+            site.replicate()
+            site.to_east()
+            assert site.equal(), f"killed at {at}"
+            assert site.east_equal(), f"killed at {at}"
+
+    with site.both(), site.guest() as guest:
+        site.write(guest, 10)
+        site.replicate()
+        site.to_east()
+    at, count = 0, 1
+    while at <= count:
+        with site.running(**options) as capture, site.guest() as guest:
+            site.write(guest, 20)
+            hvreplica.cut(site.state)
+            site.write(guest, 4)
+            with dying(monkeypatch, at) as reached, contextlib.suppress(Died):
+                capture._resident.control.cut(CutRequest(), lambda _: None)
+        count = count if at else reached[0]
+        at += 1 if DEEP else site.rng.randrange(1, count // 3)
+        if DEEP:
+            check()
+    check()

@@ -22,6 +22,7 @@ from hvreplica.cli.options import (
 )
 from hvreplica.cli.policy_options import point_options
 from hvreplica.cli.render import plain
+from hvreplica.cli.replica_option import ReplicaType
 from hvreplica.cli.replicate import check_disks
 from hvreplica.cli.serve import run_until_signal
 
@@ -59,6 +60,23 @@ if TYPE_CHECKING:
     metavar="DIR",
     help="The folder with the certificates for the replica, as `tls init` makes it.",
 )
+@option(
+    "--replica",
+    "replicas",
+    type=ReplicaType(),
+    multiple=True,
+    metavar="NAME=HOST:PORT[,SETTING]...",
+    help="A further replica, fed by the same tracking, with a state folder of its own, DIR/replicas/NAME;"
+    " repeat it for each one. Settings: interval=SECONDS, continuous, tls=DIR, recovery-points,"
+    " recovery-point-every, points-budget, keep-logs.",
+)
+@option(
+    "--remove-replica",
+    "remove_replicas",
+    multiple=True,
+    metavar="NAME",
+    help="A further replica that is to be fed no longer; what it holds stays.",
+)
 @cycle_options
 @point_options
 @link_options
@@ -93,7 +111,8 @@ def capture(
 
     The exports are named 0, 1 and so on, and the hypervisor uses them instead of the files. With --to and
     --tls the disks are replicated while the VM runs; without, a cycle runs when `replicate --once` asks for
-    it.
+    it. With --replica there are further replicas, each at its own pace; one that was named once is fed until
+    --remove-replica, and `--state DIR/replicas/NAME` names it to other verbs.
 
     Prints where it listens once it does. SIGTERM ends it cleanly with exit code 0, Ctrl-C with 130. After a
     crash of this process or its host, start it again: only what may have changed is looked at.
@@ -123,8 +142,12 @@ def _check(
     message = None
     if settings["socket"] is None and settings["tcp"] is None:
         message = "name --socket or --tcp for NBD clients"
-    elif (settings["to"] is None) != (settings["tls"] is None):
+    elif settings["to"] is not None and settings["tls"] is None:
+        message = "--to needs --tls"
+    elif settings["tls"] is not None and settings["to"] is None and not settings["replicas"]:
         message = "--to and --tls belong together"
+    elif settings["tls"] is None and not all(replica.tls for replica in settings["replicas"]):
+        message = "--replica needs certificates: name --tls, or tls=DIR in it"
     elif settings["to"] is None and (settings["continuous"] or settings["interval_s"] is not None):
         message = "cycles need --to and --tls"
     elif settings["continuous"] and settings["interval_s"] is not None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from hvreplica.cli.render import Output
-    from hvreplica.replication.status import DiskStatus, ReplicationStatus
+    from hvreplica.replication.status import DiskStatus, NamedReplica, ReplicationStatus
 
 _GOOD = ("Normal", "NotApplicable")
 
@@ -74,6 +74,22 @@ def show_status(output: Output, found: ReplicationStatus) -> None:
             for disk in found.disks
         ],
     )
+    for replica in found.replicas:
+        _show_replica(output, replica)
+
+
+def _show_replica(output: Output, replica: NamedReplica) -> None:
+    """Show a further replica of the same disks."""
+    found = replica.status
+    record = found.statistics
+    output.line()
+    output.headline(
+        f"replica {plain(replica.name)}: {found.replication_state} · {record.replication_health}",
+        good=record.replication_health in _GOOD,
+    )
+    for issue in record.replication_health_issues:
+        output.line(plain(issue))
+    output.fields(_rows(found))
 
 
 def _rows(found: ReplicationStatus) -> list[tuple[str, object]]:

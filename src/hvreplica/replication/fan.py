@@ -149,7 +149,7 @@ class Fan:
         self.miss(work, {disk_index: _extents(work, disk_index, path)})
 
     def begun_anew(self, work: Work) -> None:
-        """Take note that a copy of all disks begins, which has what was missed. The caller holds `cutting`."""
+        """Take note that a copy of all disks begins, which has what was missed. `cutting` is held."""
         self.of(work).missed.clear()
 
     # ---- the steps of a cut

@@ -21,11 +21,12 @@ from hvreplica.replication.bookkeeping import Bookkeeper, load_statistics
 from hvreplica.replication.control import CutRequest, cut_result
 from hvreplica.replication.live import cut_compared
 from hvreplica.replication.opening import disk_paths, opened_disks
+from hvreplica.replication.replica_folders import main_folder, replica_folder, replica_names
 from hvreplica.replication.results import CutResult
 from hvreplica.replication.shape import follow, indexes
 from hvreplica.replication.state import SOCKET_NAME, StateFolder, load_state
 from hvreplica.replication.statistics import Statistics
-from hvreplica.replication.status import JournalStatus, ReplicationStatus, make_status
+from hvreplica.replication.status import JournalStatus, NamedReplica, ReplicationStatus, make_status
 from hvreplica.replication.stopped import require_running
 from hvreplica.replication.work import Tally, Work
 from hvreplica.tracking.journal import read_regions
@@ -154,10 +155,16 @@ def _changed(verb: str, state: PathLike, *, files: FileSystem, clock: Clock) -> 
 def _read_status(
     known: PrimaryState, folder_path: Path, *, files: FileSystem, clock: Clock
 ) -> ReplicationStatus:
+    main = main_folder(folder_path)
+    journals = _read_journals(known, main, files=files)
+    further = []
+    for name in replica_names(files, folder_path) if main == folder_path else ():
+        inner = replica_folder(folder_path, name)
+        state = load_state(files, inner)
+        if state is not None:
+            further.append(NamedReplica(name, _read_status(state, inner, files=files, clock=clock)))
     record = load_statistics(files, folder_path) or Statistics(clock.now_s())
-    return make_status(
-        known, record, now_s=clock.now_s(), journals=_read_journals(known, folder_path, files=files)
-    )
+    return make_status(known, record, now_s=clock.now_s(), journals=journals, replicas=further)
 
 
 def _read_journals(known: PrimaryState, folder_path: Path, *, files: FileSystem) -> dict[int, JournalStatus]:

@@ -16,6 +16,7 @@ from hvreplica.progress import quiet
 from hvreplica.replication.bookkeeping import FATAL
 from hvreplica.replication.live import cut_compared
 from hvreplica.replication.primary import Primary
+from hvreplica.replication.replica_folders import require_none_stopped
 from hvreplica.replication.results import make_result
 from hvreplica.replication.schedule import Schedule
 from hvreplica.replication.stopped import is_told, mark_prepared, mark_running, require_running
@@ -89,7 +90,7 @@ class CycleRunner:
                 self._close_standing()  # it is told with the claim that begins a session
             primary = self._primary(link, with_resync=with_resync, takeover=takeover, prepare=prepare)
             if prepare:
-                mark_prepared(self.work)
+                self._hold()
             self._running = primary
             if self._stopping.is_set():
                 primary.abort()
@@ -181,6 +182,18 @@ class CycleRunner:
             raise StateError(
                 "it is not known where the replica is", hint="say so with --to HOST:PORT and --tls DIR"
             )
+
+    def _hold(self) -> None:
+        """Let the VM start no more. Raises: InvalidTransition where another of its replicas may run it."""
+        work, was_held = self.work, self.work.state.stopped is not None
+        mark_prepared(work)
+        try:
+            # After the mark: of two calls at once, for two replicas, each sees the other's, and none goes on.
+            require_none_stopped(work.files, work.folder.folder)
+        except InvalidTransition:
+            if not was_held:
+                mark_running(work)
+            raise
 
     def _primary(
         self, link: Link | None, *, with_resync: bool = False, takeover: bool = False, prepare: bool = False

@@ -42,9 +42,14 @@ def replica_names(files: FileSystem, state: Path) -> list[str]:
     ]
 
 
+def main_folder(state: Path) -> Path:
+    """Return the state folder that has the VM's tracking, for any of the VM's."""
+    return state.parent.parent if state.parent.name == FOLDER_NAME else state
+
+
 def family(files: FileSystem, state: Path) -> Iterator[tuple[Path, PrimaryState]]:
     """Yield the state folders of a VM that belong together, with their states: `state` may be any of them."""
-    main = state.parent.parent if state.parent.name == FOLDER_NAME else state
+    main = main_folder(state)
     for folder in [main, *(replica_folder(main, name) for name in replica_names(files, main))]:
         known = load_state(files, folder)
         if known is not None:
