@@ -6,13 +6,17 @@ import contextlib
 import os
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 import hvreplica
 from hvreplica.capture.machine import Machine
-from hvreplica.files import OsBlockFile, OsFiles
+from hvreplica.clock import SYSTEM
+from hvreplica.errors import InvalidTransition, StateError
+from hvreplica.files import OS_FILES, OsBlockFile, OsFiles
 from hvreplica.replication import initial
 from hvreplica.replication.control import CutRequest
+from hvreplica.replication.missed import RANGES_MAX, Missed
 from hvreplica.replication.replicas import Replica
 from tests.replication.captured import VM, Captured
 from tests.replication.sites import Served
@@ -151,9 +155,10 @@ def test_replica_that_is_down_for_long_holds_up_nobody_and_fills_no_disk(site: F
         result = site.to_east()
         assert site.east_equal()
         assert result.disks[0].changed_bytes <= 60 << 16
+        site.write(guest, 1)
         site.replicate()
         assert site.equal()
-        assert site.queues() == (0, 1)
+        assert site.queues() == (0, 1), "it has each cut again"
 
 
 class Died(BaseException):
@@ -212,7 +217,99 @@ def test_killed_anywhere_in_a_cut_no_replica_forgets_a_change(
             with dying(monkeypatch, at) as reached, contextlib.suppress(Died):
                 capture._resident.control.cut(CutRequest(), lambda _: None)
         count = count if at else reached[0]
-        at += 1 if DEEP else site.rng.randrange(1, count // 3)
+        at += 1 if DEEP else site.rng.randrange(1, count // 2)
         if DEEP:
             check()
     check()
+
+
+def test_status_pause_and_resume_are_of_one_replica_each(site: Fanned) -> None:
+    with site.both(), site.guest() as guest:
+        site.write(guest, 5)
+        site.replicate()
+        site.to_east()
+        assert hvreplica.pause(site.east_state).paused
+        site.write(guest, 5)
+        assert site.replicate().kind == "delta"
+        with pytest.raises(InvalidTransition, match="paused"):
+            site.to_east()
+        found = hvreplica.status(site.state)
+        assert not found.paused
+        assert [(each.name, each.status.paused) for each in found.replicas] == [("east", True)]
+        cycles = found.replicas[0].status.cycles
+        assert cycles is not None
+        assert (cycles.to, cycles.interval_s) == (site.east.address, NEVER_S)
+        hvreplica.resume(site.east_state)
+        site.to_east()
+        assert site.east_equal()
+    rest = hvreplica.status(site.state)
+    assert [(each.name, each.status.running) for each in rest.replicas] == [("east", None)]
+    assert rest.replicas[0].status.disks[0].journal is not None
+
+
+def test_replica_that_is_not_named_is_fed_on_until_it_is_removed(site: Fanned) -> None:
+    with site.both(), site.guest() as guest:
+        site.write(guest, 5)
+        site.replicate()
+        site.to_east()
+    with site.running(), site.guest() as guest:
+        site.write(guest, 5)
+        site.replicate()
+        assert site.queues() == (0, 1)
+        assert hvreplica.replicate(VM, state=site.east_state, **site.east_link).kind == "delta"
+        assert site.east_equal()
+    with site.running(remove_replicas=["east"]):
+        site.replicate()
+        assert hvreplica.status(site.state).replicas == []
+    assert not list((site.east_state / "logs").iterdir())
+    with pytest.raises(StateError, match="no such replica"), site.running(remove_replicas=["east"]):
+        pass
+
+
+def test_vm_that_is_prepared_for_one_replica_is_not_for_another_nor_starts(site: Fanned) -> None:
+    with site.both():
+        with site.guest() as guest:
+            site.write(guest, 5)
+        site.replicate()
+        hvreplica.replicate(VM, state=site.east_state, prepare=True, **site.east_link)
+        for _ in range(2):
+            with pytest.raises(InvalidTransition, match="another of its replicas"):
+                hvreplica.replicate(VM, state=site.state, prepare=True, **site.link)
+            with pytest.raises(InvalidTransition, match="another of its replicas"):
+                hvreplica.cancel_prepare(site.state)
+            with contextlib.suppress(OSError, AssertionError), site.guest() as guest:
+                guest.read(0, 512)
+                pytest.fail("the VM may start")
+        hvreplica.cancel_prepare(site.east_state, **site.east_link)
+        with site.guest() as guest:
+            site.write(guest, 2)
+        site.replicate()
+        site.to_east()
+        assert site.equal()
+        assert site.east_equal()
+
+
+@pytest.mark.parametrize("name", ["", ".", "../x", "a/b", "a" * 65, "-a", "a\n"])
+def test_name_of_a_replica_is_no_path(site: Fanned, name: str) -> None:
+    with pytest.raises(ValueError, match="name"):
+        hvreplica.Capture(
+            VM, site.disks, state=site.state, socket=site.folder / "s", replicas=[Replica(name, "h:1", "tls")]
+        )
+    assert not site.state.exists()
+
+
+def test_what_is_missed_becomes_coarser_and_never_less(tmp_path: Path, rng: random.Random) -> None:
+    missed = Missed(OS_FILES, tmp_path, clock=SYSTEM)
+    missed.load({0: 1 << 40}, unless_there=False)
+    starts = np.array([rng.randrange(1 << 27) * 8192 for _ in range(3 * RANGES_MAX)], np.int64)
+    rows = np.column_stack((starts, np.full(len(starts), 4096)))
+    missed.add({0: rows})
+    again = Missed(OS_FILES, tmp_path, clock=SYSTEM)
+    again.load({0: 1 << 40}, unless_there=True)
+    noted = again.of([0])[0]
+    assert len(noted) <= RANGES_MAX
+    at = np.searchsorted(noted[:, 0], starts, "right") - 1
+    assert (noted[at, 0] + noted[at, 1] >= starts + 4096).all()
+    (tmp_path / "missed.json").write_text('{"version":1,"disks":{"0":[[5')
+    again.load({0: 1 << 40}, unless_there=False)
+    assert again.of([0])[0].tolist() == [[0, 1 << 40]]

@@ -199,6 +199,8 @@ class Control:
     def cancel_prepare(self, request: CancelPrepareRequest) -> None:
         """Let the VM run here again."""
         self._runner.cancel_prepare(link=_link(request), force=request.force)
+        work = self._runner.work
+        require_none_stopped(work.files, work.folder.folder)  # else the VM may not start all the same
         if self._clients is not None:
             self._clients.open()
         if self._loop is not None:
