@@ -18,7 +18,7 @@ from hvreplica.replication import initial
 from hvreplica.replication.control import CutRequest
 from hvreplica.replication.missed import RANGES_MAX, Missed
 from hvreplica.replication.replicas import Replica
-from tests.replication.captured import VM, Captured
+from tests.replication.captured import MIB, VM, Captured
 from tests.replication.sites import Served
 
 if TYPE_CHECKING:
@@ -150,11 +150,13 @@ def test_replica_that_is_down_for_long_holds_up_nobody_and_fills_no_disk(site: F
             held = sum(path.stat().st_blocks * 512 for path in (site.east_state / "logs").iterdir())
             assert held <= 1 << 20
         assert '"disks":{"0":[[' in (site.east_state / "missed.json").read_text()
+        waiting = hvreplica.status(site.east_state).statistics.pending_replication_size
+        assert waiting >= 40 * 4096
         site.east.start()
         site.east_link["to"] = site.east.address
         result = site.to_east()
         assert site.east_equal()
-        assert result.disks[0].changed_bytes <= 60 << 16
+        assert result.disks[0].changed_bytes <= 60 << 16, "in grains of 64 KiB, where little is to be read"
         site.write(guest, 1)
         site.replicate()
         assert site.equal()
@@ -287,6 +289,27 @@ def test_vm_that_is_prepared_for_one_replica_is_not_for_another_nor_starts(site:
         site.to_east()
         assert site.equal()
         assert site.east_equal()
+
+
+def test_what_all_replicas_hold_alike_is_left_out_of_what_a_restart_looks_at(
+    site: Fanned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so it is where one of them is compared anew, or has cuts that wait."""
+    monkeypatch.setattr(Machine, "close", Machine.abandon)
+    with site.both(), site.guest() as guest:
+        site.write(guest, 30)
+        site.replicate()
+        site.to_east()
+        site.write(guest, 10)
+        site.replicate()
+        assert site.queues() == (0, 1)
+    with site.running():
+        assert hvreplica.status(site.state).disks[0].tracking.unlogged_bytes > 4 * MIB  # type: ignore[union-attr]
+        assert site.replicate().disks[0].changed_bytes <= 10 * 4096, "those of the cut that waits"
+        hvreplica.replicate(VM, state=site.east_state, resync=True, **site.east_link)
+        assert site.east_equal()
+        assert site.replicate().disks[0].changed_bytes <= 10 * 4096, "those that the other one missed"
+        assert site.equal()
 
 
 @pytest.mark.parametrize("name", ["", ".", "../x", "a/b", "a" * 65, "-a", "a\n"])

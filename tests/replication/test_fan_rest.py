@@ -63,6 +63,6 @@ def test_two_replicas_of_disks_at_rest_and_a_planned_failover_to_one(sites: TwoS
     assert sites.replicate(first, takeover=True).kind == "delta"
     assert equal(first)
     assert len(hvreplica.point_list(first, VM)) == 3, "its points stay, by its own policy"
+    sites.disks = [sites.folder / "disk0.vhdx"]
     with pytest.raises(Fenced):
-        sites.disks = [sites.folder / "disk0.vhdx"]
         cycle(first)

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
     from hvreplica.disk import Disk
     from hvreplica.native.live import Epoch
-    from hvreplica.tracking.compare import ChangeSink
-    from hvreplica.tracking.fingerprints import FingerprintTable
+    from hvreplica.tracking.compare import ChangeSink, KnownBlocks
 
 _WINDOW_GRAINS = 16  # a guest's write waits for at most one window
 _STEP_REGIONS = 4096
@@ -44,7 +43,7 @@ class CutReader:
         disk: Disk,
         epoch: Epoch,
         sink: ChangeSink,
-        known: FingerprintTable | None = None,
+        known: KnownBlocks | None = None,
         *,
         stopping: threading.Event | None = None,
     ) -> None:
@@ -141,7 +140,7 @@ class CutReader:
                 self.changed_bytes += self._take(window, disk_offset, known)
                 self._clear(start, stop)
 
-    def _take(self, window: npt.NDArray[np.uint8], disk_offset: int, known: FingerprintTable | None) -> int:
+    def _take(self, window: npt.NDArray[np.uint8], disk_offset: int, known: KnownBlocks | None) -> int:
         if known is not None:
             extents = np.array([[disk_offset, len(window)]], np.int64)
             return changes_of(window, extents, known, self._sink)
@@ -155,7 +154,7 @@ class CutReader:
             self._sink.append_zeroes(disk_offset + start, length)
         return len(window)
 
-    def _take_zeros(self, first: int, end: int, known: FingerprintTable | None) -> None:
+    def _take_zeros(self, first: int, end: int, known: KnownBlocks | None) -> None:
         step = _STEP_REGIONS * _GRAINS_PER_REGION
         for start in range(first, end, step):
             low = start * GRAIN_BYTES
@@ -165,7 +164,7 @@ class CutReader:
                 self.changed_bytes += length
         self._clear(first, end)
 
-    def _runs(self, first: int, end: int) -> Iterator[tuple[int, int, FingerprintTable | None]]:
+    def _runs(self, first: int, end: int) -> Iterator[tuple[int, int, KnownBlocks | None]]:
         """Yield (first, end, table to leave out by) of what is still guarded between `first` and `end`.
 
         Where the log has an entry the replica will not hold what it is known to hold: nothing is left out.
@@ -221,7 +220,7 @@ def _set_runs(bitmap: npt.NDArray[np.uint8], first: int, end: int) -> list[tuple
     return [(low, high) for low, high in zip(lows.tolist(), highs.tolist(), strict=True) if low < high]
 
 
-def _not_known_as_zero(known: FingerprintTable | None, start: int, end: int) -> list[tuple[int, int]]:
+def _not_known_as_zero(known: KnownBlocks | None, start: int, end: int) -> list[tuple[int, int]]:
     """Return (disk_offset, length) of what the replica may hold data of."""
     if known is None:
         return [(start, end - start)]

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from hvreplica.files import FileSystem
     from hvreplica.formats.journal import DiskIdentity
     from hvreplica.native.live import Epoch
-    from hvreplica.tracking.fingerprints import FingerprintTable
+    from hvreplica.tracking.compare import KnownBlocks
 
 LOG_BUDGET_SHARE = 4  # a log may have a quarter of its disk
 WRITE_BYTES_MAX = 128 * KIB  # longer writes cost less to read at the cut than to write twice
@@ -211,7 +211,7 @@ class Machine:
         self,
         previous_log_ids: Sequence[UUID],
         *,
-        known: Sequence[FingerprintTable | None] | None = None,
+        known: Sequence[KnownBlocks | None] | None = None,
         on_instant: Callable[[], None] | None = None,
     ) -> Cut:
         """Cut all disks at one instant; on return the logs of those that changed are closed and durable.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from hvreplica.hrl import LogWriter
     from hvreplica.hrl.report import LogSummary
     from hvreplica.native.live import Gate
-    from hvreplica.tracking.fingerprints import FingerprintTable
+    from hvreplica.tracking.compare import KnownBlocks
     from hvreplica.tracking.journal import IntentJournal
 
 _LOG = logging.getLogger("hvreplica.capture")
@@ -154,7 +154,7 @@ class TrackedDisk:
         self._writer = begun.writer
         return ended
 
-    def prepare(self, ended: Ended, known: FingerprintTable | None) -> Ended:
+    def prepare(self, ended: Ended, known: KnownBlocks | None) -> Ended:
         """Make ready to read what the log of an ended epoch lacks; finish() or give_back() comes next.
 
         known: see Machine.cut(). Raises: OSError.

@@ -222,15 +222,17 @@ class Control:
         cycles = None
         if self._loop is not None and self._runner.link is not None:
             cycles = Cycles(self._runner.link.address, self._loop.interval_s or 0.0, self._loop.wait_s())
-        return make_status(
+        found = make_status(
             work.state,
             self._runner.book.record,
             now_s=work.clock.now_s(),
             tracking=() if work.machine is None else work.machine.status(),
             running=self._running,
             cycles=cycles,
-            replicas=[NamedReplica(name, control.status()) for name, control in self._replicas.items()],
+            missed_bytes=0 if work.fan is None else work.fan.missed_bytes(work),
         )
+        further = [NamedReplica(name, control.status()) for name, control in self._replicas.items()]
+        return msgspec.structs.replace(found, replicas=further)
 
     def pause(self) -> None:
         """Begin no further cycle until resumed, in later processes too; durable on return."""

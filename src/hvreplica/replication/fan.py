@@ -25,13 +25,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hvreplica.disk.extents import NO_EXTENTS, union
-from hvreplica.errors import FormatError, NotClosed
+from hvreplica.errors import FormatError, NotClosed, TrackingLost
 from hvreplica.formats.times import times_path
 from hvreplica.hrl import LogReader
 from hvreplica.hrl.copy import copy_log
+from hvreplica.replication.agreed import AgreedTable
 from hvreplica.replication.live import RecordedCut, check_cut, log_extents, record
 from hvreplica.replication.shape import point_disks
 from hvreplica.replication.state import NIL, PENDING_MAX, cuts, previous_log_ids
+from hvreplica.units import MIB
 
 if TYPE_CHECKING:
     import uuid
@@ -45,10 +47,10 @@ if TYPE_CHECKING:
     from hvreplica.replication.missed import Missed
     from hvreplica.replication.state import Transfer
     from hvreplica.replication.work import Work
-    from hvreplica.tracking.fingerprints import FingerprintTable
 
 _LOG = logging.getLogger("hvreplica.replicate")
 _HELD_ROWS_MAX = 1 << 16
+_WORTH_BYTES = 4 * MIB  # less costs less to ship than to find out what queues hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ class Fan:
             mark_missed(asking)
             # Before the instant: a copy that is complete after it has newer blocks than the cut.
             takers = [target for target in self.targets if target is asking or target.takes_cuts]
-            previous, known = self._previous(takers), self._known()
+            previous, known = self._previous(takers), self._known(asking)
             consistency: Consistency = "app" if on_ready() else "crash"
             cut = machine.cut(previous, known=known, on_instant=on_instant)
             try:
@@ -139,6 +141,10 @@ class Fan:
                     assert self._main.work.machine is not None
                     self._main.work.machine.recycle([path])
 
+    def missed_bytes(self, work: Work) -> int:
+        """Return how much a replica missed."""
+        return self.of(work).missed.total_bytes
+
     def miss(self, work: Work, missed: Mapping[int, NDArray[np.int64]]) -> None:
         """Have the next cut that a replica makes carry ranges, by disk; durable on return."""
         with work.cutting:
@@ -167,8 +173,40 @@ class Fan:
             found.append(ids.pop() if len(ids) == 1 else NIL)
         return found
 
-    def _known(self) -> list[FingerprintTable | None] | None:
-        return None
+    def _known(self, asking: Target) -> list[AgreedTable | None] | None:
+        """Return what the cut may leave out; None where that is nothing, or not worth to find out."""
+        held = [target for target in self.targets if target is asking or target.work.state.phase != "new"]
+        if any(_is_moving(target) for target in held):
+            return None
+        main = self._main.work
+        assert main.machine is not None
+        if sum(disk.unlogged_bytes for disk in main.machine.status()) < _WORTH_BYTES and any(
+            target.work.state.pending or not target.missed.is_empty for target in held
+        ):
+            return None
+        try:
+            for target in held:
+                target.work.open_tables()
+                target.work.check_tables()
+        except TrackingLost:
+            return None
+        return [self._agreed(held, place) for place in range(len(main.indexes))]
+
+    def _agreed(self, held: Sequence[Target], place: int) -> AgreedTable | None:
+        """Return what the replicas hold alike of a disk; None where one has no copy of it."""
+        tables = [target.work.tables[place] for target in held]
+        is_whole = all(place in target.work.members for target in held)
+        if not is_whole or len({table.block_bytes for table in tables}) > 1:
+            return None
+        index = self._main.work.indexes[place]
+        uncertain = NO_EXTENTS
+        for target in held:
+            uncertain = union(uncertain, target.missed.of([index]).get(index, NO_EXTENTS))
+            for log in (log for transfer in target.work.state.pending for log in transfer.logs):
+                if log.disk_index == index:
+                    path = target.work.folder.log_path(log.log_id)
+                    uncertain = union(uncertain, _extents(target.work, index, path))
+        return AgreedTable(tables, uncertain, disk_bytes=self._main.work.disks[place].virtual_bytes)
 
     def _record(
         self, cut: Cut, takers: Sequence[Target], asking: Target, consistency: Consistency
@@ -246,6 +284,11 @@ class Fan:
             work.state.pending = []
             work.save()
         self.release(paths)
+
+
+def _is_moving(target: Target) -> bool:
+    """Return whether a replica has no whole copy, or something on its way that its tables follow."""
+    return target.work.state.phase != "ready" or target.work.state.transfer is not None
 
 
 def mark_missed(target: Target) -> None:

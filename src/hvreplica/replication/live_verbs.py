@@ -164,7 +164,8 @@ def _read_status(
         if state is not None:
             further.append(NamedReplica(name, _read_status(state, inner, files=files, clock=clock)))
     record = load_statistics(files, folder_path) or Statistics(clock.now_s())
-    return make_status(known, record, now_s=clock.now_s(), journals=journals, replicas=further)
+    found = make_status(known, record, now_s=clock.now_s(), journals=journals)
+    return msgspec.structs.replace(found, replicas=further)
 
 
 def _read_journals(known: PrimaryState, folder_path: Path, *, files: FileSystem) -> dict[int, JournalStatus]:

@@ -72,6 +72,11 @@ class Missed:
         """Whether nothing is missed."""
         return not self._rows
 
+    @property
+    def total_bytes(self) -> int:
+        """What is missed, of all disks."""
+        return sum(int(rows[:, 1].sum()) for rows in list(self._rows.values()))
+
     def of(self, indexes: Iterable[int]) -> dict[int, NDArray[np.int64]]:
         """Return what is missed of disks, those without left out: int64 (n, 2), sorted, disjoint."""
         return {index: self._rows[index] for index in indexes if index in self._rows}

@@ -126,9 +126,12 @@ def make_status(
     running: str | None = None,
     cycles: Cycles | None = None,
     journals: Mapping[int, JournalStatus] | None = None,
-    replicas: Sequence[NamedReplica] = (),
+    missed_bytes: int = 0,
 ) -> ReplicationStatus:
-    """Return the status of a VM from what is known of it. journals: by index, where no capture runs."""
+    """Return the status of a VM from what is known of it.
+
+    journals: by index, where no capture runs. missed_bytes: of cuts that only other replicas have.
+    """
     left = journals or {}
     known = {disk.index: disk for disk in tracking}
     waiting = [
@@ -138,7 +141,7 @@ def make_status(
     ]
     has_replica = cycles is not None or state.phase != "new" or record.trouble is not None
     pending_bytes = sum(cut.bytes for cut in waiting) + sum(disk.dirty_bytes for disk in tracking)
-    pending_bytes += sum(journal.marked_bytes for journal in left.values())
+    pending_bytes += missed_bytes + sum(journal.marked_bytes for journal in left.values())
     situation = Situation(has_replica, state.phase, state.paused, pending_bytes, now_s, _left_issues(left))
     return ReplicationStatus(
         vm=state.vm,
@@ -163,7 +166,6 @@ def make_status(
             if disk.stage != "removed"
         ],
         statistics=statistics.show(record, situation),
-        replicas=list(replicas),
     )
 
 

@@ -45,6 +45,23 @@ class ChangeSink(Protocol):
         ...
 
 
+class KnownBlocks(Protocol):
+    """What a replica is known to hold, by fingerprints: a table, or what several agree upon."""
+
+    @property
+    def block_bytes(self) -> int:
+        """The disk's bytes behind one fingerprint."""
+        ...
+
+    def read(self, first_block: int, block_count: int) -> npt.NDArray[np.uint8]:
+        """Return fingerprints, shape (block_count, 16)."""
+        ...
+
+    def extents(self, start: int, end: int) -> npt.NDArray[np.int64]:
+        """Return the guest ranges (offset, length) within [start, end) that may hold data at the replica."""
+        ...
+
+
 class ChangeSource(Protocol):
     """A way to learn what changed since the last cut: by comparison here, by live tracking elsewhere."""
 
@@ -188,7 +205,7 @@ class RangeSink:
 def changes_of(
     content: npt.NDArray[np.uint8],
     extents: npt.NDArray[np.int64],
-    table: FingerprintTable,
+    table: KnownBlocks,
     sink: ChangeSink,
 ) -> int:
     """Put into `sink` what of `content`, the disk's bytes in `extents`, differs from `table`.
@@ -215,7 +232,7 @@ def changes_of(
     return int(data_runs[:, 1].sum() + zero_runs[:, 1].sum())
 
 
-def _known(extents: npt.NDArray[np.int64], table: FingerprintTable) -> npt.NDArray[np.uint8]:
+def _known(extents: npt.NDArray[np.int64], table: KnownBlocks) -> npt.NDArray[np.uint8]:
     """Return the table's fingerprints of the blocks in `extents`, of one window, in order."""
     block_bytes = table.block_bytes
     firsts, counts = extents[:, 0] // block_bytes, -(-extents[:, 1] // block_bytes)
