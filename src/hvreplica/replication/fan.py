@@ -26,8 +26,7 @@ import numpy as np
 
 from hvreplica.disk.extents import NO_EXTENTS, union
 from hvreplica.errors import FormatError, NotClosed, TrackingLost
-from hvreplica.formats.times import times_path
-from hvreplica.hrl import LogReader
+from hvreplica.hrl import LogReader, times_path
 from hvreplica.hrl.copy import copy_log
 from hvreplica.replication.agreed import AgreedTable
 from hvreplica.replication.live import RecordedCut, check_cut, log_extents, record
