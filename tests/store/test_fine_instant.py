@@ -9,6 +9,7 @@ import pytest
 
 from hvreplica.errors import NoSuchPoint
 from hvreplica.store import Store
+from hvreplica.store.at_instant import Instant, reach, shown_by
 from hvreplica.store.moment import SECOND_US, micros, reach_us
 from hvreplica.store.points_kept import drop_point
 from hvreplica.store.policy import Policy
@@ -34,7 +35,7 @@ def world(seed: int) -> Iterator[InstantWorld]:
 
 def make(world: InstantWorld, instant_s: float, *, flush: bool = False) -> MadePoint:
     """Make a point of an instant, and hold what is told of it to the writes of its cycle."""
-    made = world.store.make_point_at("web01", instant_s, fine=True, flush=flush)
+    made = world.store.make_point_at("web01", instant_s, flush=flush)
     assert made.instant_s <= instant_s + 1e-6
     if made.entries is not None:
         began_s = max(at for at in world.points_s if at <= made.instant_s)
@@ -107,6 +108,20 @@ def test_without_times_the_second_before_is_taken(
     spans = world.store.instant_spans("web01")
     assert [span.step_s for span in spans][1:] == [1.0]
     assert spans[0].step_s in {slot / SECOND_US for slot in SLOTS}
+
+
+def test_verb_that_is_called_again_finds_the_point_of_its_instant(world: InstantWorld) -> None:
+    """The point shows the last known moment, which is seldom the very instant."""
+    world.cycle(14)
+    home = world.home
+    instant = Instant(world.points_s[-1] - 2.3)
+    assert shown_by(home, instant, *(point.id for point in home.catalog.points(home.vm_id))) is None
+    row = reach(home, instant)
+    assert row.instant_s < instant.unix_s
+    assert shown_by(home, instant, None, row.id) == row
+    assert reach(home, instant) == row
+    assert shown_by(home, Instant(instant.unix_s + 0.02), row.id) is None, "slots are shorter"
+    assert shown_by(home, Instant(row.instant_s - 0.02), row.id) is None
 
 
 def test_times_live_as_long_as_their_logs(world: InstantWorld) -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 NONE = "none"
 _PERCENT_MAX = 1e6
+_MICROSECOND_S = 1e-6
 _BYTES_MAX = 1 << 62
 _POINTS_MAX = 1 << 31
 
@@ -74,10 +75,8 @@ def point_at(store: PathLike, vm: str, instant: str | float, *, flush: bool = Fa
     hold each write in the guest's order, FieldOutOfRange for what is no instant, Locked, StoreFull.
     """
     instant_s = parse_instant(instant)
-    # What is written as 10:15:30.000 means just that.
-    fine = True if isinstance(instant, str) and not {".", ","}.isdisjoint(instant) else None
     with contextlib.closing(Store.open_reading(OS_FILES, Path(store), clock=SYSTEM)) as opened:
-        return opened.make_point_at(vm, instant_s, fine=fine, flush=flush)
+        return opened.make_point_at(vm, instant_s, flush=flush)
 
 
 def point_instants(store: PathLike, vm: str) -> list[InstantSpan]:
@@ -87,11 +86,17 @@ def point_instants(store: PathLike, vm: str) -> list[InstantSpan]:
 
 
 def parse_instant(instant: str | float) -> float:
-    """Return the Unix seconds of an instant. Raises: FieldOutOfRange for what is none."""
+    """Return the Unix seconds of an instant; without parts of a second they mean the end of the second.
+
+    So what is written as 10:15:30.000 becomes the microsecond before. Raises: FieldOutOfRange for what is
+    none.
+    """
     if isinstance(instant, (int, float)):
         return float(instant)
     try:
-        return parse_iso(instant)
+        unix_s = parse_iso(instant)
+        is_exact = not {".", ","}.isdisjoint(instant)
+        return unix_s - _MICROSECOND_S if is_exact and unix_s == int(unix_s) else unix_s
     except ValueError:
         raise FieldOutOfRange(
             "this is no instant",

@@ -12,7 +12,7 @@ import contextlib
 import threading
 from typing import TYPE_CHECKING, NamedTuple
 
-from hvreplica.errors import Locked
+from hvreplica.errors import HvReplicaError, Locked
 from hvreplica.store.apply import finish
 from hvreplica.store.failover import may_apply
 from hvreplica.store.instant import make_point_at
@@ -31,7 +31,7 @@ _LOOK_EVERY_S = 0.1
 
 
 class Instant(NamedTuple):
-    """An instant that stands where a point may be named; Unix seconds. It means the end of its second."""
+    """An instant that stands where a point may be named; Unix seconds, see make_point_at()."""
 
     unix_s: float
 
@@ -62,9 +62,19 @@ def shown_by(home: VmHome, instant: Instant, *point_ids: uuid.UUID | None) -> Po
     """Return that of these points which shows the very instant; None where none does."""
     for point_id in point_ids:
         row = None if point_id is None else home.catalog.point(home.vm_id, point_id)
-        if row is not None and row.instant_s == instant.unix_s:
+        if row is not None and (row.instant_s == instant.unix_s or _leads_to(home, instant, row)):
             return row
     return None
+
+
+def _leads_to(home: VmHome, instant: Instant, row: PointRow) -> bool:
+    """Return whether a point is the last moment known at or before the instant, which it need not show."""
+    if row.instant_s > instant.unix_s:
+        return False
+    with contextlib.suppress(HvReplicaError):  # the logs may have gone since
+        plan = plan_instant(home, instant.unix_s)
+        return plan.is_there and plan.base.id == row.id
+    return False
 
 
 @contextlib.contextmanager

@@ -118,29 +118,27 @@ class Made:
     is_coarse: bool
 
 
-def make_point_at(
-    home: VmHome, instant_s: float, *, fine: bool | None = None, flush: bool = False
-) -> PointRow:
+def make_point_at(home: VmHome, instant_s: float, *, flush: bool = False) -> PointRow:
     """Return a new point of kind manual that shows the instant; durable. The one that is there, if one is.
 
-    fine: whether the instant is exact, and not the whole of its second; None: where it has parts of a second.
-    Then the last moment is taken that is known at or before it, and where the times of a log are lost the end
-    of the last second. flush: the last flush of the guest at or before the instant. Works beside the process
-    that serves the store. Raises: NoSuchPoint where the instant is outside of what was kept, or no flush is
-    known; StoreError where the logs do not lead there in the order of the guest's writes, FormatError for
-    a damaged log, Locked while the disks are changed, StoreFull.
+    Without parts of a second it means the end of its second. With them the last moment is taken that is known
+    at or before it, or where the times of a log are lost the end of the last second. flush: the last flush of
+    the guest at or before the instant. Works beside the process that serves the store. Raises: NoSuchPoint
+    where the instant is outside of what was kept, or no flush is known; StoreError where the logs do not lead
+    there in the order of the guest's writes, FormatError for a damaged log, Locked while the disks are
+    changed, StoreFull.
     """
-    return make_instant(home, instant_s, fine=fine, flush=flush).point
+    return make_instant(home, instant_s, flush=flush).point
 
 
-def make_instant(home: VmHome, instant_s: float, *, fine: bool | None = None, flush: bool = False) -> Made:
+def make_instant(home: VmHome, instant_s: float, *, flush: bool = False) -> Made:
     """Do what make_point_at() says, and tell more of it."""
     validate_instant(instant_s)
     for left in range(_TRIES - 1, -1, -1):
         with home.exclusive():
             if is_cut(home):
                 finish(home)
-            plan = plan_instant(home, instant_s, fine=fine, flush=flush)
+            plan = plan_instant(home, instant_s, flush=flush)
             is_flush, is_coarse = plan.moment.is_flush, plan.is_coarse
             if plan.is_there:
                 return Made(plan.base, None, is_flush, is_coarse)

@@ -88,22 +88,31 @@ class _Known:
         return f"the nearest that can be had are {iso_time(first)} to {iso_time(last)}; see also `point list`"
 
 
-def plan_instant(home: VmHome, instant_s: float, *, fine: bool | None = None, flush: bool = False) -> Plan:
+def plan_instant(home: VmHome, instant_s: float, *, flush: bool = False) -> Plan:
     """Return the way to an instant. For arguments and errors see make_point_at()."""
-    is_fine = flush or (micros(instant_s) % SECOND_US != 0 if fine is None else fine)
     with home.catalog.snapshot():
         known = _known(home, instant_s)
         end, before = _find_cycle(known)
-        if not is_fine:
-            second_s = float(int(instant_s))
-            plan = _walk_back(known, end, before, Moment(reach_us(second_s), None), second_s)
-        elif flush:
+        if flush:
             plan = _plan_flush(known, end, before)
-        else:
+        elif micros(instant_s) % SECOND_US:
             plan = _plan_fine(known, end, before)
+        else:
+            plan = _walk_back(known, end, before, Moment(reach_us(instant_s), None), instant_s)
         _require_one_shape(known, plan)
     _require_order(known, plan.end)
     return plan
+
+
+def kept_cycles(home: VmHome) -> list[tuple[float, PointRow, list[KeptLogRow]]]:
+    """Return of each cycle whose logs are kept when it began, the point that it led to, and the logs."""
+    known = _known(home, 0.0)
+    cycles = [(known.before(end), end) for end in known.points if end.applied_s is not None]
+    return [
+        (known.start_of(before), end, known.logs[end.id])
+        for before, end in cycles
+        if before is not None and end.id in known.logs
+    ]
 
 
 def _known(home: VmHome, instant_s: float) -> _Known:
@@ -115,7 +124,7 @@ def _known(home: VmHome, instant_s: float) -> _Known:
 
 def _plan_fine(known: _Known, end: PointRow, before: PointRow) -> Plan:
     """Plan the last moment that is known at or before the wanted one; by whole seconds where no part is."""
-    rows, wanted_us, began_us = known.logs[end.id], micros(known.instant_s), micros(before.instant_s)
+    rows, wanted_us, began_us = known.logs[end.id], micros(known.instant_s), micros(known.start_of(before))
     times = times_of(known.home, rows)
     moment = second_of(wanted_us) if times is None else choose_moment(times, wanted_us)
     assert moment is not None
@@ -214,7 +223,7 @@ def _is_made_in(known: _Known, point: PointRow, before: PointRow, end: PointRow,
         and point.id not in known.logs
         and point.previous_id == before.id
         and point.id != end.id
-        and micros(before.instant_s) <= reach_us(point.instant_s) <= moment.time_us
+        and micros(known.start_of(before)) <= reach_us(point.instant_s) <= moment.time_us
         and before.sequence < point.sequence < end.sequence
     )
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from hvreplica.errors import HvReplicaError, kept
-from hvreplica.store.instant_plan import plan_instant
+from hvreplica.store.instant_plan import kept_cycles, plan_instant
 from hvreplica.store.kept_times import times_of
 from hvreplica.store.moment import SECOND_US, common_flushes, slot_of
 
@@ -35,23 +35,15 @@ class InstantSpan(msgspec.Struct, frozen=True):
 def instant_spans(home: VmHome) -> list[InstantSpan]:
     """Return the cycles whose logs are kept, oldest first."""
     with home.catalog.snapshot():
-        points = {point.id: point for point in home.catalog.points(home.vm_id, superseded=True)}
-        logs: dict[object, list[KeptLogRow]] = {}
-        for row in home.catalog.kept_logs(home.vm_id):
-            logs.setdefault(row.point_id, []).append(row)
-    found = []
-    for end in points.values():
-        before = None if end.previous_id is None else points.get(end.previous_id)
-        if before is not None and end.applied_s is not None and end.id in logs:
-            found.append(_span(home, before, end, logs[end.id]))
-    return found
+        cycles = kept_cycles(home)
+    return [_span(home, *cycle) for cycle in cycles]
 
 
-def _span(home: VmHome, before: PointRow, end: PointRow, rows: list[KeptLogRow]) -> InstantSpan:
-    ends = (before.instant_s, end.instant_s, str(end.id))
+def _span(home: VmHome, start_s: float, end: PointRow, rows: list[KeptLogRow]) -> InstantSpan:
+    ends = (start_s, end.instant_s, str(end.id))
     try:
         # Any instant of a cycle is reached as every other one; the middle lies in no other cycle.
-        plan_instant(home, (before.instant_s + end.instant_s) / 2)
+        plan_instant(home, (start_s + end.instant_s) / 2)
     except HvReplicaError as error:
         return InstantSpan(*ends, None, 0, kept(error).message)
     times = times_of(home, rows)

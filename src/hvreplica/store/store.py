@@ -259,12 +259,10 @@ class Store:
             home.catalog.set_policy(home.vm_id, changed_policy(row.policy if row else None, wish))
         return self.plan_points(vm)
 
-    def make_point_at(
-        self, vm: str, instant_s: float, *, fine: bool | None = None, flush: bool = False
-    ) -> MadePoint:
+    def make_point_at(self, vm: str, instant_s: float, *, flush: bool = False) -> MadePoint:
         """Make a point of any instant between two cycles. See instant.make_point_at()."""
         home = self.home(vm)
-        made = make_instant(home, instant_s, fine=fine, flush=flush)
+        made = make_instant(home, instant_s, flush=flush)
         status = next(point for point in points_of(home) if point.id == str(made.point.id))
         return made_point(status, made)
 
