@@ -24,10 +24,16 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def world(seed: int) -> Iterator[InstantWorld]:
+def slots() -> tuple[int, ...]:
+    """Return how long the ticks of logs are; none for logs that know whole seconds alone."""
+    return ()
+
+
+@pytest.fixture
+def world(seed: int, slots: tuple[int, ...]) -> Iterator[InstantWorld]:
     """Return a world with two cycles applied and one that waits."""
     with ram_folder() as root:
-        world = InstantWorld(root, seed)
+        world = InstantWorld(root, seed, slots=slots)
         for _ in range(2):
             world.cycle()
         world.cycle(apply=False)
@@ -77,6 +83,22 @@ def test_same_call_again_changes_nothing_and_another_instant_is_refused(world: I
         with pytest.raises(InvalidTransition):
             verb()
     assert world.store.points("web01") == listed, "no point is made for a verb that is refused"
+
+
+@pytest.mark.parametrize(("part_s", "slots"), [(0.25, ()), (0.75, (1000, 20_000))])
+def test_instant_of_a_part_of_a_second_is_found_again(world: InstantWorld, part_s: float) -> None:
+    instant_s = middles(world)[1] + part_s
+    record = fail_over(world.home, "unplanned", at(instant_s))
+    listed = world.store.points("web01")
+    shown = next(point.instant_s for point in listed if point.id == str(record.point))
+    assert world.active() == world.at(shown)
+    assert fail_over(world.home, "unplanned", at(instant_s)) == record
+    assert cancel(world.home, at(instant_s)).point == record.point
+    test = begin_firedrill(world.home, Instant(instant_s))
+    assert test.point == record.point
+    assert begin_firedrill(world.home, Instant(instant_s)) == test
+    points = {point.id for point in world.store.points("web01")}
+    assert len(points) == len(listed), "no other point was made of it"
 
 
 def test_cancel_goes_over_to_another_instant_and_back(world: InstantWorld) -> None:

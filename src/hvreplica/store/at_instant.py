@@ -12,7 +12,7 @@ import contextlib
 import threading
 from typing import TYPE_CHECKING, NamedTuple
 
-from hvreplica.errors import HvReplicaError, Locked
+from hvreplica.errors import Locked, NoSuchPoint, StoreError
 from hvreplica.store.apply import finish
 from hvreplica.store.failover import may_apply
 from hvreplica.store.instant import make_point_at
@@ -59,22 +59,17 @@ def reach(
 
 
 def shown_by(home: VmHome, instant: Instant, *point_ids: uuid.UUID | None) -> PointRow | None:
-    """Return that of these points which shows the very instant; None where none does."""
-    for point_id in point_ids:
-        row = None if point_id is None else home.catalog.point(home.vm_id, point_id)
-        if row is not None and (row.instant_s == instant.unix_s or _leads_to(home, instant, row)):
-            return row
-    return None
+    """Return that of these points which an earlier call made, or found, for the instant; None for none.
 
-
-def _leads_to(home: VmHome, instant: Instant, row: PointRow) -> bool:
-    """Return whether a point is the last moment known at or before the instant, which it need not show."""
-    if row.instant_s > instant.unix_s:
-        return False
-    with contextlib.suppress(HvReplicaError):  # the logs may have gone since
-        plan = plan_instant(home, instant.unix_s)
-        return plan.is_there and plan.base.id == row.id
-    return False
+    A point says the last moment that is known at or before an instant, so the way to it is planned again.
+    """
+    named = [row for each in point_ids if each is not None if (row := home.catalog.point(home.vm_id, each))]
+    shown_s, base_id = instant.unix_s, None
+    if named:
+        with contextlib.suppress(NoSuchPoint, StoreError):  # its logs have gone since
+            plan = plan_instant(home, instant.unix_s)
+            shown_s, base_id = plan.instant_s, plan.base.id if plan.is_there else None
+    return next((row for row in named if row.id == base_id or row.instant_s == shown_s), None)
 
 
 @contextlib.contextmanager
