@@ -74,8 +74,10 @@ class Forked:
         self.cycle(prepare=True)
         self.fork("planned")
 
-    def adopt(self) -> None:
-        self.vm.adopt(self.old, self.old_state)
+    def adopt(self) -> object:
+        """Return what of the report a repeated call must tell, too: what the other site will ask for."""
+        report = self.vm.adopt(self.old, self.old_state)
+        return report.known, report.changed_bytes, report.disks
 
     def adopt_unknown(self) -> None:
         hvreplica.store_adopt(
@@ -104,13 +106,13 @@ class Forked:
             assert read_disk(self.vm.here, path) == model
 
     def cut_everywhere(
-        self, host: Callable[[], Host], verb: Callable[[], None], check: Callable[[], None]
+        self, host: Callable[[], Host], verb: Callable[[], object], check: Callable[[], None]
     ) -> None:
         """Cut a verb at steps of a host, each time from the same beginning."""
         restore = self.vm.save()
         points = {each: dict(each.points) for each in (self.vm.a, self.vm.b)}
         restore()
-        verb()
+        told = verb()
         steps = len(host().files.trace())
         check()
         assert steps > 10
@@ -120,7 +122,7 @@ class Forked:
             for each, known in points.items():
                 each.points = dict(known)
             assert host().dying(step, self.rng, power=step % 4 > 0, verb=verb) or step > steps - 10
-            verb()
+            assert verb() == told
             check()
 
 
