@@ -16,7 +16,7 @@ from tests.support.tools import missing, tools_are_required
 # dev: quick, new examples each time. ci: the same idea, wider, no deadline on a busy machine. deep: before a
 # release.
 settings.register_profile("dev", max_examples=50, deadline=None)
-settings.register_profile("ci", max_examples=100, deadline=None, print_blob=True, database=None)
+settings.register_profile("ci", max_examples=60, deadline=None, print_blob=True, database=None)
 settings.register_profile(
     "deep",
     max_examples=5000,

@@ -232,5 +232,8 @@ class StoreModel(RuleBasedStateMachine):
             assert self.replica.last_point == (self.acknowledged[-1] if self.acknowledged else None)
 
 
-StoreModel.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+IS_DEEP = settings.default.max_examples > 1000
+StoreModel.TestCase.settings = settings(
+    max_examples=600 if IS_DEEP else 30, stateful_step_count=30, deadline=None
+)
 TestStoreModel = StoreModel.TestCase
