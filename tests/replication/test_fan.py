@@ -312,6 +312,28 @@ def test_what_all_replicas_hold_alike_is_left_out_of_what_a_restart_looks_at(
         assert site.equal()
 
 
+def test_block_that_is_written_back_while_a_cut_waits_is_not_left_out(site: Fanned) -> None:
+    """The tables say what it holds, and all agree; but the cut that waits says otherwise."""
+    with site.running(replicas=[site.replica()], log_budget_bytes=0), site.guest() as guest:
+        before = site.rng.randbytes(4096)
+        guest.write(0, before)
+        site.models[0][:4096] = before
+        site.replicate()
+        site.to_east()
+        site.replicate()
+        guest.write(0, bytes(range(256)) * 16)
+        hvreplica.cut(site.state)
+        guest.write(0, before)
+        for at in range(MIB, 6 * MIB, MIB // 16):
+            guest.write(at, bytes(512))
+        hvreplica.cut(site.state)
+        assert site.queues() == (2, 2)
+        site.replicate()
+        assert site.equal()
+        site.to_east()
+        assert site.east_equal()
+
+
 @pytest.mark.parametrize("name", ["", ".", "../x", "a/b", "a" * 65, "-a", "a\n"])
 def test_name_of_a_replica_is_no_path(site: Fanned, name: str) -> None:
     with pytest.raises(ValueError, match="name"):
