@@ -11,6 +11,7 @@ from hvreplica.errors import NoSuchPoint
 from hvreplica.store import Store
 from hvreplica.store.at_instant import Instant, reach, shown_by
 from hvreplica.store.moment import SECOND_US, micros, reach_us
+from hvreplica.store.pace import Pace
 from hvreplica.store.points_kept import drop_point
 from hvreplica.store.policy import Policy
 from hvreplica.store.retain import retain
@@ -98,6 +99,11 @@ def test_without_times_the_second_before_is_taken(
         world.files.load(path, world.files.content_of(home.paths.logs / others[0]))
     else:
         world.files.load(path, content[:-1] if damage == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
+    verdict = world.store.verify("web01", Pace(world.clock, lambda _: False))
+    assert not verdict.is_damaged
+    assert not verdict.vms[0].unknown_files
+    assert (damage == "lost") != ("the times of a log cannot be read" in caplog.text), "verify says so"
+    caplog.clear()
     instant_s = world.points_s[-1] - 2.3
     made = make(world, instant_s)
     assert made.note is not None

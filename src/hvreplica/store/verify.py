@@ -23,6 +23,7 @@ from hvreplica.store.check import find_damage
 from hvreplica.store.digest import Digest, digest_of
 from hvreplica.store.follow import expected_digest
 from hvreplica.store.judge import Verdict, causes, disk_at, hold_point, judge_disk
+from hvreplica.store.kept_times import read_times
 from hvreplica.store.layout import PARTIAL_SUFFIX
 from hvreplica.store.pace import Pace
 from hvreplica.store.part_check import Fault, check_log, check_part
@@ -205,10 +206,10 @@ def _check_logs(home: VmHome, pace: Pace) -> dict[uuid.UUID, str]:
         for point in home.catalog.points(home.vm_id)
         for log in home.catalog.logs(home.vm_id, point.id)
     ]
-    kept = [
-        (log.log_id, home.paths.kept_log(log.log_id), log.log_bytes)
-        for log in home.catalog.kept_logs(home.vm_id)
-    ]
+    rows = home.catalog.kept_logs(home.vm_id)
+    kept = [(log.log_id, home.paths.kept_log(log.log_id), log.log_bytes) for log in rows]
+    for row in rows:
+        read_times(home, row)  # warns of damage; it costs no point, only parts of seconds of those to come
     for owner_id, path, log_bytes in (*waiting, *kept):
         fault = check_log(home.files, path, pace, log_bytes=log_bytes)
         if fault is not None and _is_log_there(home, path):
