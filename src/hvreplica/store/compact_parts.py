@@ -45,7 +45,7 @@ ENTRIES_MAX = (
     1 << 22
 )  # of all parts looked at together, some 250 MiB of tables; beyond it they stay as they are
 _WINDOW_BYTES = 4 * MIB
-_LOOK_BYTES = 320 << 10  # to look at a part costs what writing that much does
+_LOOK_BYTES = 384 << 10  # to look at a part costs what writing that much does
 _SOURCE_SHIFT = 50  # a log is shorter than 1 << 50 bytes: above that stands which part an offset is in
 
 
