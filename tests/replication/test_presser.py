@@ -92,6 +92,21 @@ def test_clients_read_a_pressed_point_while_it_is_pressed_and_the_disk_changes(
     assert not wrong
 
 
+@pytest.mark.parametrize("writable", [False, True])
+def test_long_read_meets_pressed_extents_late(
+    world: PointWorld, tmp_path: Path, rng: random.Random, *, writable: bool
+) -> None:
+    """The first bytes of the answer are on their way when the first one comes that is not plain."""
+    point = world.cut({0: [(0, text_like(rng, SIZE))]})
+    world.cut({0: [(4 * MIB + PAGE, text_like(rng, MIB))]})
+    press_part(world.home, parts_of(world, point)[0])
+    with (
+        serving(world, point, tmp_path / "p.sock", writable=writable),
+        contextlib.closing(Connection(tmp_path / "p.sock", "0")) as client,
+    ):
+        assert client.ask(READ, 0, SIZE) == (0, world.points[point][0])
+
+
 def test_damaged_frame_is_an_error_of_that_read_alone(
     world: PointWorld, tmp_path: Path, rng: random.Random
 ) -> None:
