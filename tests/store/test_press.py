@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from hvreplica.clock import SYSTEM
 from hvreplica.errors import ChecksumMismatch, FormatError, Locked
 from hvreplica.files import OS_FILES
-from hvreplica.formats.pressed import HEADER, is_pressed, unpack_header, unpack_table
+from hvreplica.formats.pressed import FRAME_BYTES_MAX, HEADER, is_pressed, unpack_header, unpack_table
+from hvreplica.hrl import LogWriter
 from hvreplica.store.compact_parts import compact_parts
 from hvreplica.store.open_point import choose_point, open_point
 from hvreplica.store.pace import Pace
@@ -22,6 +23,8 @@ from hvreplica.store.part_check import check_part
 from hvreplica.store.part_files import FrameMemory, PressedFile, open_part
 from hvreplica.store.policy import Policy, pack_policy
 from hvreplica.store.press import FRAME_BYTES, is_raw, press_part, press_parts
+from hvreplica.store.records import UndoRow
+from tests.store.parts import add_points, opened_home
 from tests.store.point_world import MIB, PAGE, PointWorld, random_writes
 
 if TYPE_CHECKING:
@@ -29,7 +32,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from hvreplica.store.records import UndoRow
 
 SIZE = 6 * MIB
 
@@ -207,6 +209,37 @@ def test_part_that_moves_to_another_point_meanwhile_is_exchanged_there(
     assert press_part(world.home, row, pause=drop) > 0
     assert [is_raw(each) for each in parts_of(world, heir)] == [True, False]
     assert_points(world)
+
+
+def test_part_with_large_metadata_blocks_is_pressed(tmp_path: Path, rng: random.Random) -> None:
+    """Twenty thousand entries have blocks that are longer than a frame may be."""
+    home = opened_home(tmp_path, OS_FILES)
+    point_id = add_points(home, 1)[0]
+    part_id, count, page = SYSTEM.guid(), 20_000, text_like(rng, PAGE)
+    path = home.paths.undo(part_id)
+    with LogWriter.create_undo(
+        OS_FILES,
+        path,
+        part_id=part_id,
+        log_id=None,
+        data_write_guid=None,
+        entry_count=count,
+        clock=SYSTEM,
+    ) as writer:
+        rows = np.column_stack((np.arange(count) * 2 * PAGE, np.full(count, PAGE)))
+        writer.append(rows, page * count)
+    with home.catalog.transaction():
+        row = UndoRow(point_id, 0, part_id, "undo", path.stat().st_size, count * PAGE)
+        home.catalog.add_undo(home.vm_id, row)
+    with open_part(OS_FILES, path) as reader:
+        assert reader.header.metadata_size > FRAME_BYTES_MAX
+    assert press_part(home, row) > row.file_bytes // 2
+    (new,) = home.catalog.undo_rows(home.vm_id)
+    with open_part(OS_FILES, home.paths.undo(new.id)) as reader:
+        entries = np.concatenate(list(reader.entries()))
+        assert (entries["byte_offset"] == rows[:, 0]).all()
+        assert reader.file.read(int(entries["log_offset"][-1]), PAGE) == page
+    home.catalog.close()
 
 
 # ---- damage

@@ -239,21 +239,25 @@ class _Writer:
 
 
 def _pieces(reader: LogReader) -> Iterator[_Piece]:
-    """Yield the pieces of a log, in order. Each metadata block is one, so that opening reads little more."""
+    """Yield the pieces of a log, in order. None has metadata and data, so that opening reads no data."""
     yield _Piece(0, HEADER_BYTES, is_hole=False)
     block_bytes, position = reader.header.metadata_size, HEADER_BYTES
     finder = HoleFinder(reader.file)
     for block in reader.block_offsets:
         yield from _data_pieces(finder, position, block)
-        yield _Piece(block, block_bytes, is_hole=False)
         position = block + block_bytes
+        yield from _plain_pieces(block, position)
 
 
 def _data_pieces(finder: HoleFinder, start: int, end: int) -> Iterator[_Piece]:
     position = start
     for hole_start, hole_bytes in [*finder.find(start, end).tolist(), (end, 0)]:
-        for at in range(position, hole_start, FRAME_BYTES):
-            yield _Piece(at, min(FRAME_BYTES, hole_start - at), is_hole=False)
+        yield from _plain_pieces(position, hole_start)
         position = hole_start + hole_bytes
         for at in range(hole_start, position, HOLE_BYTES_MAX):
             yield _Piece(at, min(HOLE_BYTES_MAX, position - at), is_hole=True)
+
+
+def _plain_pieces(start: int, end: int) -> Iterator[_Piece]:
+    for at in range(start, end, FRAME_BYTES):
+        yield _Piece(at, min(FRAME_BYTES, end - at), is_hole=False)
