@@ -12,6 +12,7 @@ from hvreplica.store.failover import AT_WORK, begin
 from hvreplica.store.open_point import LATEST, open_point
 from hvreplica.store.pace import Pace
 from hvreplica.store.points_kept import drop_point
+from hvreplica.store.press import is_raw, press_part
 from hvreplica.store.promotion import Wish, cancel, commit, fail_over
 from hvreplica.store.verify import verify_vm
 from tests.store.failover_world import World, read_whole
@@ -222,6 +223,26 @@ def test_reader_of_the_manual_point_gets_no_other_points_bytes_after_cancel(worl
         with pytest.raises(NoSuchPoint):
             read_whole(manual.disks[0])
         assert read_whole(old.disks[0]) == shown
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_way_there_and_back_leads_through_pressed_parts(world: World, place: int) -> None:
+    before = world.kept()
+    assert press_all(world) > 0
+    world.check_kept()
+    fail_over_to(world, place)
+    assert world.active() == world.images[point(world, place)]
+    press_all(world)
+    assert cancel(world.home, NOW) == AT_WORK
+    assert world.kept() == before
+    assert press_all(world) == 0
+    assert verify_vm(world.home, Pace(world.clock, lambda _: False)).is_damaged is False
+
+
+def press_all(world: World) -> int:
+    """Press what shrinks; return how many parts did."""
+    raw = [row for row in world.home.catalog.undo_rows(world.home.vm_id) if is_raw(row)]
+    return sum(press_part(world.home, row, held_bytes_min=0) > 0 for row in raw)
 
 
 def test_reader_that_comes_while_the_disks_are_put_back_is_refused(world: World) -> None:
