@@ -167,6 +167,7 @@ def check_answer(answer: dict[str, object], kind: str, *, changed_bytes: list[in
         "gone",
         "warning",
         "prepared",
+        "waits_for",
     ]
     assert (answer["vm"], answer["kind"]) == ("web01", kind)
     disks, logs = answer["disks"], answer["logs"]
