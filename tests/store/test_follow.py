@@ -18,6 +18,7 @@ from hvreplica.store.part_plan import MERGE_MIN
 from hvreplica.store.points_kept import drop_point
 from hvreplica.store.policy import Policy
 from hvreplica.store.scan import scan_disk
+from hvreplica.store.verify import verify_vm
 from tests.store.test_points_kept import EVERY, Life
 from tests.store.world import guid, ram_folder, send_disks
 
@@ -96,6 +97,21 @@ def test_disks_that_grow_and_shrink_have_their_digests(root: Path, policy: Polic
         life.cycle()
         check_digests(life)
     life.check()
+
+
+@pytest.mark.parametrize("sizes", [(3 << 20,), ((2 << 20) + 512, 3 << 20)], ids=["pages", "within a page"])
+def test_older_points_keep_their_digests_where_only_the_grown_part_is_written(
+    root: Path, seed: int, sizes: tuple[int, ...]
+) -> None:
+    life = Life(root, EVERY, disks=1)
+    data = random.Random(seed).randbytes(512)
+    for size in sizes:
+        life.primary.resize(0, size)
+        life.primary.write(0, size - 512, data)
+        life.cycle(writes=0)
+        check_digests(life)
+    life.check()
+    assert {point.state for point in verify_vm(life.home, pace(life)).points} == {"ok"}
 
 
 def test_digests_outlive_points_that_go(root: Path, seed: int) -> None:

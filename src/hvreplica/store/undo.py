@@ -205,6 +205,9 @@ def _write_part(
             extents = union(extents, _data_behind(disk, new_bytes))
         known = _covered(home, keeper.id, disk_index, written)
         extents = NO_EXTENTS if known is None else difference(extents, known)
+        if logs and known is not None and not len(known) and not len(extents):
+            # All of it is beyond the end of the older points. Their digests need a part that tells of it.
+            extents = _last_page(min(disk.virtual_bytes, written.keeping.longest[disk_index]))
         if not len(extents):
             return None
         part, old = _write_file(home, disk, row, extents, keeper=keeper, logs=logs, new_bytes=new_bytes)
@@ -254,6 +257,11 @@ def _write_file(
         log_id=logs[0].log_id if len(logs) == 1 else None,
     )
     return part, old
+
+
+def _last_page(end: int) -> NDArray[np.int64]:
+    start = align_down(end - 1, PAGE_BYTES)
+    return np.array([[start, end - start]], np.int64)
 
 
 def _touched(home: VmHome, logs: list[LogSpec], end: int) -> NDArray[np.int64]:
