@@ -29,10 +29,12 @@ from hvreplica.errors import (
     NoSuchPoint,
     PointInUse,
     StateError,
+    StoreError,
 )
 from hvreplica.formats.messages import PointPolicy
 from hvreplica.store import Store
 from hvreplica.store.firedrill import begin_firedrill, end_firedrill
+from hvreplica.store.instant import make_point_at
 from hvreplica.store.pace import Pace
 from hvreplica.store.promotion import Wish, cancel, commit, fail_over
 from hvreplica.store.retain import let_go, retain
@@ -46,7 +48,9 @@ if TYPE_CHECKING:
 
 IS_DEEP = settings().max_examples > 1000
 EXAMPLES, STEPS = (400, 30) if IS_DEEP else (16, 16)
-EVERY = PointPolicy(recovery_points=24, recovery_point_every_s=0, keep="last 1000", budget_bytes=0)
+EVERY = PointPolicy(
+    recovery_points=24, recovery_point_every_s=0, keep="last 1000", budget_bytes=0, keep_logs_s=3600
+)
 POLICIES = (
     EVERY,
     EVERY,
@@ -99,6 +103,7 @@ class LifeModel(RuleBasedStateMachine):
         self.policy = EVERY
         self.kept: dict[str, set[uuid.UUID]] = {"a": set(), "b": set()}
         self.told: dict[str, PointPolicy] = {}
+        self.seconds: dict[str, list[tuple[float, dict[int, bytes]]]] = {"a": [], "b": []}
         self.expected: list[dict[int, bytes]] = []
         self.cycle(None, app=False)
 
@@ -187,7 +192,20 @@ class LifeModel(RuleBasedStateMachine):
 
     @rule(
         which=st.sampled_from(
-            ("drop", "drop", "compact", "drill", "verify", "down", "policy", "resize", "resize", "add")
+            [
+                "drop",
+                "drop",
+                "compact",
+                "drill",
+                "verify",
+                "down",
+                "policy",
+                "resize",
+                "resize",
+                "add",
+                "instant",
+                "instant",
+            ]
         ),
         draw=DRAW,
         crash=CRASHES,
@@ -201,6 +219,8 @@ class LifeModel(RuleBasedStateMachine):
         has_own_disks = self.phase == "primary" and self.vm.disks[0].name.startswith("disk")
         if which == "drop":
             self.drop(draw, crash, at_here=at_here)
+        elif which == "instant":
+            self.point_at(draw, crash, self.vm.here if at_here else self.vm.there)
         elif which == "compact":
             self.compact(crash, at_here=at_here)
         elif which == "drill":
@@ -263,6 +283,39 @@ class LifeModel(RuleBasedStateMachine):
         vm.models.append(bytearray(MIB))
         vm.write(2)
 
+    @precondition(lambda self: self.phase == "primary")
+    @rule(count=st.integers(2, 5), crash=CRASHES)
+    def run_live(self, count: int, crash: Crash | None) -> None:
+        """Replicate what is logged write by write; then any second of it can be had."""
+        self.cycle(None, app=False)
+        there = self.vm.there
+        seen = self.vm.run_live(count)
+        self.seconds[there.name] += seen
+        self.expected = [self.vm.image]
+        self.look()
+        self.cycle(None, app=False)
+        second, image = seen[self.rng.randrange(count - 1)]
+        if self.policy is EVERY:
+            made = self.run(lambda: self.make_point_at(there, second), crash, there)
+            assert there.points.setdefault(made, image) == image
+            self.look()
+
+    def make_point_at(self, host: Host, second: float) -> uuid.UUID:
+        with host.home() as home:
+            return make_point_at(home, second).id
+
+    def point_at(self, draw: float, crash: Crash | None, host: Host) -> None:
+        """Make a point of an older second, if the logs of it are there still and lead on to the newest."""
+        seconds = self.seconds[host.name]
+        if not seconds:
+            return
+        second, image = seconds[int(draw * len(seconds))]
+        try:
+            made = self.run(lambda: self.make_point_at(host, second), crash, host)
+        except StoreError:
+            return
+        assert host.points.setdefault(made, image) == image
+
     # ---- points
 
     def drop(self, draw: float, crash: Crash | None, *, at_here: bool) -> None:
@@ -275,11 +328,13 @@ class LifeModel(RuleBasedStateMachine):
             with host.home() as home, contextlib.suppress(NoSuchPoint):
                 let_go(home, point)
 
+        was_kept = point in self.kept[host.name]
+        self.kept[host.name].discard(point)
         try:
             self.run(call, crash._replace(at_caller=True) if crash else None, host)
         except (PointInUse, InvalidTransition):
-            return
-        self.kept[host.name].discard(point)
+            if was_kept:
+                self.kept[host.name].add(point)
 
     def compact(self, crash: Crash | None, *, at_here: bool) -> None:
         host = self.vm.here if at_here else self.vm.there

@@ -11,14 +11,24 @@ import contextlib
 import random
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 import hvreplica
 from hvreplica.disk import create_disk, open_disk
+from hvreplica.hrl import LogWriter
+from hvreplica.progress import quiet
+from hvreplica.replication.live import cut_live
+from hvreplica.replication.opening import state_for
+from hvreplica.replication.primary import Primary
 from hvreplica.replication.serve import Server
+from hvreplica.replication.state import StateFolder
+from hvreplica.replication.work import Tally, Work, make_link
 from hvreplica.store import Store
 from hvreplica.store.open_point import open_point
 from tests.store.failover_world import read_whole
 from tests.store.history import put_catalog
 from tests.support.crash import worlds_after
+from tests.support.fake_machine import FakeLog, FakeMachine
 from tests.support.fakeclock import FakeClock
 from tests.support.faultfile import FaultFiles, Killed
 
@@ -113,6 +123,45 @@ class Host:
         return True
 
 
+class StampedMachine(FakeMachine):
+    """Logs each write with its second and in order, as capture does where logs are to be kept."""
+
+    def __init__(self, files: FaultFiles, disks: Sequence[Any], logs: Path, *, clock: FakeClock) -> None:
+        super().__init__(files, disks, logs, clock=clock)
+        self._stamps: list[list[float]] = [[] for _ in disks]
+
+    def write(self, index: int, disk_offset: int, data: bytes, *, logged: bool = True) -> None:
+        super().write(index, disk_offset, data, logged=logged)
+        self._stamps[index].append(self._clock.now_s())
+
+    def _close(self, index: int, epoch: Any, content: bytes, previous_log_id: uuid.UUID, known: Any) -> Any:
+        if epoch.grains:
+            return super()._close(index, epoch, content, previous_log_id, known)
+        log_id = self._clock.guid()
+        path = self.logs / f"{log_id}.hrl"
+        with LogWriter.create(
+            self.files,
+            path,
+            log_id=log_id,
+            previous_log_id=previous_log_id,
+            data_write_guid=None,
+            clock=self._clock,
+        ) as writer:
+            for stamp, (offset, data) in zip(self._stamps[index], epoch.writes, strict=True):
+                writer.append(np.array([[offset, len(data)]], np.int64), data, time_s=stamp)
+            done = writer.close()
+        return FakeLog(
+            index,
+            log_id,
+            previous_log_id,
+            path,
+            done.log_bytes,
+            done.entries,
+            done.data_bytes,
+            is_ordered=True,
+        )
+
+
 class TwoHosts:
     """The VM with its disks begins on host a. models: what they hold. state: the folder of their primary."""
 
@@ -194,6 +243,51 @@ class TwoHosts:
         return hvreplica.replicate(
             VM, self.disks, state=self.state, files=self.here.files, clock=self.clock, **link, **options
         )
+
+    def run_live(self, count: int) -> list[tuple[float, dict[int, bytes]]]:
+        """Let the VM write some times, seconds apart, all of it logged, and replicate that.
+
+        The other site must have all that was written before. Return what the disks held at which second.
+        """
+        files, clock, link = self.here.files, self.clock, self.there.link
+        seen = []
+        with contextlib.ExitStack() as stack:
+            folder = StateFolder(files, self.state, clock=clock)
+            stack.callback(folder.release)
+            disks = [
+                stack.enter_context(open_disk(files, path, writable=True, clock=clock)) for path in self.disks
+            ]
+            state, ordered = state_for(folder, VM, disks, clock=clock)
+            machine = StampedMachine(files, ordered, folder.logs, clock=clock)
+            work = Work(
+                folder=folder,
+                state=state,
+                disks=ordered,
+                link=make_link(link["to"], link["tls"], "auto", 1),
+                files=files,
+                clock=clock,
+                on_progress=quiet,
+                tally=Tally("none", [0] * len(disks)),
+                machine=machine,  # type: ignore[arg-type] # it has what is needed
+            )
+            stack.callback(work.close_tables)
+            work.save()
+            clock.advance(1)  # no write has the second of the cut before
+            for _ in range(count):
+                index, length = self.rng.randrange(len(disks)), self.rng.choice((512, 4096, 20_480))
+                offset = self.rng.randrange((len(self.models[index]) - length) // 512 + 1) * 512
+                data = self.rng.randbytes(length)
+                machine.write(index, offset, data)
+                self.models[index][offset : offset + length] = data
+                seen.append((clock.now_s(), self.image))
+                clock.advance(2)
+            for disk in ordered:
+                disk.flush()
+            cut_live(work)
+            primary = Primary(work)
+            stack.callback(primary.close)
+            primary.run()
+        return seen
 
     def run_at(self, host: Host) -> None:
         """Let the VM run on the active disks of that host."""
