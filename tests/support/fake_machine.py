@@ -176,7 +176,7 @@ class FakeMachine:
         self.settled.append(cut)
         self._unsettled.remove(cut.epochs)
 
-    def give_back(self, cut: FakeCut) -> None:
+    def give_back(self, cut: FakeCut, *, keep_logs: bool = True) -> None:  # noqa: ARG002 - they always stay
         """Count what a cut holds as changed again, to be read from the disk."""
         assert cut not in self.settled
         assert cut not in self.given_back

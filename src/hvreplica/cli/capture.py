@@ -139,12 +139,11 @@ def _check(
     vm: str, disks: tuple[Path, ...], settings: dict[str, Any], *, log_budget: int | None, log_off: bool
 ) -> None:
     check_disks(vm, disks)
+    is_for_others = settings["to"] is None and bool(settings["replicas"])  # then --tls is what they share
     message = None
     if settings["socket"] is None and settings["tcp"] is None:
         message = "name --socket or --tcp for NBD clients"
-    elif settings["to"] is not None and settings["tls"] is None:
-        message = "--to needs --tls"
-    elif settings["tls"] is not None and settings["to"] is None and not settings["replicas"]:
+    elif not is_for_others and (settings["to"] is None) != (settings["tls"] is None):
         message = "--to and --tls belong together"
     elif settings["tls"] is None and not all(replica.tls for replica in settings["replicas"]):
         message = "--replica needs certificates: name --tls, or tls=DIR in it"
