@@ -75,3 +75,11 @@ def iso_time(unix_s: float) -> str:
 def exact_time(unix_s: float) -> str:
     """Return `unix_s` as ISO 8601 in UTC with microseconds."""
     return datetime.fromtimestamp(unix_s, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def instant_time(unix_s: float) -> str:
+    """Return an instant as verbs take it: whole seconds, or, where it has parts of one, that very moment."""
+    moment = datetime.fromtimestamp(unix_s, UTC)
+    return moment.isoformat(timespec="microseconds" if moment.microsecond else "seconds").replace(
+        "+00:00", "Z"
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from typing import TYPE_CHECKING, Any
 
-from hvreplica.clock import iso_time
+from hvreplica.clock import instant_time
 from tests.replication.life import (
     VM,
     Content,
@@ -166,7 +166,7 @@ def lose_primary_b(life: Life) -> None:
         life.cycle(b.primary, a)
         life.vm.work("soon-after-the-cycle")
         wanted = life.vm.work("before-the-instant")
-        instant = iso_time(let_second_end())
+        instant = instant_time(let_second_end())
         life.vm.work("after-the-instant")
         life.vm.work("before-the-next-cycle")
         life.cycle(b.primary, a)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from typing import TYPE_CHECKING
 
 import pytest
 
-from hvreplica.clock import iso_time
+from hvreplica.clock import instant_time
 from hvreplica.errors import FailoverRefused, Fenced, InvalidTransition, NoSuchPoint
+from hvreplica.replication.retention_verbs import parse_instant
 from hvreplica.store.at_instant import Instant
 from hvreplica.store.failover import AT_WORK
 from hvreplica.store.firedrill import begin_firedrill, end_firedrill, remove_firedrill
@@ -153,8 +155,11 @@ def test_instant_that_cannot_be_had_changes_nothing_and_names_the_nearest(world:
             fail_over(world.home, "unplanned", at(instant_s))
         hint = caught.value.hint or ""
         assert hint.startswith("the nearest that can be had are 2023")
-        assert f"to {iso_time(math.floor(max(world.points.values())))}" in hint, side
+        assert f"to {instant_time(math.floor(max(world.points.values())))}" in hint, side
     assert world.home.failover() == AT_WORK
+    for text in re.findall(r"2023\S+Z", hint):
+        world.store.make_point_at("web01", parse_instant(text))  # as it is told it can be had
+    world.check()
     world.replica = world.primary.claim(world.store)
     world.set_policy(Policy(recovery_point_every_s=0, keep_logs_s=0))
     world.cycle()

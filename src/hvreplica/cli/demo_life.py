@@ -12,7 +12,7 @@ import msgspec
 
 import hvreplica
 from hvreplica.cli import demo_guest, demo_live, demo_process
-from hvreplica.clock import iso_time
+from hvreplica.clock import instant_time
 from hvreplica.units import format_size
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class Life:
                 self._replicate(state, address)
                 demo_guest.change_guest(self._guest, turn=3)
                 demo_live.write_live(image, socket)
-                instant, held = iso_time(demo_live.let_second_end()), self._digest_of_guest()
+                instant, held = instant_time(demo_live.let_second_end()), self._digest_of_guest()
                 demo_guest.change_guest(self._guest, turn=4)
                 demo_live.write_live(image, socket)
                 self._replicate(state, address)

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hvreplica.clock import iso_time
+from hvreplica.clock import instant_time, iso_time
 from hvreplica.errors import NoSuchPoint, StoreError
 from hvreplica.store.kept_times import times_of
 from hvreplica.store.moment import SECOND_US, Moment, choose_moment, micros, reach_us, second_of
@@ -72,10 +72,10 @@ class _Known:
     def refuse(self, sentence: str, *, hint: str = "") -> NoSuchPoint:
         """Return the error that says why the VM cannot go to the instant, and where it can."""
         return NoSuchPoint(
-            f"VM {self.home.name!r} cannot go to {iso_time(self.instant_s)}: {sentence}",
+            f"VM {self.home.name!r} cannot go to {instant_time(self.instant_s)}: {sentence}",
             path=self.home.paths.folder,
             field="instant",
-            actual=iso_time(self.instant_s),
+            actual=instant_time(self.instant_s),
             hint=hint or self.nearest(),
         )
 
@@ -85,7 +85,8 @@ class _Known:
         if not spans:
             return "choose one of the points, see `point list`"
         first, last = min(spans, key=lambda span: max(span[0] - self.instant_s, self.instant_s - span[1]))
-        return f"the nearest that can be had are {iso_time(first)} to {iso_time(last)}; see also `point list`"
+        span = f"{instant_time(first)} to {instant_time(last)}"
+        return f"the nearest that can be had are {span}; see also `point list`"
 
 
 def plan_instant(home: VmHome, instant_s: float, *, flush: bool = False) -> Plan:
@@ -161,7 +162,7 @@ def _require_order(known: _Known, end: PointRow) -> None:
                 " each write in the order of the guest's writes",
                 path=known.home.paths.folder,
                 field="instant",
-                actual=iso_time(known.instant_s),
+                actual=instant_time(known.instant_s),
                 hint="ranges were read from the disk for it: let `capture --keep-logs` run, with a log budget"
                 f" that is enough; {known.nearest()}",
             )

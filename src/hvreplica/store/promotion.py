@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from msgspec.structs import replace
 
-from hvreplica.clock import iso_time
+from hvreplica.clock import instant_time
 from hvreplica.disk import create_disk, open_disk
 from hvreplica.disk.open import open_layer
 from hvreplica.errors import FailoverRefused, HvReplicaError, InvalidTransition, NoSuchPoint
@@ -208,12 +208,12 @@ def _reached(home: VmHome, verb: table.Verb, wish: Wish) -> Wish:
     found = shown_by(home, instant, None if intent is None else intent.point, record.point)
     if found is None:
         if verb == "unplanned" and intent is None and record.state == "FailedOverWaitingCompletion":
-            raise _elsewhere(home, record, iso_time(instant.unix_s))
+            raise _elsewhere(home, record, instant_time(instant.unix_s))
         table.begin(home.name, record, verb)
         if verb == "cancel" and not wish.force:
             _require_unwritten(home)
         if verb == "unplanned" and intent is not None:
-            raise _other_point(home, intent.point, iso_time(instant.unix_s))
+            raise _other_point(home, intent.point, instant_time(instant.unix_s))
         leaving = None if record.reverted is None else record.reverted.id
         found = reach(
             home,
