@@ -87,8 +87,8 @@ def test_status_beside_a_working_server_sees_no_damage(store: Store, monkeypatch
     read_catalog = check._records
     steps = iter([replica.apply])
 
-    def then_the_server_goes_on(home: VmHome) -> object:
-        records = read_catalog(home)
+    def then_the_server_goes_on(home: VmHome, *, logs: bool) -> object:
+        records = read_catalog(home, logs=logs)
         for step in steps:
             step()
         return records
