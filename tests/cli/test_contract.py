@@ -87,10 +87,9 @@ def start(site: Site, options: str = "") -> subprocess.Popen[str]:
     )
 
 
-@pytest.fixture(params=["hvreplica", "python -m hvreplica"])
-def site(request: pytest.FixtureRequest, tmp_path: Path) -> Site:
-    if request.param != "hvreplica":
-        return Site(tmp_path, (sys.executable, "-m", "hvreplica"))
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    """Return who calls the installed script; `python -m hvreplica` is what all other tests of processes call."""
     if SCRIPT.exists():
         return Site(tmp_path, (str(SCRIPT),))
     project = tomllib.loads((SOURCE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
