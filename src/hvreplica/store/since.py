@@ -51,16 +51,19 @@ def changed_between(
 
     int64 (n, 2), sorted, disjoint. A part that cannot be read counts as the whole disk.
     """
-    points = home.catalog.points(home.vm_id, superseded=True)
-    if points[-1].id == point.id:
-        return NO_EXTENTS
-    # Parts of an older point that is kept lead over this one; without one, nobody made them.
-    base = next((row for row in reversed(points) if row.sequence <= point.sequence and row.is_kept), None)
-    if base is None:
-        return None
-    newer = {row.id for row in points if row.sequence >= base.sequence}
+    with home.catalog.snapshot():
+        points = home.catalog.points(home.vm_id, superseded=True)
+        if points[-1].id == point.id:
+            return NO_EXTENTS
+        # Parts of an older point that is kept lead over this one; without one, nobody made them. One that
+        # does not have the disk yet has no parts of it either.
+        base = next((row for row in reversed(points) if row.sequence <= point.sequence and row.is_kept), None)
+        if base is None or disk_index not in home.catalog.members(home.vm_id, base.id):
+            return None
+        newer = {row.id for row in points if row.sequence >= base.sequence}
+        parts = home.catalog.undo_rows(home.vm_id, disk_index=disk_index)
     rows = NO_EXTENTS
-    for part in home.catalog.undo_rows(home.vm_id, disk_index=disk_index):
+    for part in parts:
         if part.point_id in newer:
             rows = union(rows, _touched(home, part, virtual_bytes))
     return rows
