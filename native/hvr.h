@@ -324,8 +324,8 @@ struct hvr_mark {
 };
 
 /* Marks with at most one for each slot of time, slot k being [k * slot_us, (k + 1) * slot_us). When all
- * `capacity` rows, 0 or at least 4, are taken, slots become longer, 2 and 5 times in turn, so that each lies in one of the next
- * length: 1, 2, 10, 20, 100 and so on. next_us: where the slot of the newest row ends. */
+ * `capacity` rows, 0 or at least 4, are taken, slots become longer, 2 and 5 times in turn, so that each lies in
+ * one of the next length: 1, 2, 10, 20, 100 and so on. next_us: where the slot of the newest row ends. */
 struct hvr_marks {
     struct hvr_mark *rows;
     uint64_t count;
@@ -415,8 +415,9 @@ void hvr_track_write(struct hvr_track *track, int variant, uint64_t disk_offset,
 void hvr_note_flush(struct hvr_gate *gate, struct hvr_track **tracks, size_t count);
 
 /* End the epoch of each track and begin next[i], all behind one closed gate: one instant. The old epoch's
- * `unlogged` becomes the guard, with all that is dirty in it where its log has failed; armed regions that it did not touch are disarmed, and noted in
- * disarmed[i] (region_bytes, zeroed by the caller). *held_ns: for how long writes were kept away. */
+ * `unlogged` becomes the guard, with all that is dirty in it where its log has failed; armed regions that it did
+ * not touch are disarmed, and noted in disarmed[i] (region_bytes, zeroed by the caller). *held_ns: for how long
+ * writes were kept away. */
 void hvr_cut(struct hvr_gate *gate, struct hvr_track **tracks, struct hvr_epoch **next, uint8_t **disarmed,
              size_t count, uint64_t *held_ns);
 
@@ -429,8 +430,8 @@ void hvr_grains_clear(uint8_t *bitmap, uint64_t first, uint64_t count);
 /* ---- what stands under a disk ---- */
 
 /* A disk of which extents are known to be elsewhere. Row i says that the bytes from starts[i] up to ends[i]
- * stand at file_offsets[i] of descriptors[i], a file that does not change; or are zeros where that is -1; or
- * are where only the caller can read them where it is -2. Rows are sorted, disjoint and not empty. What no row
+ * stand at file_offsets[i] of descriptors[i], a file that does not change; or are zeros where that descriptor is
+ * -1; or are where only the caller can read them where it is -2. Rows are sorted, disjoint and not empty. What no row
  * covers is read from `descriptor` through `map`. counter: NULL where that file does not change either; else
  * whoever changes it adds to *counter before the first byte, and what was read of it counts only where *counter
  * is still `applied` afterwards. */

@@ -237,7 +237,8 @@ class Machine:
                 self._gate, [tracked.track for tracked in self._tracked], [each.epoch for each in begun]
             )
             if self._has_times:
-                # No entry of it is stamped later, and none of the next cut's logs earlier.
+                # No entry of it is stamped later; and none of the next cut's logs earlier, unless the clock
+                # is set back between.
                 instant_s = old[0].ended_us / 1e6
             self._unrecorded = old
             ended = [

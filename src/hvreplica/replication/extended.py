@@ -140,7 +140,9 @@ def changed_since(
         _LOG.info("the whole disk %d is compared: nothing tells what changed since %s", disk_index, shipped)
         return None
     disk_bytes = point.disks[disk_index].virtual_bytes
-    held_bytes = home.catalog.members(home.vm_id, shipped)[disk_index]
+    held_bytes = home.catalog.members(home.vm_id, shipped).get(disk_index)
+    if held_bytes is None:  # the point has gone since
+        return None
     grown = np.array([[held_bytes, max(disk_bytes - held_bytes, 0)]], np.int64)
     rows = np.concatenate((rows, grown))
     return widened(merge(rows[rows[:, 0] < disk_bytes]), start=0, end=disk_bytes)

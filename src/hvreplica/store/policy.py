@@ -55,8 +55,9 @@ def follow(policy: Policy, wish: PointPolicy) -> Policy:
     """Return the policy once somebody has said what is wanted; what was left out stays.
 
     A number of recovery points and a rule in words stand for each other: who names one means that one alone,
-    who names both means both. So do a budget in bytes and one in percent. An empty rule and a budget of 0
-    take theirs away. Raises: FieldOutOfRange for a rule that is none.
+    who names both means both. So do a budget in bytes and one in percent. An empty rule, and 0 for a budget,
+    for how long logs stay or for which parts are compressed, take theirs away. Raises: FieldOutOfRange for a rule
+    that is none.
     """
     given = {name: value for name, value in msgspec.structs.asdict(wish).items() if value is not None}
     if "keep" in given:
@@ -73,8 +74,8 @@ def follow(policy: Policy, wish: PointPolicy) -> Policy:
     elif "budget_percent" in given:
         given["budget_percent"] = given["budget_percent"] or None
         given["budget_bytes"] = None
-    if "compress_after_points" in given:
-        given["compress_after_points"] = given["compress_after_points"] or None
+    for name in {"keep_logs_s", "compress_after_points"} & given.keys():
+        given[name] = given[name] or None
     return msgspec.structs.replace(policy, **given)
 
 
@@ -88,6 +89,7 @@ def wish_of(policy: Policy) -> PointPolicy:
         budget_percent=policy.budget_percent,
         keep_logs_s=policy.keep_logs_s or 0,
         app_consistent=policy.app_consistent,
+        compress_after_points=policy.compress_after_points or 0,
     )
 
 

@@ -142,8 +142,13 @@ def take_back(
     def remove_files() -> None:
         remove_parts(home, parts)
         for log_id in {log.log_id for log in logs} | {row.log_id for row in kept}:
-            home.files.unlink(home.paths.log(log_id))
-            home.files.unlink(home.paths.kept_log(log_id))
+            for path in (
+                home.paths.log(log_id),
+                home.paths.times(log_id),
+                home.paths.kept_log(log_id),
+                home.paths.kept_times(log_id),
+            ):
+                home.files.unlink(path)
 
     return change_rows, remove_files
 
