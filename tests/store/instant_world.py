@@ -51,6 +51,7 @@ class InstantWorld:
         """
         self.root = root
         self.slots = slots
+        self.apart_s = 1.0
         self.flushes: list[float] = []
         self.times: dict[uuid.UUID, bytes] = {}
         self.rng = random.Random(seed)
@@ -164,7 +165,7 @@ class InstantWorld:
         sink.commit()
         if apply:
             self.replica.apply()
-        self.clock.advance(1)  # no write of the next cycle has the second of this cut
+        self.clock.advance(self.apart_s)  # 1: no write of the next cycle has the second of this cut
         return cycle.point_id
 
     def at(self, instant_s: float, kind: str = "manual") -> dict[int, bytes]:

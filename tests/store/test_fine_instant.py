@@ -180,3 +180,25 @@ def test_spans_say_which_instants_there_are(world: InstantWorld) -> None:
     drop_point(world.home, second)
     make(world, world.points[third] - 2.1)
     world.check()
+
+
+@pytest.mark.parametrize("slots", [(), SLOTS], ids=["seconds", "parts"])
+def test_whole_second_has_what_was_written_after_a_cut_in_it(seed: int, slots: tuple[int, ...]) -> None:
+    """Its point is in the cycle that has its end; before that was received there is none of it."""
+    with ram_folder() as root:
+        world = InstantWorld(root, seed, slots=slots)
+        world.apart_s = 0.001  # in the same second, nearly always
+        for _ in range(3):
+            world.cycle(6)
+            cut_second = int(world.points_s[-1])
+            with pytest.raises(NoSuchPoint, match="that second was received up to"):
+                world.store.make_point_at("web01", cut_second)
+            world.clock.advance(0.25)
+            world.primary.write(0, 4096, world.rng.randbytes(512))
+            world.writes.append((world.clock.now_s(), 0, 4096, world.primary.image()[0][4096:4608]))
+            assert int(world.clock.now_s()) == cut_second
+            world.cycle(6)
+            if int(world.points_s[-1]) > cut_second:
+                world.make(cut_second)
+            world.check()
+        world.store.close()

@@ -41,7 +41,7 @@ class Plan:
     @property
     def is_there(self) -> bool:
         """Whether the point to begin with is what is wanted."""
-        same = self.base.instant_s == self.instant_s
+        same = reach_us(self.base.instant_s, self.base.kind) == self.moment.time_us
         return same or (self.base.id == self.before_id and self.moment.entry_count == 0)
 
     def logs_of(self, disk_index: int) -> list[KeptLogRow]:
@@ -57,6 +57,11 @@ class _Known:
     points: list[PointRow]
     logs: dict[uuid.UUID, list[KeptLogRow]]
     instant_s: float
+
+    @property
+    def reach_us(self) -> int:
+        """The last microsecond that is wanted: a whole second stands for all of it."""
+        return reach_us(self.instant_s)
 
     def before(self, end: PointRow) -> PointRow | None:
         """Return the point that a cycle led from."""
@@ -137,7 +142,7 @@ def _plan_fine(known: _Known, end: PointRow, before: PointRow) -> Plan:
 
 def _plan_flush(known: _Known, end: PointRow, before: PointRow) -> Plan:
     """Plan the last flush of the guest at or before the wanted moment, in this cycle or an earlier one."""
-    wanted_us = micros(known.instant_s)
+    wanted_us = known.reach_us
     for _ in known.points:  # at most so many steps
         rows = known.logs[end.id]
         times = times_of(known.home, rows) if all(row.is_ordered for row in rows) else None
@@ -169,11 +174,16 @@ def _require_order(known: _Known, end: PointRow) -> None:
 
 
 def _find_cycle(known: _Known) -> tuple[PointRow, PointRow]:
-    """Return the newest cycle that has the instant in it: the point that it led to, and that it led from."""
+    """Return the newest cycle that has the instant in it: the point that it led to, and that it led from.
+
+    Of a second as a whole, in which a cut may lie, it is the cycle that has its end.
+    """
     for end in reversed(known.points):
         if end.applied_s is not None and end.id in known.logs:
             before = known.before(end)
-            if before is not None and known.start_of(before) <= known.instant_s <= end.instant_s:
+            if before is not None and micros(known.start_of(before)) <= known.reach_us <= micros(
+                end.instant_s
+            ):
                 return end, before
     raise _outside(known)
 
@@ -186,6 +196,8 @@ def _outside(known: _Known) -> NoSuchPoint:
         )
     starts = [known.start_of(before) for before in map(known.before, ends) if before is not None]
     first_s, last_s = min(starts, default=ends[0].instant_s), max(end.instant_s for end in ends)
+    if micros(last_s) < known.reach_us and known.instant_s <= last_s:
+        return known.refuse(f"that second was received up to {instant_time(last_s)} alone")
     if first_s <= known.instant_s <= last_s:
         return known.refuse("the log of that cycle is not kept")
     return known.refuse(f"logs are kept from {iso_time(first_s)} to {iso_time(last_s)}")
@@ -245,7 +257,7 @@ def _spans(known: _Known) -> list[tuple[int, int]]:
             continue
         if disks == home.catalog.members(home.vm_id, end.id):
             reached[end.id] = disks
-            first, last = math.ceil(start_s), math.floor(end.instant_s)
+            first, last = math.floor(start_s), (micros(end.instant_s) + 1) // SECOND_US - 1
             if first <= last and all(row.is_ordered for row in known.logs[end.id]):
                 meets = bool(spans) and spans[-1][1] in {first, first - 1}
                 spans[-1:] = [(spans[-1][0], last)] if meets else [*spans[-1:], (first, last)]

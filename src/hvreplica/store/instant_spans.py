@@ -9,7 +9,7 @@ import msgspec
 from hvreplica.errors import HvReplicaError, kept
 from hvreplica.store.instant_plan import kept_cycles, plan_instant
 from hvreplica.store.kept_times import times_of
-from hvreplica.store.moment import SECOND_US, common_flushes, slot_of
+from hvreplica.store.moment import SECOND_US, common_flushes, micros, slot_of
 
 if TYPE_CHECKING:
     from hvreplica.store.home import VmHome
@@ -42,8 +42,9 @@ def instant_spans(home: VmHome) -> list[InstantSpan]:
 def _span(home: VmHome, start_s: float, end: PointRow, rows: list[KeptLogRow]) -> InstantSpan:
     ends = (start_s, end.instant_s, str(end.id))
     try:
-        # Any instant of a cycle is reached as every other one; the middle lies in no other cycle.
-        plan_instant(home, (start_s + end.instant_s) / 2)
+        # Any instant of a cycle is reached as every other one; the middle lies in no other cycle. An odd
+        # microsecond is never a whole second, which may end in the next one.
+        plan_instant(home, ((micros(start_s) + micros(end.instant_s)) // 2 | 1) / SECOND_US)
     except HvReplicaError as error:
         return InstantSpan(*ends, None, 0, kept(error).message)
     times = times_of(home, rows)

@@ -56,8 +56,8 @@ def follow(policy: Policy, wish: PointPolicy) -> Policy:
 
     A number of recovery points and a rule in words stand for each other: who names one means that one alone,
     who names both means both. So do a budget in bytes and one in percent. An empty rule, and 0 for a budget,
-    for how long logs stay or for which parts are compressed, take theirs away. Raises: FieldOutOfRange for a rule
-    that is none.
+    for how long logs stay or for which parts are compressed, take theirs away. Raises: FieldOutOfRange for a
+    rule that is none.
     """
     given = {name: value for name, value in msgspec.structs.asdict(wish).items() if value is not None}
     if "keep" in given:
