@@ -330,7 +330,8 @@ class _OsLock:
         if self._descriptor >= 0:
             descriptor, self._descriptor = self._descriptor, -1
             if not self._shared:
-                os.ftruncate(descriptor, 0)  # or the next shared holder would be taken for us
+                with contextlib.suppress(OSError):
+                    os.ftruncate(descriptor, 0)  # or the next shared holder would be taken for us
             os.close(descriptor)
 
 
@@ -458,8 +459,9 @@ class OsFiles:
             os.close(descriptor)
             raise
         if not shared:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+            with contextlib.suppress(OSError):  # the number is for people; a full file system must not matter
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         return _OsLock(descriptor, shared=shared)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import uuid
 from typing import TYPE_CHECKING
 
 import pytest
 
 from hvreplica.errors import FailoverRefused, Fenced, InvalidTransition, Locked, NoSuchPoint
+from hvreplica.formats.messages import PointPolicy
 from hvreplica.store import Store
 from hvreplica.store.failover import AT_WORK
 from hvreplica.store.failover_status import failover_status
@@ -161,6 +163,17 @@ def test_server_that_starts_leaves_a_failed_over_vm_alone(world: World) -> None:
     world.store = Store.create_or_open(world.files, world.root, clock=world.clock)
     assert [vm.error for vm in world.store.recover()] == [None]
     assert world.active() == shown
+
+
+def test_server_that_starts_lets_no_point_go_while_an_older_one_is_on_trial(world: World) -> None:
+    oldest = world.store.points("web01")[0]
+    fail_over(world.home, "unplanned", Wish(uuid.UUID(oldest.id), wait_s=0.0))
+    kept = [point.id for point in world.store.points("web01")]
+    world.store.set_policy("web01", PointPolicy(recovery_points=0))
+    world.store.close()
+    world.store = Store.create_or_open(world.files, world.root, clock=world.clock)
+    assert [vm.error for vm in world.store.recover()] == [None]
+    assert [point.id for point in world.store.points("web01")] == kept
 
 
 def test_status_names_the_disks_to_run_and_what_may_follow(world: World) -> None:

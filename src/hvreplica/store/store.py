@@ -22,7 +22,7 @@ from hvreplica.errors import (
 from hvreplica.store.adopted import require_adopted
 from hvreplica.store.apply import finish, is_cut
 from hvreplica.store.catalog import Catalog
-from hvreplica.store.failover import may_apply
+from hvreplica.store.failover import is_frozen, may_apply
 from hvreplica.store.fencing import validate_claim, validate_disks_follow
 from hvreplica.store.home import StoreParts, VmHome
 from hvreplica.store.instant import make_instant
@@ -364,7 +364,8 @@ class Store:
                 with contextlib.suppress(Locked), home.exclusive():
                     sweep(home)
                     sweep_points(home)
-                retain(home)
+                if not is_frozen(home.failover()):  # the newest of its points may be one that is on trial
+                    retain(home)
         except (HvReplicaError, OSError) as failure:
             error = str(failure)
         return RecoveredVm(home.name, [str(point) for point in points], error)
