@@ -114,6 +114,19 @@ def test_older_points_keep_their_digests_where_only_the_grown_part_is_written(
     assert {point.state for point in verify_vm(life.home, pace(life)).points} == {"ok"}
 
 
+def test_last_page_that_was_read_for_a_part_alone_is_not_taken_out(root: Path, seed: int) -> None:
+    life = Life(root, EVERY, disks=1)
+    rng = random.Random(seed)
+    life.primary.write(0, (2 << 20) - 4096, rng.randbytes(4096))
+    life.cycle(writes=0)
+    life.primary.resize(0, 3 << 20)
+    life.primary.write(0, (3 << 20) - 512, rng.randbytes(512))
+    life.cycle(writes=0)
+    check_digests(life)
+    life.check()
+    assert {point.state for point in verify_vm(life.home, pace(life)).points} == {"ok"}
+
+
 def test_digests_outlive_points_that_go(root: Path, seed: int) -> None:
     life = Life(root)
     older = [str(guid(100)), *[life.cycle() for _ in range(5)][:-1]]

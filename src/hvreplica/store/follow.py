@@ -160,7 +160,8 @@ def _measure_disk(
         tail = align_down(new_bytes, PAGE_BYTES)
         extents = pages_of(merge(np.concatenate(found)) if found else NO_EXTENTS, tail)
         counted = Digest()
-        if known is not None and known.digest is not None:
+        # A part may hold a page that nothing touches. It is not added after the change, so nor taken out now.
+        if known is not None and known.digest is not None and not len(difference(known.extents, extents)):
             extents, counted = difference(extents, known.extents), known.digest
         reader = DigestReader(disk)
         scanned = _between(reader, extents, tail, start=0, end=position)
