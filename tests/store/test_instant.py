@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hvreplica.errors import NoSuchPoint, StoreError, StoreFull
-from hvreplica.store.points_kept import drop_point
+from hvreplica.store.points_kept import drop_point, kept_points, sweep_points
 from hvreplica.store.policy import Policy
 from hvreplica.store.retain import compact_many, retain
 from tests.store.instant_world import InstantWorld
+from tests.store.late_commit import fail_after_commit
 from tests.store.world import INSTANT_S, ram_folder
 
 if TYPE_CHECKING:
@@ -150,4 +151,17 @@ def test_full_store_makes_no_point_and_leaves_nothing(world: InstantWorld) -> No
     world.files.fail("write", path="*.hru.partial", error=errno.ENOSPC)
     with pytest.raises(StoreFull):
         world.store.make_point_at("web01", INSTANT_S + 8)
+    world.check()
+
+
+def test_point_whose_commit_shows_up_after_a_restart_has_its_parts(
+    world: InstantWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.cycle()
+    with monkeypatch.context() as patched:
+        fail_after_commit(patched, world.home.catalog)
+        with pytest.raises(StoreError, match="disk I/O error"):
+            world.store.make_point_at("web01", INSTANT_S + 8)
+    sweep_points(world.home)
+    assert [point.kind for point in kept_points(world.home)].count("manual") == 1
     world.check()

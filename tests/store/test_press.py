@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvreplica.clock import SYSTEM
-from hvreplica.errors import ChecksumMismatch, FormatError, Locked
+from hvreplica.errors import ChecksumMismatch, FormatError, Locked, StoreError
 from hvreplica.files import OS_FILES
 from hvreplica.formats.pressed import FRAME_BYTES_MAX, HEADER, is_pressed, unpack_header, unpack_table
 from hvreplica.hrl import LogWriter
@@ -21,9 +21,11 @@ from hvreplica.store.open_point import choose_point, open_point
 from hvreplica.store.pace import Pace
 from hvreplica.store.part_check import check_part
 from hvreplica.store.part_files import FrameMemory, PressedFile, open_part
+from hvreplica.store.points_kept import sweep_points
 from hvreplica.store.policy import Policy, pack_policy
 from hvreplica.store.press import FRAME_BYTES, is_raw, press_part, press_parts
 from hvreplica.store.records import UndoRow
+from tests.store.late_commit import fail_after_commit
 from tests.store.parts import add_points, opened_home
 from tests.store.point_world import MIB, PAGE, PointWorld, random_writes
 
@@ -191,6 +193,19 @@ def test_part_that_is_gone_meanwhile_leaves_nothing(world: PointWorld, rng: rand
     with pytest.raises(Locked, match="gone meanwhile"):
         press_part(world.home, row, pause=drop)
     assert [each.suffix for each in world.home.paths.points.iterdir() if each.suffix != ".use"] == []
+
+
+def test_exchange_whose_commit_shows_up_after_a_restart_loses_nothing(
+    world: PointWorld, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = two_points(world, rng)
+    with monkeypatch.context() as patched:
+        fail_after_commit(patched, world.catalog)
+        with pytest.raises(StoreError, match="disk I/O error"):
+            press_part(world.home, row)
+    assert not is_raw(parts_of(world, row.point_id)[0])
+    sweep_points(world.home)
+    assert_points(world)
 
 
 def test_part_that_moves_to_another_point_meanwhile_is_exchanged_there(

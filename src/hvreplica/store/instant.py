@@ -157,17 +157,22 @@ def _make(home: VmHome, plan: Plan) -> tuple[PointRow, int] | None:
     """
     point_id = home.clock.guid()
     parts: dict[int, _Part] = {}
-    is_recorded = False
+    may_count = False
     try:
         with open_point(home, plan.base.id) as opened:
             for index, disk in opened.disks.items():
                 parts[index] = _make_part(home, plan, point_id, index, disk)
             if any(each.part is not None for each in parts.values()):
                 home.files.sync_directory(home.paths.points)
-            row = _record(home, plan, point_id, parts)
-        is_recorded = row is not None
+            may_count = True  # after an error of the catalog too: its change may show up after a restart
+            try:
+                row = _record(home, plan, point_id, parts)
+            except Locked:
+                may_count = False
+                raise
+            may_count = row is not None
     finally:
-        if not is_recorded:
+        if not may_count:
             for each in parts.values():
                 if each.part is not None:
                     with contextlib.suppress(OSError):

@@ -170,7 +170,7 @@ def _exchange(home: VmHome, row: UndoRow, new: UndoRow, partial: Path, path: Pat
                 # It may have gone to another point, and know another change of the digest.
                 found = dataclasses.replace(known[0], id=new.id, file_bytes=new.file_bytes)
                 catalog.replace_undo(vm_id, known, found)
-        except BaseException:
+        except Locked:  # nothing changed; of any other error nobody knows whether a row names the file
             with contextlib.suppress(OSError):
                 home.files.unlink(path)
             raise
