@@ -16,11 +16,13 @@ from hvreplica.errors import ChecksumMismatch, FormatError, Locked, StoreError
 from hvreplica.files import OS_FILES
 from hvreplica.formats.pressed import FRAME_BYTES_MAX, HEADER, is_pressed, unpack_header, unpack_table
 from hvreplica.hrl import LogWriter
+from hvreplica.store import part_files
 from hvreplica.store.compact_parts import compact_parts
 from hvreplica.store.open_point import choose_point, open_point
 from hvreplica.store.pace import Pace
 from hvreplica.store.part_check import check_part
 from hvreplica.store.part_files import FrameMemory, PressedFile, open_part
+from hvreplica.store.part_plan import MERGE_MIN
 from hvreplica.store.points_kept import sweep_points
 from hvreplica.store.policy import Policy, pack_policy
 from hvreplica.store.press import FRAME_BYTES, is_raw, press_part, press_parts
@@ -351,6 +353,32 @@ def test_damaged_part_is_not_pressed(world: PointWorld, rng: random.Random) -> N
 
 
 # ---- readers
+
+
+def test_parts_that_are_merged_share_the_memory_for_their_frames(
+    world: PointWorld, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = SIZE // MERGE_MIN // PAGE * PAGE
+    world.cut({0: [(0, text_like(rng, SIZE))]})
+    first = world.ids[-1]
+    for place in range(MERGE_MIN):
+        world.cut({0: [(place * step, rng.randbytes(step))]})
+    for row in parts_of(world):
+        if row.point_id in world.ids[1:]:
+            press_part(world.home, row)
+    for point_id in world.ids[2:-1]:
+        world.drop(point_id)
+    assert [is_raw(row) for row in parts_of(world, first)] == MERGE_MIN * [False]
+    memories: list[FrameMemory] = []
+
+    def made() -> FrameMemory:
+        memories.append(FrameMemory(3 * FRAME_BYTES))
+        return memories[-1]
+
+    monkeypatch.setattr(part_files, "FrameMemory", made)
+    assert compact_parts(world.home, first, 0, look=True).parts == MERGE_MIN - 1
+    assert 0 < sum(memory.held_bytes for memory in memories) <= 3 * FRAME_BYTES
+    assert_points(world)
 
 
 def test_many_threads_read_at_random_within_the_memory_allowed(world: PointWorld, rng: random.Random) -> None:

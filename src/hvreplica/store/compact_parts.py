@@ -19,11 +19,12 @@ import numpy as np
 
 from hvreplica import native
 from hvreplica.errors import Locked
-from hvreplica.hrl import LogWriter
+from hvreplica.formats.hrl import FILE_TYPE_UNDO
+from hvreplica.hrl import LogReader, LogWriter
 from hvreplica.hrl.verify import check_log
 from hvreplica.hrl.writer import ENTRY_DATA_BYTES_MAX
 from hvreplica.store.digest import Digest
-from hvreplica.store.part_files import open_part
+from hvreplica.store.part_files import PartFiles
 from hvreplica.store.part_plan import choose_merge, plan_rewrites
 from hvreplica.store.points_kept import part_path, remove_parts
 from hvreplica.store.room import room
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from hvreplica.hrl import LogReader
     from hvreplica.store.home import VmHome
     from hvreplica.store.part_plan import Rewrite
     from hvreplica.store.records import UndoRow
@@ -93,7 +93,11 @@ def compact_parts(
     if len(rows) < 2 or not (look or choose_merge([row.covered_bytes for row in rows])):
         return Compacted()
     with contextlib.ExitStack() as stack:
-        readers = [stack.enter_context(open_part(home.files, part_path(home, row))) for row in rows]
+        files = PartFiles(home.files)  # one, for all of them remember no more frames than that one may
+        readers = [
+            stack.enter_context(LogReader(files, part_path(home, row), file_type=FILE_TYPE_UNDO))
+            for row in rows
+        ]
         if sum(reader.entry_count for reader in readers) > ENTRIES_MAX:
             return Compacted()
         extents = _live_extents(readers)

@@ -259,5 +259,8 @@ def stored_bytes(reader: LogReader) -> int:
 
 
 def open_part(files: FileSystem, path: Path) -> LogReader:
-    """Open an undo part as the log that it is. Raises: FileNotFoundError, FormatError, LogError."""
+    """Open an undo part as the log that it is. Raises: FileNotFoundError, FormatError, LogError.
+
+    Its frames have a memory of their own: many parts that are open together share one PartFiles.
+    """
     return LogReader(PartFiles(files), path, file_type=FILE_TYPE_UNDO)
