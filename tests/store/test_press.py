@@ -25,8 +25,9 @@ from hvreplica.store.part_files import FrameMemory, PressedFile, open_part
 from hvreplica.store.part_plan import MERGE_MIN
 from hvreplica.store.points_kept import sweep_points
 from hvreplica.store.policy import Policy, pack_policy
-from hvreplica.store.press import FRAME_BYTES, is_raw, press_part, press_parts
+from hvreplica.store.press import FRAME_BYTES, PART_BYTES_MIN, is_raw, press_part, press_parts
 from hvreplica.store.records import UndoRow
+from hvreplica.store.undo_rows import UndoRows
 from tests.store.late_commit import fail_after_commit
 from tests.store.parts import add_points, opened_home
 from tests.store.point_world import MIB, PAGE, PointWorld, random_writes
@@ -165,6 +166,17 @@ def test_policy_says_which_parts_are_pressed(world: PointWorld, rng: random.Rand
     assert_points(world)
 
 
+def test_pressing_ends_where_the_policy_wants_no_more(world: PointWorld, rng: random.Random) -> None:
+    for _ in range(5):
+        world.cut({0: [(0, text_like(rng, MIB))]})
+
+    def stop() -> None:
+        with world.catalog.transaction():
+            world.catalog.set_policy(world.home.vm_id, pack_policy(Policy(compress_after_points=None)))
+
+    assert press_parts(world.home, pause=stop).parts == 0, "the first held nothing but zeros"
+
+
 def test_random_bytes_stay_as_they_are_and_are_not_tried_again(world: PointWorld, rng: random.Random) -> None:
     world.cut({0: [(0, rng.randbytes(MIB))]})
     for _ in range(3):
@@ -208,6 +220,28 @@ def test_exchange_whose_commit_shows_up_after_a_restart_loses_nothing(
     assert not is_raw(parts_of(world, row.point_id)[0])
     sweep_points(world.home)
     assert_points(world)
+
+
+def test_a_look_for_parts_asks_the_catalog_as_often_for_many_points_as_for_few(
+    world: PointWorld, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[None] = []
+    undo_rows = UndoRows.undo_rows
+
+    def counted(*arguments: object, **wanted: object) -> list[UndoRow]:
+        asked.append(None)
+        return undo_rows(*arguments, **wanted)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(UndoRows, "undo_rows", counted)
+    looks = []
+    for _ in range(3):
+        for _ in range(4):
+            world.cut({0: [(0, rng.randbytes(PART_BYTES_MIN))]})
+        press_parts(world.home)
+        asked.clear()
+        assert press_parts(world.home).parts == 0
+        looks.append(len(asked))
+    assert looks == [1, 1, 1]
 
 
 def test_part_that_moves_to_another_point_meanwhile_is_exchanged_there(

@@ -78,10 +78,8 @@ def press_parts(home: VmHome, *, pause: Callable[[], None] = lambda: None) -> Pr
     left half done. Never raises for what can be left for the next time.
     """
     done = Pressed()
-    tried = set(home.unpressed)
-    while (row := _next(home, tried)) is not None:
+    for row in _candidates(home):
         pause()
-        tried.add(row.id)
         try:
             freed_bytes = press_part(home, row, pause=pause)
         except (FormatError, LogError) as error:
@@ -102,18 +100,29 @@ def is_raw(row: UndoRow) -> bool:
     return row.kind == "undo" and row.file_bytes > row.covered_bytes
 
 
-def _next(home: VmHome, tried: set[uuid.UUID]) -> UndoRow | None:
-    """Return a part that is to be pressed."""
+def _candidates(home: VmHome) -> Iterator[UndoRow]:
+    """Yield the parts that are to be pressed, the oldest points' first, as they were at the first one.
+
+    The catalog is asked once for all of them. What becomes old enough meanwhile waits for the next time; one
+    that goes meanwhile is found out in the exchange. Ends where the policy wants no more.
+    """
     newest = policy_of(home).compress_after_points
     if newest is None:
-        return None
+        return
     points = kept_points(home)
-    for point in points[: max(len(points) - newest, 0)]:
-        for row in home.catalog.undo_rows(home.vm_id, point_id=point.id):
-            is_worth_it = PART_BYTES_MIN <= row.file_bytes <= LOG_BYTES_MAX
-            if is_raw(row) and is_worth_it and row.id not in tried:
-                return row
-    return None
+    places = {point.id: place for place, point in enumerate(points[: max(len(points) - newest, 0)])}
+    rows = [
+        row
+        for row in home.catalog.undo_rows(home.vm_id)
+        if row.point_id in places
+        and is_raw(row)
+        and PART_BYTES_MIN <= row.file_bytes <= LOG_BYTES_MAX
+        and row.id not in home.unpressed
+    ]
+    for row in sorted(rows, key=lambda row: places[row.point_id]):
+        if policy_of(home).compress_after_points is None:
+            return
+        yield row
 
 
 def press_part(
