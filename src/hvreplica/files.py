@@ -413,7 +413,7 @@ class OsFiles:
             try:
                 os.link(source, target)
             except OSError as error:
-                if error.errno not in {*_UNSUPPORTED, errno.EPERM, errno.EMLINK}:
+                if error.errno not in {*_UNSUPPORTED, errno.EPERM, errno.EMLINK, errno.EXDEV}:
                     raise
                 return False
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -161,6 +162,34 @@ def test_replica_that_is_down_for_long_holds_up_nobody_and_fills_no_disk(site: F
         site.replicate()
         assert site.equal()
         assert site.queues() == (0, 1), "it has each cut again"
+
+
+def test_replica_whose_state_lies_on_another_file_system_has_logs_of_its_own(
+    site: Fanned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_one(function: Any) -> Any:
+        def operation(source: Path, target: Path) -> None:
+            if (site.east_state in source.parents) != (site.east_state in target.parents):
+                raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), os.fspath(source))
+            function(source, target)
+
+        return operation
+
+    for name in ("link", "replace"):
+        monkeypatch.setattr(os, name, on_one(getattr(os, name)))
+    with site.both(), site.guest() as guest:
+        site.write(guest, 10)
+        site.replicate()
+        site.to_east()
+        for first, last in ((site.replicate, site.to_east), (site.to_east, site.replicate)):
+            site.write(guest, 5)
+            first()
+            assert sum(site.queues()) == 1, "the cut is for both"
+            last()
+            assert site.equal()
+            assert site.east_equal()
+        assert not list((site.state / "logs").iterdir())
+        assert not list((site.east_state / "logs").iterdir())
 
 
 class Died(BaseException):

@@ -8,6 +8,7 @@ STATE/spare/   logs that were acknowledged: a file that has its blocks already i
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import threading
 from typing import TYPE_CHECKING
@@ -133,8 +134,14 @@ class LogFolder:
             or sum(spare.values()) + size_bytes > self._spare_bytes_max
         ):
             self._files.unlink(path)
-        else:
+            return
+        try:
             self._files.replace(path, self._spare / path.name)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            self._files.unlink(path)  # of a replica whose state lies on another file system
+        else:
             spare[path.name] = size_bytes
 
     def _take_spare(self, path: Path) -> bool:
