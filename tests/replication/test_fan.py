@@ -19,6 +19,7 @@ from hvreplica.replication import initial
 from hvreplica.replication.control import CutRequest
 from hvreplica.replication.missed import RANGES_MAX, Missed
 from hvreplica.replication.replicas import Replica
+from hvreplica.replication.work import Work
 from tests.replication.captured import MIB, VM, Captured
 from tests.replication.sites import Served
 
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     import random
     from collections.abc import Iterator
     from pathlib import Path
-
-    from hvreplica.replication.work import Work
 
 DEEP = os.environ.get("HVREPLICA_PROFILE") == "deep"
 NEVER_S = 1e6  # a cycle at the start alone
@@ -136,6 +135,49 @@ def test_cuts_during_a_first_copy_are_missed_and_then_made_good(
         assert site.east_equal()
         assert "[[" in missed[0]
         assert "[[" not in (site.east_state / "missed.json").read_text()
+
+
+@pytest.mark.parametrize("added", [0, 1])
+def test_what_a_first_copy_missed_is_not_forgotten_where_no_other_replica_is_left(
+    site: Fanned, monkeypatch: pytest.MonkeyPatch, added: int
+) -> None:
+    """The copy goes on behind what it has read, and tracking forgot that with the other replica's cut."""
+    real = Work.ship
+
+    def ship(work: Work, session: Any, source: Any, transfer: Any, *, phase: str) -> bool:
+        if phase == "ship":
+            return real(work, session, source, transfer, phase=phase)
+
+        def next_window() -> Any:
+            window = following()
+            source.is_whole = False  # what was sent is recorded, and not committed
+            return window
+
+        following, source.next_window = source.next_window, next_window
+        real(work, session, source, transfer, phase=phase)
+        assert min(transfer.positions) > 0
+        raise StateError("cut off")
+
+    if added:
+        last = site.disks.pop()
+        with site.both():
+            site.replicate()
+            site.to_east()
+        site.disks.append(last)
+    with site.both(), site.guest(added) as guest:
+        site.write(guest, 20, index=added)
+        site.to_east()
+        with monkeypatch.context() as patch, pytest.raises(StateError, match="cut off"):
+            patch.setattr(Work, "ship", ship)
+            site.replicate()
+        site.write(guest, 10, index=added)
+        site.to_east()
+        assert f'"{added}":[[' in (site.state / "missed.json").read_text()
+    with site.running(remove_replicas=["east"]):
+        site.replicate()
+        site.replicate()
+        assert site.equal()
+        assert "[[" not in (site.state / "missed.json").read_text()
 
 
 def test_replica_that_is_down_for_long_holds_up_nobody_and_fills_no_disk(site: Fanned) -> None:

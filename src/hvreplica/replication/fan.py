@@ -292,19 +292,35 @@ def _is_moving(target: Target) -> bool:
 
 def mark_missed(target: Target) -> None:
     """Have the next cut carry what a replica missed of the disks that its next point has."""
-    work = target.work
-    if work.state.phase != "ready":
+    if target.work.state.phase != "ready":
         return
-    assert work.machine is not None
     missed = target.missed.of(target.point_indexes)
+    _mark(target, missed)
+    if missed:
+        target.missed.forget(missed)
+
+
+def mark_all_missed(target: Target) -> None:
+    """Have tracking know all that a replica missed; from now on it is the only one.
+
+    Also while a first copy is on its way, of the VM or of a disk: it goes on behind what it has read, and
+    what was missed before that is in no cut.
+    """
+    if not target.missed.is_empty:
+        _mark(target, target.missed.of(target.work.indexes))
+        target.missed.clear()
+
+
+def _mark(target: Target, missed: Mapping[int, NDArray[np.int64]]) -> None:
+    """Have tracking know ranges, by disk; durable on return."""
+    work = target.work
+    assert work.machine is not None
     for index, rows in missed.items():
         if index in work.indexes:
             size = work.state.disks[index].virtual_bytes
             inside = rows[rows[:, 0] < size]
             lengths = np.minimum(inside[:, 1], size - inside[:, 0])
             work.machine.mark(index, np.column_stack((inside[:, 0], lengths)))
-    if missed:
-        target.missed.forget(missed)
 
 
 def _miss(target: Target, logs: Sequence[ClosedLog]) -> None:

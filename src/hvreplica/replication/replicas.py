@@ -13,7 +13,7 @@ from hvreplica.errors import StateError
 from hvreplica.progress import quiet
 from hvreplica.replication.bookkeeping import Bookkeeper
 from hvreplica.replication.cycle import drop_unfinished
-from hvreplica.replication.fan import Fan, Target, mark_missed
+from hvreplica.replication.fan import Fan, Target, mark_all_missed
 from hvreplica.replication.joining import is_begun
 from hvreplica.replication.loop import CycleLoop, CycleRunner
 from hvreplica.replication.missed import Missed
@@ -133,7 +133,7 @@ class Replicas:
         if self.works:
             Fan(targets)
         else:
-            mark_missed(targets[0])  # of a time when there were others
+            mark_all_missed(targets[0])  # of a time when there were others
 
     def run(self, stack: contextlib.ExitStack, clients: ClientGate) -> None:
         """Make what runs the cycles of each and answers for it."""
