@@ -20,6 +20,7 @@ from hvreplica.replication.control import CutRequest
 from hvreplica.replication.missed import RANGES_MAX, Missed
 from hvreplica.replication.replicas import Replica
 from hvreplica.replication.work import Work
+from hvreplica.tracking.compare import ComparedDisk
 from tests.replication.captured import MIB, VM, Captured
 from tests.replication.sites import Served
 
@@ -167,9 +168,10 @@ def test_what_a_first_copy_missed_is_not_forgotten_where_no_other_replica_is_lef
     with site.both(), site.guest(added) as guest:
         site.write(guest, 20, index=added)
         site.to_east()
-        with monkeypatch.context() as patch, pytest.raises(StateError, match="cut off"):
+        with monkeypatch.context() as patch:
             patch.setattr(Work, "ship", ship)
-            site.replicate()
+            with pytest.raises(StateError, match="cut off"):
+                site.replicate()
         site.write(guest, 10, index=added)
         site.to_east()
         assert f'"{added}":[[' in (site.state / "missed.json").read_text()
@@ -403,6 +405,69 @@ def test_block_that_is_written_back_while_a_cut_waits_is_not_left_out(site: Fann
         assert site.equal()
         site.to_east()
         assert site.east_equal()
+
+
+def old_primary_comes_back(site: Fanned, promoted: Served, state: Path) -> hvreplica.AdoptReport:
+    """Promote a replica, and make one of the old primary's disks; what it had missed differs there."""
+    expected = [promoted.content(VM, index) for index in range(2)]
+    hvreplica.failover_unplanned(promoted.store, VM)
+    report = hvreplica.store_adopt(site.folder / "old", VM, state=state)
+    with contextlib.closing(Served(site.folder / "old", promoted.tls)) as old:
+        hvreplica.failover_reverse(promoted.store, VM, to=old.address, tls=old.tls)
+        is_equal = [old.content(VM, index) for index in range(2)] == expected
+    assert is_equal
+    return report
+
+
+@pytest.mark.parametrize("cut_off_bytes", [0, 9])
+def test_way_back_takes_what_the_promoted_replica_had_missed(site: Fanned, cut_off_bytes: int) -> None:
+    """Cuts that the other replica made took it out of the journal. A damaged record says that it is all."""
+    missed = site.state / "missed.json"
+    with site.running(replicas=[site.replica()], log_budget_bytes=64 << 10), site.guest() as guest:
+        site.write(guest, 10)
+        site.replicate()
+        site.to_east()
+        site.served.close()
+        for _ in range(2):
+            site.write(guest, 20)
+            site.to_east()
+        assert "[[" in missed.read_text()
+    os.truncate(missed, missed.stat().st_size - cut_off_bytes)
+    site.served.start()
+    report = old_primary_comes_back(site, site.served, site.state)
+    assert 0 < report.changed_bytes <= 40 * 4096
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_way_back_from_a_further_replica_reads_what_the_journal_names(
+    site: Fanned, monkeypatch: pytest.MonkeyPatch, *, is_known: bool
+) -> None:
+    """It is in the folder above. Where nothing says what the replica missed, whole disks are read."""
+    missed = site.east_state / "missed.json"
+    read: list[bool] = []
+    real = ComparedDisk.changes_into
+
+    def changes_into(disk: ComparedDisk, *arguments: Any, **options: Any) -> int:
+        within = disk._within
+        read.append(within is None or int(within[:, 1].sum()) == disk._disk.virtual_bytes)
+        return real(disk, *arguments, **options)
+
+    with site.running(replicas=[site.replica()], log_budget_bytes=64 << 10), site.guest() as guest:
+        site.write(guest, 10)
+        site.replicate()
+        site.to_east()
+        site.replicate()
+        for _ in range(3):
+            site.write(guest, 20)
+            site.replicate()
+        assert "[[" in missed.read_text()
+        site.write(guest, 1)
+    if not is_known:
+        missed.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(ComparedDisk, "changes_into", changes_into)
+        old_primary_comes_back(site, site.east, site.east_state)
+    assert any(read) != is_known
 
 
 @pytest.mark.parametrize("name", ["", ".", "../x", "a/b", "a" * 65, "-a", "a\n"])

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from hvreplica.disk.extents import union, widened
+from hvreplica.disk.extents import NO_EXTENTS, union, widened
 from hvreplica.errors import FormatError, NotClosed, TrackingLost
 from hvreplica.hrl import LogReader
 from hvreplica.replication import cycle
+from hvreplica.replication.missed import Missed
+from hvreplica.replication.replica_folders import main_folder
 from hvreplica.replication.state import cuts, logs_kept
 from hvreplica.tracking.compare import ComparedDisk, RangeSink
 from hvreplica.tracking.identity import Verdict, disk_identity, judge
@@ -61,11 +63,11 @@ def changed_since(work: Work, *, on_read: Callable[[int], None] = lambda _: None
     int64 (n, 2), sorted, disjoint, within the disk; the whole disk where nothing tells more. The disks must
     not change meanwhile. Call bring_up_to_date() before. Raises: OSError.
     """
-    logs = logs_kept(work.state)
+    logs, missed = logs_kept(work.state), _missed(work)
     found = []
     for place, index in enumerate(work.indexes):
         disk = work.disks[place]
-        rows = _differing(work, place, on_read)
+        rows = _differing(work, place, missed.get(index, NO_EXTENTS), on_read)
         for log in logs:
             if rows is not None and log.disk_index == index:
                 rows = _with_log(work, log, rows, disk.virtual_bytes)
@@ -74,7 +76,17 @@ def changed_since(work: Work, *, on_read: Callable[[int], None] = lambda _: None
     return found
 
 
-def _differing(work: Work, place: int, on_read: Callable[[int], None]) -> NDArray[np.int64] | None:
+def _missed(work: Work) -> dict[int, NDArray[np.int64]]:
+    """Return what the replica missed of cuts, by disk; of a further one that no capture ever fed, all."""
+    folder = work.folder.folder
+    sizes = {index: disk.virtual_bytes for index, disk in zip(work.indexes, work.disks, strict=True)}
+    missed = Missed(work.files, folder, clock=work.clock)
+    return missed.noted(sizes, unless_there=folder != main_folder(folder))
+
+
+def _differing(
+    work: Work, place: int, missed: NDArray[np.int64], on_read: Callable[[int], None]
+) -> NDArray[np.int64] | None:
     """Return where a disk differs from its table; None where the table cannot be relied on."""
     try:
         work.open_tables()
@@ -85,18 +97,20 @@ def _differing(work: Work, place: int, on_read: Callable[[int], None]) -> NDArra
     disk, table = work.disks[place], work.tables[place]
     sink = RangeSink()
     within = _journalled(work, work.indexes[place], disk)
+    if within is not None:
+        within = union(within, missed)
     ComparedDisk(disk, table, workers=_WORKERS, within=within).changes_into(sink, on_read=on_read)
     return sink.rows
 
 
 def _journalled(work: Work, index: int, disk: Disk) -> NDArray[np.int64] | None:
-    """Return where a disk may differ from the last recorded cut; None where no journal tells."""
-    path = work.folder.folder / "journal" / f"{index}.ij"
+    """Return where a disk may differ from the last cut of any replica; None where no journal tells."""
+    path = main_folder(work.folder.folder) / "journal" / f"{index}.ij"
     if not work.files.exists(path):
         return None
     try:
         journal = IntentJournal.open(work.files, path, virtual_bytes=disk.virtual_bytes)
-    except FormatError as error:
+    except (FormatError, FileNotFoundError) as error:
         _LOG.warning("the whole disk %d is read: %s", index, error)
         return None
     try:

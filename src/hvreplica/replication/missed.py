@@ -60,12 +60,16 @@ class Missed:
 
         unless_there: whether everything is missed where there is no file.
         """
-        noted = self._read(sizes)
-        if noted is None or (unless_there and not self._files.exists(self._path)):
-            noted = {index: np.array([[0, size]], np.int64) for index, size in sizes.items()}
-        self._rows = noted
+        self._rows = self.noted(sizes, unless_there=unless_there)
         if unless_there or self._rows:
             self._save()
+
+    def noted(self, sizes: Mapping[int, int], *, unless_there: bool) -> dict[int, NDArray[np.int64]]:
+        """Return what load() would take, and take nothing: by disk, int64 (n, 2), sorted, disjoint."""
+        noted = self._read(sizes)
+        if noted is None or (unless_there and not self._files.exists(self._path)):
+            return {index: np.array([[0, size]], np.int64) for index, size in sizes.items()}
+        return noted
 
     @property
     def is_empty(self) -> bool:
