@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,11 +18,13 @@ from hvreplica.errors import InvalidTransition, StateError
 from hvreplica.files import OS_FILES, OsBlockFile, OsFiles
 from hvreplica.replication import initial
 from hvreplica.replication.control import CutRequest
+from hvreplica.replication.fan import Fan
 from hvreplica.replication.missed import RANGES_MAX, Missed
 from hvreplica.replication.replicas import Replica
 from hvreplica.replication.work import Work
 from hvreplica.tracking.compare import ComparedDisk
-from tests.replication.captured import MIB, VM, Captured
+from hvreplica.tracking.fingerprints import FingerprintTable
+from tests.replication.captured import MIB, SIZES, VM, Captured
 from tests.replication.sites import Served
 
 if TYPE_CHECKING:
@@ -468,6 +471,136 @@ def test_way_back_from_a_further_replica_reads_what_the_journal_names(
         patch.setattr(ComparedDisk, "changes_into", changes_into)
         old_primary_comes_back(site, site.east, site.east_state)
     assert any(read) != is_known
+
+
+@pytest.mark.parametrize("moment", ["between", "after"])
+def test_block_that_is_written_back_while_a_cut_gets_on_its_way_is_not_left_out(
+    site: Fanned, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """The threads of the replicas' cycles take cuts out of their queues while another cut looks at these."""
+
+    def sending(function: Any, *, sends_after: bool = False) -> Any:
+        def called(fan: Fan, *values: Any) -> Any:
+            result = function(fan, *values) if sends_after else None
+            for target in fan.targets:
+                target.work.next_transfer()
+            sent.append(len(fan.targets))
+            return result if sends_after else function(fan, *values)
+
+        return called
+
+    sent: list[int] = []
+    with site.running(replicas=[site.replica()], log_budget_bytes=0), site.guest() as guest:
+        before = site.rng.randbytes(4096)
+        guest.write(0, before)
+        site.models[0][:4096] = before
+        site.replicate()
+        site.to_east()
+        site.replicate()
+        guest.write(0, bytes(range(256)) * 16)
+        hvreplica.cut(site.state)
+        guest.write(0, before)
+        for at in range(MIB, 6 * MIB, MIB // 16):
+            guest.write(at, bytes(512))
+        name = "_agreed" if moment == "between" else "_known"
+        with monkeypatch.context() as patch:
+            patch.setattr(Fan, name, sending(getattr(Fan, name), sends_after=moment == "after"))
+            hvreplica.cut(site.state)
+        assert sent
+        site.replicate()
+        assert site.equal()
+        site.to_east()
+        assert site.east_equal()
+
+
+def test_cut_that_gets_on_its_way_is_never_out_of_sight(site: Fanned) -> None:
+    """Not even between its place in the queue and that of what is on its way."""
+
+    class Watched(list[Any]):
+        def pop(self, at: Any = -1) -> Any:
+            first = super().pop(at)
+            look.start()
+            look.join(0.1)  # it waits for this very step, or sees too little
+            return first
+
+    with site.running() as capture, site.guest() as guest:
+        work = capture._replicas._main
+        site.replicate()
+        site.replicate()
+        site.write(guest, 1)
+        hvreplica.cut(site.state)
+        found: list[object] = []
+        look = threading.Thread(
+            target=lambda: found.extend([work.known_tables(), work.previous_log_ids()[0]])
+        )
+        work.state.pending = Watched(work.state.pending)
+        transfer = work.next_transfer()
+        look.join()
+        assert transfer is not None
+        assert found == [None, transfer.logs[0].log_id]
+
+
+def test_what_a_shorter_disk_of_a_cut_that_waits_takes_away_is_not_left_out(site: Fanned) -> None:
+    tail = site.rng.randbytes(4096)
+    path, (_, whole) = site.disks[1], SIZES
+    at = whole - whole % 4096 - 4096
+    with site.both(), site.guest(1) as guest:
+        site.write(guest, 5, index=1)
+        guest.write(at, tail)
+        site.models[1][at : at + 4096] = tail
+        site.replicate()
+        site.to_east()
+        site.replicate()
+    os.truncate(path, MIB)
+    with site.running():
+        hvreplica.cut(site.state)
+        assert site.queues() == (1, 1)
+    os.truncate(path, whole)
+    site.models[1][MIB:] = bytes(whole - MIB)
+    with site.running(log_budget_bytes=0), site.guest(1) as guest:
+        guest.write(at, tail)
+        site.models[1][at : at + 4096] = tail
+        hvreplica.cut(site.state)
+        site.replicate()
+        site.to_east()
+        assert site.equal()
+        assert site.east_equal()
+
+
+def test_table_becomes_no_shorter_while_a_cut_may_read_it(
+    site: Fanned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with site.both(), site.guest(1) as guest:
+        site.replicate()
+        site.to_east()
+        site.write(guest, 1, index=1)
+        hvreplica.cut(site.state)
+    os.truncate(site.disks[1], SIZES[1] + MIB)
+    site.models[1] += bytes(MIB)
+    real = FingerprintTable.resize
+    free: list[bool] = []
+
+    def try_cutting(cutting: Any) -> None:
+        free.append(cutting.acquire(blocking=False))
+        if free[-1]:
+            cutting.release()
+
+    with site.both() as capture:
+        cutting = capture._replicas.works["east"].cutting
+
+        def resize(table: FingerprintTable, virtual_bytes: int) -> None:
+            thread = threading.Thread(target=try_cutting, args=(cutting,))
+            thread.start()
+            thread.join()
+            real(table, virtual_bytes)
+
+        monkeypatch.setattr(FingerprintTable, "resize", resize)
+        site.replicate()
+        site.to_east()
+        assert site.equal()
+        assert site.east_equal()
+    assert free
+    assert not any(free)
 
 
 @pytest.mark.parametrize("name", ["", ".", "../x", "a/b", "a" * 65, "-a", "a\n"])

@@ -31,7 +31,7 @@ from hvreplica.hrl.copy import copy_log
 from hvreplica.replication.agreed import AgreedTable
 from hvreplica.replication.live import RecordedCut, check_cut, log_extents, record
 from hvreplica.replication.shape import point_disks
-from hvreplica.replication.state import NIL, PENDING_MAX, cuts, previous_log_ids
+from hvreplica.replication.state import NIL, PENDING_MAX, cuts
 from hvreplica.units import MIB
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ class Fan:
         A log has one predecessor in its header. A replica accepts none where a chain begins anew; that
         nothing is left out is told by the points.
         """
-        lasts = [previous_log_ids(target.work.state) for target in takers]
+        lasts = [target.work.previous_log_ids() for target in takers]
         found = []
         for index in self._main.work.indexes:
             ids = {last[index] for last in lasts}
@@ -173,39 +173,47 @@ class Fan:
         return found
 
     def _known(self, asking: Target) -> list[AgreedTable | None] | None:
-        """Return what the cut may leave out; None where that is nothing, or not worth to find out."""
-        held = [target for target in self.targets if target is asking or target.work.state.phase != "new"]
-        if any(_is_moving(target) for target in held):
-            return None
+        """Return what the cut may leave out; None where that is nothing, or not worth to find out.
+
+        The replicas' own threads ship and settle meanwhile. Each queue is looked at once, before the tables:
+        what is in it then is not believed, in the tables already or not, and nothing else changes in them as
+        long as `cutting` is held.
+        """
+        held: list[tuple[Target, list[Transfer]]] = []
+        for target in self.targets:
+            if target is asking or target.work.state.phase != "new":
+                queue = _queue(target)
+                if queue is None:
+                    return None
+                held.append((target, queue))
         main = self._main.work
         assert main.machine is not None
         if sum(disk.unlogged_bytes for disk in main.machine.status()) < _WORTH_BYTES and any(
-            target.work.state.pending or not target.missed.is_empty for target in held
+            queue or not target.missed.is_empty for target, queue in held
         ):
-            return None
-        try:
-            for target in held:
-                target.work.open_tables()
-                target.work.check_tables()
-        except TrackingLost:
             return None
         return [self._agreed(held, place) for place in range(len(main.indexes))]
 
-    def _agreed(self, held: Sequence[Target], place: int) -> AgreedTable | None:
-        """Return what the replicas hold alike of a disk; None where one has no copy of it."""
-        tables = [target.work.tables[place] for target in held]
-        is_whole = all(place in target.work.members for target in held)
+    def _agreed(self, held: Sequence[tuple[Target, Sequence[Transfer]]], place: int) -> AgreedTable | None:
+        """Return what the replicas hold alike of a disk; None where one has no copy of it.
+
+        held: each with what waits for it.
+        """
+        tables = [target.work.tables[place] for target, _ in held]
+        is_whole = all(place in target.work.members for target, _ in held)
         if not is_whole or len({table.block_bytes for table in tables}) > 1:
             return None
-        index = self._main.work.indexes[place]
+        index, disk_bytes = self._main.work.indexes[place], self._main.work.disks[place].virtual_bytes
         uncertain = NO_EXTENTS
-        for target in held:
+        for target, queue in held:
             uncertain = union(uncertain, target.missed.of([index]).get(index, NO_EXTENTS))
-            for log in (log for transfer in target.work.state.pending for log in transfer.logs):
-                if log.disk_index == index:
-                    path = target.work.folder.log_path(log.log_id)
-                    uncertain = union(uncertain, _extents(target.work, index, path))
-        return AgreedTable(tables, uncertain, disk_bytes=self._main.work.disks[place].virtual_bytes)
+            for transfer in queue:
+                uncertain = union(uncertain, _cut_off(transfer, index, disk_bytes))
+                for log in transfer.logs:
+                    if log.disk_index == index:
+                        path = target.work.folder.log_path(log.log_id)
+                        uncertain = union(uncertain, _extents(target.work, index, path))
+        return AgreedTable(tables, uncertain, disk_bytes=disk_bytes)
 
     def _record(
         self, cut: Cut, takers: Sequence[Target], asking: Target, consistency: Consistency
@@ -285,9 +293,30 @@ class Fan:
         self.release(paths)
 
 
-def _is_moving(target: Target) -> bool:
-    """Return whether a replica has no whole copy, or something on its way that its tables follow."""
-    return target.work.state.phase != "ready" or target.work.state.transfer is not None
+def _queue(target: Target) -> list[Transfer] | None:
+    """Return what waits for a replica, at a moment when its tables say all else that it holds; None where
+    there is no such moment now: it has no whole copy, or something is on its way that the tables follow.
+    """
+    work = target.work
+    if work.state.phase != "ready":
+        return None
+    try:
+        work.open_tables()
+        with work.lock:
+            if work.state.phase != "ready" or work.state.transfer is not None:
+                return None
+            work.check_tables()
+            return list(work.state.pending)
+    except TrackingLost:
+        return None
+
+
+def _cut_off(transfer: Transfer, disk_index: int, disk_bytes: int) -> NDArray[np.int64]:
+    """Return what a replica's disk loses where it becomes as short as the disk was at an earlier cut."""
+    sizes = [disk.virtual_bytes for disk in transfer.disks if disk.index == disk_index]
+    if not sizes or sizes[0] >= disk_bytes:
+        return NO_EXTENTS
+    return np.array([[sizes[0], disk_bytes - sizes[0]]], np.int64)
 
 
 def mark_missed(target: Target) -> None:

@@ -17,7 +17,7 @@ from hvreplica.errors import FormatError, InvalidTransition, LogError, NotClosed
 from hvreplica.hrl import LogReader, LogWriter, verify_log
 from hvreplica.replication import cycle
 from hvreplica.replication.shape import differs, point_disks
-from hvreplica.replication.state import PENDING_MAX, CutLog, Transfer, cuts, previous_log_ids
+from hvreplica.replication.state import PENDING_MAX, CutLog, Transfer, cuts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -68,7 +68,7 @@ def cut_live(
     with work.cutting:
         _collapse(work)
         check_cut(work)
-        last = previous_log_ids(work.state)
+        last = work.previous_log_ids()
         known = _known(work)
         consistency: Consistency = "app" if on_ready() else "crash"
         cut = machine.cut([last[index] for index in work.indexes], known=known, on_instant=on_instant)
@@ -275,7 +275,9 @@ def record(work: Work, cut: Cut, closed: Sequence[ClosedLog], consistency: Consi
         )
         for log in closed
     ]
-    if not logs and (work.state.mixed or differs(work.state)):
+    with work.lock:
+        is_needed = work.state.mixed or differs(work.state)
+    if not logs and is_needed:
         logs = [_empty_log(work)]  # a copy of several instants needs logs to become one, as other disks do
     if not logs:
         return None
@@ -298,7 +300,7 @@ def record(work: Work, cut: Cut, closed: Sequence[ClosedLog], consistency: Consi
 def _empty_log(work: Work) -> CutLog:
     place = work.members[0]
     index = work.indexes[place]
-    log_id, previous_log_id = work.clock.guid(), previous_log_ids(work.state)[index]
+    log_id, previous_log_id = work.clock.guid(), work.previous_log_ids()[index]
     writer = LogWriter.create(
         work.files,
         work.folder.log_path(log_id),

@@ -14,13 +14,14 @@ from hvreplica.errors import FormatError, ProtocolViolation, TrackingLost
 from hvreplica.replication.session import ReplicaSession
 from hvreplica.replication.shape import indexes
 from hvreplica.replication.ship import Shipment
-from hvreplica.replication.state import NIL, cuts, logs_kept
+from hvreplica.replication.state import NIL, cuts, logs_kept, previous_log_ids
 from hvreplica.tracking.fingerprints import FingerprintTable
 from hvreplica.transport import COMPRESSIONS, client_context, parse_address
 
 if TYPE_CHECKING:
     import os
     import ssl
+    import uuid
     from collections.abc import Callable, Sequence
 
     import numpy as np
@@ -162,6 +163,19 @@ class Work:
                 self.save()
             return self.state.transfer
 
+    def queue(self) -> list[Transfer]:
+        """Return what was cut and is not yet in the tables, oldest first, as it is at one moment.
+
+        With `cutting` held, nothing but the replica's own taking in of the first ones changes it afterwards.
+        """
+        with self.lock:
+            return cuts(self.state)
+
+    def previous_log_ids(self) -> list[uuid.UUID]:
+        """Return for each disk the log that its next one follows; see queue()."""
+        with self.lock:
+            return previous_log_ids(self.state)
+
     def forget_logs(self, transfer: Transfer) -> None:
         """Give the files of acknowledged logs back to live tracking, or remove them."""
         if self.machine is None:
@@ -182,14 +196,16 @@ class Work:
     def sweep_logs(self) -> None:
         """Remove every file in logs/ that the state does not name."""
         with self.cutting:
-            self.folder.discard_logs(keep=logs_kept(self.state))
+            with self.lock:
+                kept = logs_kept(self.state)
+            self.folder.discard_logs(keep=kept)
 
     def known_tables(self) -> list[FingerprintTable] | None:
         """Return the tables if they say what the replica holds and no cut is on its way there.
 
         Called with `cutting` held.
         """
-        if self.state.phase != "ready" or cuts(self.state):
+        if self.state.phase != "ready" or self.queue():
             return None
         try:
             self.open_tables()
@@ -310,10 +326,14 @@ class Work:
         """Let tables forget what the replica's disks, with these sizes, do not have any more."""
         held = {disk.index: disk.virtual_bytes for disk in sizes}
         for index, disk, table in zip(self.indexes, self.disks, self.tables, strict=True):
-            if held.get(index, table.header.virtual_bytes) < table.header.virtual_bytes:
-                table.resize(held[index])
-            if table.header.virtual_bytes < disk.virtual_bytes:
-                table.resize(disk.virtual_bytes)
+            size = table.header.virtual_bytes
+            least = min(held.get(index, size), size)
+            if least == size >= disk.virtual_bytes:
+                continue
+            with self.cutting:  # a cut reads it to the disk's end
+                table.resize(least)
+                if least < disk.virtual_bytes:
+                    table.resize(disk.virtual_bytes)
 
     def check_tables(self) -> None:
         """Refuse tables that do not describe the point that the replica was on before a pending transfer.
