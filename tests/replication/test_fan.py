@@ -14,13 +14,14 @@ import pytest
 import hvreplica
 from hvreplica.capture.machine import Machine
 from hvreplica.clock import SYSTEM
-from hvreplica.errors import InvalidTransition, StateError
+from hvreplica.errors import InvalidTransition, Locked, StateError
 from hvreplica.files import OS_FILES, OsBlockFile, OsFiles
 from hvreplica.replication import initial
 from hvreplica.replication.control import CutRequest
 from hvreplica.replication.fan import Fan
 from hvreplica.replication.missed import RANGES_MAX, Missed
 from hvreplica.replication.replicas import Replica
+from hvreplica.replication.state import StateFolder
 from hvreplica.replication.work import Work
 from hvreplica.tracking.compare import ComparedDisk
 from hvreplica.tracking.fingerprints import FingerprintTable
@@ -342,6 +343,22 @@ def test_replica_that_is_not_named_is_fed_on_until_it_is_removed(site: Fanned) -
     assert not list((site.east_state / "logs").iterdir())
     with pytest.raises(StateError, match="no such replica"), site.running(remove_replicas=["east"]):
         pass
+
+
+def test_replica_whose_folder_is_at_work_is_not_removed(site: Fanned) -> None:
+    with site.both():
+        site.to_east()
+    folder = StateFolder(OS_FILES, site.east_state, clock=SYSTEM)
+    try:
+        with pytest.raises(Locked), site.running(remove_replicas=["east"]):
+            pass
+        assert (site.east_state / "fingerprints" / "0.fp").exists()
+        assert (site.east_state / "state.json").exists()
+    finally:
+        folder.release()
+    with site.running(remove_replicas=["east"]):
+        pass
+    assert not (site.east_state / "state.json").exists()
 
 
 def test_vm_that_is_prepared_for_one_replica_is_not_for_another_nor_starts(site: Fanned) -> None:

@@ -118,7 +118,7 @@ class Capture:
             work = _open(vm, disks, remove_disks, folder, stack, files=files, clock=clock)
             self._indexes = work.indexes
             for name in remove_replicas:
-                remove_replica(files, folder.folder, name)
+                remove_replica(files, folder.folder, name, clock=clock)
             self._replicas = Replicas(work, replicas, tls)
             self._replicas.open(stack)
             keeps_logs = _keeps_logs([points, *(replica.points for replica in replicas)])

@@ -6,12 +6,13 @@ import re
 from typing import TYPE_CHECKING
 
 from hvreplica.errors import InvalidTransition, StateError
-from hvreplica.replication.state import load_state
+from hvreplica.replication.state import StateFolder, load_state
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from hvreplica.clock import Clock
     from hvreplica.files import FileSystem
     from hvreplica.replication.state import PrimaryState
 
@@ -71,10 +72,10 @@ def require_none_stopped(files: FileSystem, state: Path) -> None:
             )
 
 
-def remove_replica(files: FileSystem, state: Path, name: str) -> None:
+def remove_replica(files: FileSystem, state: Path, name: str, *, clock: Clock) -> None:
     """Forget a replica: it is fed no longer. What it holds stays. The caller holds the lock of `state`.
 
-    Raises: StateError where there is none of that name.
+    Raises: StateError where there is none of that name, Locked where a verb works in its folder.
     """
     folder = replica_folder(state, name)
     if name not in replica_names(files, state):
@@ -84,9 +85,13 @@ def remove_replica(files: FileSystem, state: Path, name: str) -> None:
             expected=", ".join(replica_names(files, state)) or "none",
             actual=name,
         )
-    files.unlink(folder / "state.json")  # first: what is left without it means nothing
-    files.sync_directory(folder)
-    for inner in ("", "logs", "fingerprints"):
-        for file_name in files.names(folder / inner):
-            if file_name not in {"logs", "fingerprints"}:
-                files.unlink(folder / inner / file_name)
+    owned = StateFolder(files, folder, clock=clock)
+    try:
+        files.unlink(folder / "state.json")  # first: what is left without it means nothing
+        files.sync_directory(folder)
+        for inner in ("", "logs", "fingerprints"):
+            for file_name in files.names(folder / inner):
+                if file_name not in {"logs", "fingerprints", "lock"}:
+                    files.unlink(folder / inner / file_name)
+    finally:
+        owned.release()
