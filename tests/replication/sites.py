@@ -91,6 +91,20 @@ class Served:
         self.server.close()
         self._thread.join()
 
+    def damage(self, disk_offset: int, length: int = 1) -> None:
+        """Let the VM's first disk lose some bytes that its file holds."""
+        path = self.store / VM / "disks" / "0.vhdx"
+        with open_disk(OS_FILES, path, format="vhdx", clock=SYSTEM) as disk:
+            stretch = next(iter(disk.stretches(disk_offset, disk_offset + length)))
+            assert stretch.file_offset is not None
+            place = stretch.file_offset
+        data = bytearray(path.read_bytes())
+        for at in range(place, place + length):
+            data[at] ^= 0x5A
+        with path.open("r+b") as file:
+            file.seek(place)
+            file.write(data[place : place + length])
+
     def content(self, vm: str = VM, index: int = 0) -> bytes:
         """Return what the guest would read from the newest point, by way of an export."""
         with tempfile.TemporaryDirectory() as folder:

@@ -16,7 +16,7 @@ from hvreplica.capture.machine import Machine
 from hvreplica.clock import SYSTEM
 from hvreplica.errors import InvalidTransition, Locked, StateError
 from hvreplica.files import OS_FILES, OsBlockFile, OsFiles
-from hvreplica.replication import initial
+from hvreplica.replication import initial, repair
 from hvreplica.replication.control import CutRequest
 from hvreplica.replication.fan import Fan
 from hvreplica.replication.missed import RANGES_MAX, Missed
@@ -359,6 +359,55 @@ def test_replica_whose_folder_is_at_work_is_not_removed(site: Fanned) -> None:
     with site.running(remove_replicas=["east"]):
         pass
     assert not (site.east_state / "state.json").exists()
+
+
+def test_repair_of_one_replica_holds_up_no_cut_and_loses_nothing_of_it(
+    site: Fanned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One block can go back, one has changed before, one changes and is cut in the middle."""
+
+    def fetch(*values: Any) -> Any:
+        if not cutter.is_alive() and not cut:
+            cutter.start()
+            cutter.join(20)  # where the repair held it up, it would wait for this call
+            cut.append(not cutter.is_alive())
+        return real(*values)
+
+    def cut_between() -> None:
+        with site.guest() as guest:
+            for at in (MIB, 2 * MIB):
+                guest.write(at, b"n" * 4096)
+                site.models[0][at : at + 4096] = b"n" * 4096
+            hvreplica.cut(site.state)
+            guest.write(2 * MIB, b"o" * 4096)
+            site.models[0][2 * MIB : 2 * MIB + 4096] = b"o" * 4096
+
+    cut: list[bool] = []
+    real = repair.fetch_fingerprints
+    cutter = threading.Thread(target=cut_between)
+    with site.running(), site.guest() as guest:
+        for at in (0, MIB, 2 * MIB):
+            data = site.rng.randbytes(4096)
+            guest.write(at, data)
+            site.models[0][at : at + 4096] = data
+        site.replicate()
+    with site.running(replicas=[site.replica()]):
+        site.to_east()
+        site.to_east()
+        for at in (0, MIB, 2 * MIB):
+            site.east.damage(at)
+        hvreplica.store_verify(site.east.store)
+        monkeypatch.setattr(repair, "fetch_fingerprints", fetch)
+        site.to_east()
+        assert cut == [True]
+        site.to_east()
+        assert site.east_equal()
+        hvreplica.store_verify(site.east.store)
+        site.to_east()
+        assert not hvreplica.store_verify(site.east.store).vms[0].is_damaged
+        assert site.east_equal()
+        site.replicate()
+        assert site.equal()
 
 
 def test_vm_that_is_prepared_for_one_replica_is_not_for_another_nor_starts(site: Fanned) -> None:

@@ -12,7 +12,6 @@ import hvreplica
 from hvreplica.clock import SYSTEM
 from hvreplica.disk import open_disk
 from hvreplica.errors import HvReplicaError
-from hvreplica.files import OS_FILES
 from hvreplica.formats.messages import PointPolicy
 from hvreplica.store.repair import Repair
 from tests.replication.sites import MIB, VM, Guest, Served
@@ -55,17 +54,7 @@ class Points:
 
     def damage(self, disk_offset: int, length: int = 1) -> None:
         """Let the replica's disk lose some bytes."""
-        path = self.served.store / VM / "disks" / "0.vhdx"
-        with open_disk(OS_FILES, path, format="vhdx", clock=SYSTEM) as disk:
-            stretch = next(iter(disk.stretches(disk_offset, disk_offset + length)))
-            assert stretch.file_offset is not None
-            place = stretch.file_offset
-        data = bytearray(path.read_bytes())
-        for at in range(place, place + length):
-            data[at] ^= 0x5A
-        with path.open("r+b") as file:
-            file.seek(place)
-            file.write(data[place : place + length])
+        self.served.damage(disk_offset, length)
 
     def used(self, count: int) -> list[int]:
         """Return offsets of blocks that hold data, far apart."""

@@ -3,6 +3,9 @@
 The fingerprint table says what the replica should hold. Where it holds something else, and the disk still has
 the bytes that the table knows, these very bytes go back in place, and every recovery point that shares the
 block is right again. What has changed here since is left to the next cut, as any change.
+
+Cuts go on meanwhile. What they hold is shipped later, by the thread that repairs: until the end the replica
+holds what the table says, but for the damage.
 """
 
 from __future__ import annotations
@@ -13,12 +16,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hvreplica import native
-from hvreplica.disk.extents import merge
+from hvreplica.disk.extents import NO_EXTENTS, merge
 from hvreplica.formats import messages
 from hvreplica.formats.fingerprint import UNKNOWN
 from hvreplica.progress import Progress
 from hvreplica.replication.resync import fetch_fingerprints
-from hvreplica.replication.state import cuts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,18 +38,14 @@ def repair(work: Work, session: ReplicaSession, damaged: list[int]) -> None:
     Does nothing while a cut is on its way: the tables say then what the replica will hold.
     """
     for index in damaged:
-        with work.cutting:
-            if work.state.phase != "ready" or cuts(work.state) or index not in work.indexes:
-                return
-            place = work.indexes.index(index)
-            virtual_bytes = work.disks[place].virtual_bytes
-            if place not in work.members or work.state.disks[index].replica_bytes not in {
-                None,
-                virtual_bytes,
-            }:
-                continue
-            _compare_whole(work)
-            _Disk(work, session, place).run()
+        if work.state.phase != "ready" or work.state.transfer is not None or index not in work.indexes:
+            return
+        place = work.indexes.index(index)
+        virtual_bytes = work.disks[place].virtual_bytes
+        if place not in work.members or work.state.disks[index].replica_bytes not in {None, virtual_bytes}:
+            continue
+        _compare_whole(work)
+        _Disk(work, session, place).run()
 
 
 def _compare_whole(work: Work) -> None:
@@ -69,6 +67,7 @@ class _Disk:
         self._disk = work.disks[place]
         self._brought_count = 0
         self._changed: list[NDArray[np.int64]] = []  # what the replica has otherwise, and the disk too
+        self._rows: list[tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.int64]]] = []
 
     def run(self) -> None:
         """Compare all blocks, bring what can go back, and leave the rest to the next cut."""
@@ -81,11 +80,10 @@ class _Disk:
             for at in range(0, len(differing), messages.REPAIR_BLOCKS_MAX):
                 rows = differing[at : at + messages.REPAIR_BLOCKS_MAX]
                 self._bring(rows + first, theirs[rows], known[rows])
+            self._take_note()
             self._tell(first + count)
         table.sync()
-        rest = merge(np.concatenate(self._changed)) if self._changed else np.empty((0, 2), np.int64)
-        if len(rest) and self._work.machine is not None:
-            self._work.mark(self.index, rest)
+        rest = merge(np.concatenate(self._changed)) if self._changed else NO_EXTENTS
         question = messages.RepairEnd(self.index, proven=not len(rest))
         answer = self._session.ask(question, messages.Repaired)
         _LOG.warning(
@@ -97,11 +95,7 @@ class _Disk:
         )
 
     def _bring(self, blocks: NDArray[np.int64], theirs: NDArray[np.uint8], known: NDArray[np.uint8]) -> None:
-        """Put back those of `blocks` that the disk still has as they were known.
-
-        Of the others the table says from now on what the replica really holds, so that a comparison finds
-        them.
-        """
+        """Put back those of `blocks` that the disk still has as they were known."""
         block_bytes = self._table.block_bytes
         starts = blocks * block_bytes
         extents = np.stack((starts, np.minimum(block_bytes, self._disk.virtual_bytes - starts)), axis=1)
@@ -119,10 +113,27 @@ class _Disk:
                 self.index, blocks[is_known].tolist(), np.concatenate(pieces).tobytes()
             )
             self._session.ask(question, messages.Repaired)
-        for row in np.flatnonzero(~is_known).tolist():
-            self._table.write(int(blocks[row]), theirs[row : row + 1])
         self._brought_count += int(is_known.sum())
-        self._changed.append(extents[~is_known & ~is_theirs])
+        says = np.where(is_theirs[:, np.newaxis], theirs, _UNKNOWN_ROW)
+        self._rows.append((blocks[~is_known], says[~is_known], extents[~is_known & ~is_theirs]))
+
+    def _take_note(self) -> None:
+        """Leave what could not go back to the next cut.
+
+        The table says from now on that nobody knows what the replica holds there, so that a comparison finds
+        it, and so does another repair where this one is cut: it proves nothing.
+        """
+        found, self._rows = self._rows, []
+        if not found:
+            return
+        changed = np.concatenate([NO_EXTENTS, *(extents for _, _, extents in found)])
+        with self._work.cutting:  # marked first: what the table does not know is sent only where it is marked
+            if len(changed) and self._work.machine is not None:
+                self._work.mark(self.index, merge(changed))
+            for blocks, rows, _ in found:
+                for at, block in enumerate(blocks.tolist()):
+                    self._table.write(block, rows[at : at + 1])
+        self._changed.append(changed)
 
     def _tell(self, blocks_done: int) -> None:
         virtual_bytes = self._table.header.virtual_bytes
