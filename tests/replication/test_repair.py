@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import hvreplica
 from hvreplica.clock import SYSTEM
 from hvreplica.disk import open_disk
-from hvreplica.errors import HvReplicaError
+from hvreplica.errors import HvReplicaError, PeerClosed
+from hvreplica.formats import messages
 from hvreplica.formats.messages import PointPolicy
+from hvreplica.replication import repair
+from hvreplica.replication.resync import fetch_fingerprints
+from hvreplica.replication.session import ReplicaSession
 from hvreplica.store.repair import Repair
+from tests.replication.captured import Captured
 from tests.replication.sites import MIB, VM, Guest, Served
 
 if TYPE_CHECKING:
+    import random
+
     from hvreplica.store import VmVerdict
 
 
@@ -145,3 +152,36 @@ def test_a_sound_replica_is_asked_nothing(points: Points, monkeypatch: pytest.Mo
     assert not points.verify().is_damaged
     points.guest.write(MIB)
     points.cycle()
+
+
+def test_a_repair_that_is_cut_and_begun_again_proves_nothing_of_what_has_changed(
+    tmp_path: Path, served: Served, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its second try finds the table as the first one left it."""
+    real = ReplicaSession.ask
+
+    def ask(session: ReplicaSession, question: Any, expected: Any) -> Any:
+        if isinstance(question, messages.RepairEnd):
+            proven.append(question.proven)
+            if len(proven) == 1:
+                raise PeerClosed("cut")
+        return real(session, question, expected)
+
+    def fetch(*values: Any) -> Any:
+        guest.write(0, b"n" * 4096)  # after the cut, and before the repair looks at the disk
+        return fetch_fingerprints(*values)
+
+    proven: list[bool] = []
+    site = Captured(tmp_path, served, rng)
+    with site.running(), site.guest() as guest:
+        guest.write(0, b"o" * 4096)
+        site.replicate()
+        site.replicate()
+        served.damage(0)
+        hvreplica.store_verify(served.store)
+        monkeypatch.setattr(ReplicaSession, "ask", ask)
+        monkeypatch.setattr(repair, "fetch_fingerprints", fetch)
+        site.replicate()
+        assert proven[:2] == [False, False]
+        site.models[0][:4096] = b"n" * 4096
+        assert site.equal()
