@@ -140,6 +140,12 @@ def test_manual_points_and_those_in_use_stay() -> None:
     assert found == {1: ("manual",), 2: ("in use",), 3: (), 4: ("newest",)}
 
 
+def test_a_manual_point_takes_no_other_ones_place() -> None:
+    plain, manual, newest = points_at(NOON, NOON + 1, NOON + 2)
+    manual = dataclasses.replace(manual, kind="manual")
+    assert kept([plain, manual, newest], Retention(keep=KeepRule(last=2))) == [1, 2, 3]
+
+
 def test_a_damaged_point_takes_no_whole_ones_place() -> None:
     whole, damaged, newest = points_at(NOON, NOON + 1, NOON + 2)
     damaged = dataclasses.replace(damaged, is_damaged=True)
@@ -232,9 +238,10 @@ def model_rule(points: list[Candidate], retention: Retention) -> set[int]:
 def model(points: list[Candidate], retention: Retention) -> set[int]:
     found = {point.sequence for point in points if point.kind == "manual" or point.is_used}
     found.add(max(point.sequence for point in points))
-    found |= model_rule([point for point in points if not point.is_damaged], retention)
-    damaged = {point.sequence for point in points if point.is_damaged}
-    return found | model_rule(points, retention) & damaged
+    ruled = [point for point in points if point.kind != "manual"]
+    found |= model_rule([point for point in ruled if not point.is_damaged], retention)
+    damaged = {point.sequence for point in ruled if point.is_damaged}
+    return found | model_rule(ruled, retention) & damaged
 
 
 @given(histories(), RETENTIONS)

@@ -20,7 +20,7 @@ from hvreplica.cli.options import (
     vm_option,
 )
 from hvreplica.cli.progress import progress_shown
-from hvreplica.cli.render import moment, plain
+from hvreplica.cli.render import kind_shown, moment, plain
 from hvreplica.cli.store import DAMAGE_FOUND, show_verdict
 from hvreplica.clock import exact_time
 from hvreplica.units import format_size
@@ -61,7 +61,13 @@ def _show(output: Output, vm: str, points: list[PointStatus]) -> None:
     output.table(
         ("point", "shows the time", "kind", "state", ">received"),
         [
-            (each.id, moment(each.instant_s), each.kind, each.state, format_size(each.bytes))
+            (
+                each.id,
+                moment(each.instant_s),
+                kind_shown(each.kind, each.consistency),
+                each.state,
+                format_size(each.bytes),
+            )
             for each in points
         ],
     )

@@ -9,7 +9,7 @@ import click
 import hvreplica
 from hvreplica.cli.options import option, store_option, verb, vm_option
 from hvreplica.cli.policy_options import policy_options
-from hvreplica.cli.render import moment, plain
+from hvreplica.cli.render import kind_shown, moment, plain
 from hvreplica.units import format_size
 
 if TYPE_CHECKING:
@@ -153,6 +153,8 @@ def _show_policy(output: Output, found: PointPlan) -> None:
             ("points", f"{len(found.points) - len(going)} stay, {len(going)} go with the next cycle"),
         ]
     )
+    if found.budget_bytes is not None and found.used_bytes > found.budget_bytes:
+        output.line("more go for the budget, in the order that `point plan` shows, until they fit it")
     if found.warning:
         output.line(plain(found.warning))
 
@@ -173,7 +175,7 @@ def _show_plan(output: Output, found: PointPlan) -> None:
 
 
 def _row(point: PlannedPoint) -> tuple[object, ...]:
-    kind = f"{point.kind}, app" if point.consistency == "app" else point.kind
+    kind = kind_shown(point.kind, point.consistency)
     goes = "now" if not point.keep else point.budget_place or "never"
     reasons = ", ".join(point.reasons)
     return point.id, moment(point.instant_s), kind, point.state, format_size(point.bytes), reasons, goes

@@ -252,6 +252,11 @@ def _shown(name: str, value: object) -> object:
     return value
 
 
+def kind_shown(kind: str, consistency: str) -> str:
+    """Return a point's kind, and that it is application-consistent, where it is."""
+    return f"{kind}, app" if consistency == "app" else kind
+
+
 def moment(unix_s: float) -> str:
     """Return a point in time to the second, in UTC."""
     try:

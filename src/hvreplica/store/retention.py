@@ -15,7 +15,7 @@ A point is kept if any of these says so; what none of them keeps goes at once.
 The one point of a period is the newest application-consistent one, where there is none the newest. Hours,
 days and weeks (from Monday) are of UTC. Only periods that have points count, so that nothing goes because
 time has passed while no point came. Damaged points take nobody's place: they are kept where the rule would
-keep them, beside the whole ones that it keeps without them.
+keep them, beside the whole ones that it keeps without them. Manual ones take none either: they stay anyway.
 
 Points count in the order in which they were made, not by their times: a primary whose clock was set back
 loses nothing. Applying the rule after each point gives what applying it once at the end gives, so a point
@@ -97,11 +97,14 @@ def decide(points: Iterable[Candidate], retention: Retention) -> list[Verdict]:
     reasons: dict[int, list[str]] = {point.sequence: _always(point) for point in newest_first}
     if newest_first:
         reasons[newest_first[0].sequence].insert(0, "newest")
-    whole = [point for point in newest_first if not point.is_damaged]
+    ruled = [
+        point for point in newest_first if point.kind != "manual"
+    ]  # those stay anyway, and take no place
+    whole = [point for point in ruled if not point.is_damaged]
     for point, reason in _kept_by_rule(whole, retention):
         if reason not in reasons[point.sequence]:
             reasons[point.sequence].append(reason)
-    for point, reason in _kept_by_rule(newest_first, retention):
+    for point, reason in _kept_by_rule(ruled, retention):
         if point.is_damaged and reason not in reasons[point.sequence]:
             reasons[point.sequence].append(reason)
     kept = [point for point in newest_first if reasons[point.sequence]]
