@@ -268,6 +268,23 @@ def _open_below(folder: Path) -> int:
     return sum(link.startswith(f"{folder}/") for link in links)
 
 
+@pytest.mark.parametrize(("damage", "error"), [("missing", StoreError), ("cut", FormatError)])
+def test_part_that_is_missing_or_damaged_is_told_with_what_to_do(
+    world: PointWorld, damage: str, error: type[Exception]
+) -> None:
+    first = world.ids[0]
+    world.cut({0: [(0, b"x" * PAGE)]})
+    (part,) = world.home.paths.points.glob("*.hru")
+    if damage == "missing":
+        part.unlink()
+    else:
+        os.truncate(part, 3)
+    with pytest.raises(error) as caught, open_point(world.home, first) as opened:
+        opened.disks[0].read_into(bytearray(PAGE), 0)
+    assert part.name in str(caught.value)
+    assert "store verify" in (getattr(caught.value, "hint", None) or "")
+
+
 def test_files_are_closed_with_the_last_who_reads_them(world: PointWorld, rng: random.Random) -> None:
     ids = [world.cut({0: random_writes(rng, SIZE, 10)}) for _ in range(5)]
     folder = world.root.resolve()

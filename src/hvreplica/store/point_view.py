@@ -11,6 +11,7 @@ Views are immutable and shared by threads; the files of one are closed when nobo
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import weakref
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import numpy as np
 
 from hvreplica import native
 from hvreplica.disk import open_disk
-from hvreplica.errors import FormatError, HvReplicaError, Locked, kept
+from hvreplica.errors import FormatError, HvReplicaError, Locked, LogError, StoreError, kept
 from hvreplica.formats.hrl import FILE_TYPE_UNDO
 from hvreplica.hrl import LogReader
 from hvreplica.native.live import ELSEWHERE, Under
@@ -220,8 +221,22 @@ def make_view(source: PointSource, before: PointView | None = None) -> PointView
                 return view
         threading.Event().wait(_PAUSE_S)
     if failure is not None:
-        raise failure
+        raise _told(failure, source)
     raise Locked("the disk is changed all the time", path=source.disk_path, hint="try again")
+
+
+def _told(failure: HvReplicaError | OSError, source: PointSource) -> HvReplicaError | OSError:
+    """Return the error of a file that a point is read from, with what to do about that one."""
+    path = failure.path if isinstance(failure, HvReplicaError) else failure.filename
+    is_part = path is not None and not os.fspath(path).startswith(os.fspath(source.disk_path))
+    hint = "`hvreplica store verify` says which points need it, and marks them; newer ones do not"
+    if not is_part:
+        hint = "`hvreplica store status` says what is wrong; `hvreplica replicate --resync` sends it again"
+    if isinstance(failure, FileNotFoundError):
+        return StoreError("a file that the point is read from is missing", path=path, hint=hint)
+    if isinstance(failure, (FormatError, LogError)):
+        failure.hint = hint
+    return failure
 
 
 def _with_tail(core: PointIndex, base_bytes: int) -> PointIndex:
