@@ -18,6 +18,7 @@ from hvreplica.errors import (
     InvalidTransition,
     Locked,
     StateError,
+    StoreError,
 )
 from hvreplica.formats.messages import PointPolicy
 from hvreplica.replication.capture_verb import Capture
@@ -317,6 +318,31 @@ def test_wrong_folders_and_stores_are_refused_and_change_nothing(sites: TwoSites
         hvreplica.failover_reverse(sites.b, VM, state=other, **sites.link(sites.a))
     hvreplica.failover_reverse(sites.b, VM, **sites.link(sites.a))
     assert sites.replica_equals(sites.a)
+
+
+def test_store_that_refuses_an_old_primary_does_not_bind_its_folder(sites: TwoSites) -> None:
+    old_state = sites.state
+    forked(sites, written_at_b=0)
+    before = (old_state / "state.json").read_bytes()
+    with pytest.raises(InvalidTransition, match="has a replica of VM"):
+        hvreplica.store_adopt(sites.b, VM, state=old_state)
+    assert (old_state / "state.json").read_bytes() == before
+
+    hvreplica.store_adopt(sites.a, VM, state=old_state)
+    hvreplica.failover_reverse(sites.b, VM, **sites.link(sites.a))
+    sites.write(10)
+    sites.replicate(sites.a)
+    sites.replicate(sites.a, prepare=True)
+    hvreplica.failover_planned(sites.a, VM)
+    state, moved = sites.state, sites.disks[0].with_name("elsewhere.vhdx")
+    sites.disks[0].rename(moved)
+    text = json.loads((state / "state.json").read_text())
+    text["disks"][0]["path"] = str(moved)
+    (state / "state.json").write_text(json.dumps(text))
+    before = (state / "state.json").read_bytes()
+    with pytest.raises(StoreError, match="not the one that its failover made"):
+        hvreplica.store_adopt(sites.b, VM, state=state)
+    assert (state / "state.json").read_bytes() == before
 
 
 def test_reversal_of_a_replica_that_another_primary_writes_is_refused(sites: TwoSites) -> None:

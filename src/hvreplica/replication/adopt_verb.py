@@ -24,7 +24,7 @@ from hvreplica.replication.stopped import require_own_disks
 from hvreplica.replication.work import Tally, Work
 from hvreplica.store import Store
 from hvreplica.store.adopted import AdoptedFiles
-from hvreplica.store.adoption import AdoptedDisk, Adoption, AdoptReport, adopt
+from hvreplica.store.adoption import AdoptedDisk, Adoption, AdoptReport, adopt, require_adoptable
 from hvreplica.store.records import DiskSpec, Owner
 
 if TYPE_CHECKING:
@@ -135,9 +135,12 @@ def _adopt_known(
     with _opened(root, files, clock) as store:
         if not is_begun:
             _require_disks(known, files)
+        home = store.register_adopted(known.vm, owner, _specs(known))
+        if not is_begun:
+            # Before the mark: it binds the folder to this store, and another one is refused from then on.
+            require_adoptable(home, {index: Path(known.disks[index].path) for index in _indexes(known)})
             known.stopped = Stopped("adopting", clock.now_s(), adoption_id, str(root))
             folder.save(known)
-        home = store.register_adopted(known.vm, owner, _specs(known))
         record = AdoptedFiles(home).read()
         if record is not None and record.adoption == adoption_id:
             disks = [_adopted(known, index, NO_EXTENTS) for index in _indexes(known)]

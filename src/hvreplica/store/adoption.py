@@ -33,6 +33,7 @@ from hvreplica.tracking.differencing import DifferencingDisk
 
 if TYPE_CHECKING:
     import uuid
+    from collections.abc import Mapping
     from pathlib import Path
 
     import numpy as np
@@ -100,6 +101,19 @@ def adopt(home: VmHome, adoption: Adoption, *, progress: ProgressCallback | None
         elif home.catalog.point(home.vm_id, record.point) is None:
             _take(home, adoption, record, progress)
         return _report(home, adoption, record)
+
+
+def require_adoptable(home: VmHome, disks: Mapping[int, Path]) -> None:
+    """Refuse what adopt() would refuse, for a caller that has noted nothing of it yet. disks: by index.
+
+    Raises: InvalidTransition, StoreError.
+    """
+    _require_place(home)
+    failover = home.failover()
+    if failover.mode == "Primary" and failover.intent is None:
+        held = {row.spec.index for row in home.catalog.disks(home.vm_id) if row.is_held}
+        for index, path in disks.items():
+            _require_active(home, index, path, is_held=index in held)
 
 
 def _require_place(home: VmHome) -> None:
@@ -252,13 +266,7 @@ def _spool_active(home: VmHome, adoption: Adoption, record: AdoptedRecord) -> No
     logs, sizes = [], {}
     for disk in adoption.disks:
         index = disk.spec.index
-        if index not in held or disk.path != home.paths.active(index):
-            raise StoreError(
-                f"disk {index} of VM {home.name!r} is not the one that its failover made",
-                path=disk.path,
-                expected=home.paths.active(index),
-                hint="copy what the VM runs on into that file, or adopt the VM into another store",
-            )
+        _require_active(home, index, disk.path, is_held=index in held)
         sizes[index] = disk.spec.virtual_bytes
         logs.append(_log(home, disk, held[index]))
     home.files.sync_directory(home.paths.spool)
@@ -270,6 +278,17 @@ def _spool_active(home: VmHome, adoption: Adoption, record: AdoptedRecord) -> No
         catalog.insert_logs(vm_id, record.point, logs)
         catalog.set_owner(vm_id, adoption.owner, home.clock.now_s())
         home.set_failover(begin(home.name, home.failover(), "adopt", intent=Intent("adopt", "finish")))
+
+
+def _require_active(home: VmHome, index: int, path: Path, *, is_held: bool) -> None:
+    """Refuse a disk that the failover to this store has not made. Raises: StoreError."""
+    if not is_held or path != home.paths.active(index):
+        raise StoreError(
+            f"disk {index} of VM {home.name!r} is not the one that its failover made",
+            path=path,
+            expected=home.paths.active(index),
+            hint="copy what the VM runs on into that file, or adopt the VM into another store",
+        )
 
 
 def _log(home: VmHome, disk: AdoptedDisk, row: DiskRow) -> LogSpec:
