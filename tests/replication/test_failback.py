@@ -19,6 +19,7 @@ from hvreplica.errors import (
     Locked,
     StateError,
     StoreError,
+    Unreachable,
 )
 from hvreplica.formats.messages import PointPolicy
 from hvreplica.replication.capture_verb import Capture
@@ -211,6 +212,42 @@ def test_prepared_primary_cannot_be_taken_back_once_its_replica_was_promoted(sit
     with pytest.raises(Fenced, match="failed over"):
         hvreplica.cancel_prepare(sites.state, **sites.link(sites.b))
     assert hvreplica.status(sites.state).replication_state == "PreparedForFailover"
+
+
+def test_prepared_primary_cannot_be_taken_back_where_its_replica_had_failed_over_unplanned(
+    sites: TwoSites,
+) -> None:
+    sites.write(50)
+    sites.replicate(sites.b)
+    hvreplica.failover_unplanned(sites.b, VM)
+    with pytest.raises(Fenced, match="failed over"):
+        sites.replicate(sites.b, prepare=True)
+    with pytest.raises(Fenced, match="failed over"):
+        hvreplica.cancel_prepare(sites.state, **sites.link(sites.b))
+    with pytest.raises(StateError, match="where the replica is"):
+        hvreplica.cancel_prepare(sites.state)
+    assert hvreplica.status(sites.state).replication_state == "PreparedForFailover"
+    hvreplica.failover_cancel(sites.b, VM)
+    hvreplica.cancel_prepare(sites.state, **sites.link(sites.b))
+    sites.write(10)
+    sites.replicate(sites.b)
+    assert sites.replica_equals(sites.b)
+
+
+def test_primary_that_was_prepared_alone_asks_a_replica_that_it_can_reach(sites: TwoSites) -> None:
+    sites.write(50)
+    sites.replicate(sites.b)
+    link = sites.link(sites.b)
+    sites.serve(sites.b).close()
+    with pytest.raises(Unreachable):
+        hvreplica.replicate(VM, sites.disks, state=sites.state, prepare=True, **link)
+    hvreplica.failover_unplanned(sites.b, VM)
+    sites.serve(sites.b).start()
+    with pytest.raises(Fenced, match="failed over"):
+        hvreplica.cancel_prepare(sites.state, **sites.link(sites.b))
+    sites.serve(sites.b).close()
+    found = hvreplica.cancel_prepare(sites.state, **link)
+    assert found.replication_state == "Replicating", "told of nothing, and out of reach"
 
 
 def test_old_primary_that_wakes_up_is_fenced_whatever_it_tries(sites: TwoSites) -> None:

@@ -11,7 +11,7 @@ import threading
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from hvreplica.errors import HvReplicaError, InvalidTransition, StateError, StoreFull, kept
+from hvreplica.errors import Fenced, HvReplicaError, InvalidTransition, StateError, StoreFull, kept
 from hvreplica.progress import quiet
 from hvreplica.replication.bookkeeping import FATAL
 from hvreplica.replication.live import cut_compared
@@ -19,7 +19,13 @@ from hvreplica.replication.primary import Primary
 from hvreplica.replication.replica_folders import require_none_stopped
 from hvreplica.replication.results import make_result
 from hvreplica.replication.schedule import Schedule
-from hvreplica.replication.stopped import is_told, mark_prepared, mark_running, require_running
+from hvreplica.replication.stopped import (
+    is_told,
+    mark_prepared,
+    mark_running,
+    require_running,
+    suspect_promoted,
+)
 from hvreplica.replication.work import Tally
 
 if TYPE_CHECKING:
@@ -102,6 +108,8 @@ class CycleRunner:
                     primary.run(app_consistent=app_consistent)
                     result = make_result(self.work, self.work.clock.monotonic_s() - start_s, prepared=prepare)
             except Exception as error:
+                if prepare and isinstance(error, Fenced):
+                    suspect_promoted(self.work)
                 if not self._stopping.is_set():
                     self.book.failed(error)
                 raise
@@ -131,14 +139,31 @@ class CycleRunner:
                 require_running(state, self.work.folder.folder)
             if is_told(state) and not force:
                 self._check_link(link)
-                with self._ready():
-                    primary = self._primary(link, prepare=True)
-                    self._running = primary
-                    try:
-                        primary.meet()
-                    finally:
-                        self._running = None
+                self._ask_promoted(link)
+            elif state.stopped is not None and state.phase == "ready" and not force:
+                self._ask_promoted_if_there(link)
             mark_running(self.work)
+
+    def _ask_promoted_if_there(self, link: Link | None) -> None:
+        """Ask a replica that was told nothing; it may have failed over unplanned. Raises: Fenced."""
+        if link is None and self.link is None:
+            return
+        try:
+            self._ask_promoted(link)
+        except Fenced:
+            raise
+        except HvReplicaError as error:
+            _LOG.warning("the replica does not say whether it was promoted: %s", kept(error))
+
+    def _ask_promoted(self, link: Link | None) -> None:
+        """Meet the replica, which refuses once it was promoted. Raises: Fenced, what stands in the way."""
+        with self._ready():
+            primary = self._primary(link, prepare=True)
+            self._running = primary
+            try:
+                primary.meet()
+            finally:
+                self._running = None
 
     def stop(self) -> None:
         """Make a cycle or a cut that runs fail soon, and refuse all others; from any thread."""

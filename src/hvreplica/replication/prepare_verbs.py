@@ -41,7 +41,7 @@ def cancel_prepare(
 ) -> ReplicationStatus:
     """Let a VM that was prepared for a planned failover run here again; nothing is done where it was not.
 
-    to, tls: the replica, which is asked whether it was promoted, unless it was never told of the failover.
+    to, tls: the replica, which is asked whether it was promoted; one that has never answered may be left out.
     force: do not ask it, for a replica that is gone: if it was promoted after all, both sides are active.
     Raises: Fenced where it was promoted; StateError where the VM has become a replica; HvReplicaError.
     """

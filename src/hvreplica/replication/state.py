@@ -110,8 +110,8 @@ class Stopped(msgspec.Struct, forbid_unknown_fields=True):
 
     kind: "prepared" for a planned failover; "adopting" while its disks become a replica in a store, and
     "adopted" then; "reversing" until the first cycle of a VM that was failed over to this site can begin.
-    point: of "prepared" the one that the replica was told of, None before it was; else which call
-    of `store adopt` it is. store: where the replica stands that the disks become.
+    point: of "prepared" the one that the replica was told of, or had when it refused, None before that; else
+    which call of `store adopt` it is. store: where the replica stands that the disks become.
     """
 
     kind: Annotated[str, Meta(pattern="^(prepared|adopting|adopted|reversing)$")]

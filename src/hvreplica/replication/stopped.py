@@ -7,7 +7,7 @@
 
 The mark stands in the state before anything is done, so that no VM starts between the last cut and the
 failover; and the point stands in it before the replica is told, so that a cancel always asks a replica that
-may have been told.
+may have been told. It also does where the replica has refused to be prepared, being failed over unplanned.
 """
 
 from __future__ import annotations
@@ -97,6 +97,15 @@ def confirm_prepared(work: Work, session: ReplicaSession, *, is_whole: bool) -> 
         stopped.point = work.state.last_point
         work.save()
     session.ask(messages.Prepare(work.state.last_point or NIL), messages.Prepared)
+
+
+def suspect_promoted(work: Work) -> None:
+    """Let a cancel ask the replica, which has refused this primary; durable on return."""
+    with work.lock:
+        stopped = work.state.stopped
+        if stopped is not None and stopped.kind == "prepared" and stopped.point is None:
+            stopped.point = work.state.last_point or NIL
+            work.save()
 
 
 def mark_running(work: Work) -> None:
