@@ -9,8 +9,10 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from click.testing import CliRunner
 
 import hvreplica
+from hvreplica.cli.main import cli
 from hvreplica.errors import (
     FailoverRefused,
     Fenced,
@@ -380,6 +382,29 @@ def test_store_that_refuses_an_old_primary_does_not_bind_its_folder(sites: TwoSi
     with pytest.raises(StoreError, match="not the one that its failover made"):
         hvreplica.store_adopt(sites.b, VM, state=state)
     assert (state / "state.json").read_bytes() == before
+
+
+def test_reversal_tells_which_points_of_the_old_site_go(sites: TwoSites) -> None:
+    sites.write(20)
+    first = sites.replicate(sites.b, points=PointPolicy(recovery_points=24, recovery_point_every_s=0)).point
+    old_state = sites.state
+    sites.fail_over(sites.b)
+    hvreplica.store_adopt(sites.a, VM, state=old_state)
+    hvreplica.failover_reverse(sites.b, VM, **sites.link(sites.a))
+    sites.replicate(sites.a, prepare=True)
+    hvreplica.failover_planned(sites.a, VM)
+    hvreplica.store_adopt(sites.b, VM, state=sites.state)
+    sites.run_at(sites.a)
+    sites.write(20)
+    assert first in {point.id for point in hvreplica.point_list(sites.b, VM)}
+    link = sites.link(sites.b)
+    options = ["--store", str(sites.a), "--vm", VM, "--to", link["to"], "--tls", str(link["tls"])]
+
+    done = CliRunner().invoke(cli, ["failover", "reverse", *options, "--recovery-points", "0"])
+
+    assert done.exit_code == 0, done.output
+    assert first not in {point.id for point in hvreplica.point_list(sites.b, VM)}
+    assert f"the replica let point {first} of " in done.stdout
 
 
 def test_reversal_of_a_replica_that_another_primary_writes_is_refused(sites: TwoSites) -> None:

@@ -22,6 +22,7 @@ from hvreplica.cli.options import (
 from hvreplica.cli.policy_options import point_options
 from hvreplica.cli.progress import progress_shown
 from hvreplica.cli.render import plain
+from hvreplica.cli.replicate import show_gone
 from hvreplica.cli.serve import run_until_signal
 from hvreplica.units import format_size
 
@@ -222,6 +223,7 @@ def _show_reversed(output: Output, found: ReverseResult) -> None:
     )
     for path in found.disks:
         output.line(f"  {plain(path)}")
+    show_gone(output, found)
 
 
 @failover.command(short_help="Show where a failover stands.")

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from hvreplica.cli.render import Output
     from hvreplica.replication.results import ReplicateResult
+    from hvreplica.replication.reverse_verb import ReverseResult
 
 _HEADLINES = {"initial": "initial replication", "delta": "changes replicated"}
 
@@ -259,9 +260,14 @@ def show_result(output: Output, result: ReplicateResult) -> None:
 
 def _show_points(output: Output, result: ReplicateResult) -> None:
     output.line(f"recovery point {result.point}")
-    for point in result.gone:
-        output.line(f"the replica let point {point.id} of {point.instant} go: {plain(point.reason)}")
     if result.waits_for is not None:
         output.line(f"the replica applies it later: {plain(result.waits_for)}")
+    show_gone(output, result)
+
+
+def show_gone(output: Output, result: ReplicateResult | ReverseResult) -> None:
+    """Show a person which points the replica let go, and which ones it will."""
+    for point in result.gone:
+        output.line(f"the replica let point {point.id} of {point.instant} go: {plain(point.reason)}")
     if result.warning is not None:
         output.line(f"at the replica {plain(result.warning)}")

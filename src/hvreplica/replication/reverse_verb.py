@@ -22,7 +22,7 @@ from hvreplica.files import OS_FILES
 from hvreplica.progress import quiet
 from hvreplica.replication.bookkeeping import Bookkeeper
 from hvreplica.replication.primary import Primary
-from hvreplica.replication.results import make_result
+from hvreplica.replication.results import GonePoint, make_result
 from hvreplica.replication.reverse import Reversal
 from hvreplica.replication.state import VERSION, PrimaryState, StateFolder, Stopped, TrackedDisk, tracked_disk
 from hvreplica.replication.verbs import replicate
@@ -53,7 +53,8 @@ class ReverseResult(msgspec.Struct, frozen=True):
 
     state: the state folder for `capture` and `replicate`. union_bytes: what either side wrote since the fork,
     None in a call that found this done. compared: disks that were compared as a whole, because one side does
-    not know what it wrote. disks: to run the VM from. The rest: see ReplicateResult.
+    not know what it wrote. disks: to run the VM from. gone, warning: of the old site's points, by the rule of
+    the VM, which counts there from now on. The rest: see ReplicateResult.
     """
 
     vm: str
@@ -66,6 +67,8 @@ class ReverseResult(msgspec.Struct, frozen=True):
     wire_bytes: int
     seconds: float
     point: str
+    gone: list[GonePoint] = []
+    warning: str | None = None
 
 
 def failover_reverse(  # noqa: PLR0913 - a verb with its options, all but two by keyword
@@ -241,4 +244,6 @@ def _result(home: VmHome, path: Path, found: ReplicateResult, reversal: Reversal
         wire_bytes=found.wire_bytes,
         seconds=found.seconds,
         point=found.point,
+        gone=found.gone,
+        warning=found.warning,
     )
