@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 import hvreplica
+from tests.replication.fan_site import Fanned
 from tests.replication.sites import Guest, Served
 from tests.support.threads import own_threads
 
 if TYPE_CHECKING:
+    import random
     from collections.abc import Iterator
     from pathlib import Path
 
@@ -35,3 +37,17 @@ def served(tmp_path: Path, tls: Path) -> Iterator[Served]:
 def guest(seed: int) -> Guest:
     """Return a guest with one disk of 24 MiB, a third of it written."""
     return Guest(seed)
+
+
+@pytest.fixture
+def east(tmp_path: Path, served: Served) -> Iterator[Served]:
+    """Return the server of a second replica."""
+    server = Served(tmp_path / "east", served.tls)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def site(tmp_path: Path, served: Served, east: Served, rng: random.Random) -> Fanned:
+    """Return a captured VM that feeds both."""
+    return Fanned(tmp_path, served, east, rng)
