@@ -288,7 +288,7 @@ def test_cut_is_one_instant_of_both_disks(folder: Path, library: Path, seed: int
 @pytest.mark.parametrize(
     ("mistake", "found"),
     [
-        ("journal is not synced", "unknown to tracking"),
+        ("journal is not synced", "unknown to tracking|is not in the journal"),
         ("closed log is not synced", "log"),
         ("name of a closed log is not synced", "log"),
         ("flush is not done", "must be of"),

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 IS_DEEP = settings().max_examples > 1000
-EXAMPLES, STEPS = (400, 30) if IS_DEEP else (16, 16)
+EXAMPLES, STEPS = (400, 30) if IS_DEEP else (10, 16)
 EVERY = PointPolicy(
     recovery_points=24, recovery_point_every_s=0, keep="last 1000", budget_bytes=0, keep_logs_s=3600
 )
