@@ -16,7 +16,7 @@ from hvreplica.replication.bookkeeping import Bookkeeper
 from hvreplica.replication.control import ReplicateRequest
 from hvreplica.replication.extended import ExtendedSource, require_replica
 from hvreplica.replication.loop import CycleLoop, CycleRunner
-from hvreplica.replication.resident import Resident, interval_of
+from hvreplica.replication.resident import CycleProcess, Resident, interval_of
 from hvreplica.replication.results import ReplicateResult
 from hvreplica.replication.state import SOCKET_NAME, VERSION, PrimaryState, StateFolder, load_state
 from hvreplica.replication.work import CONNECTIONS_DEFAULT, Tally, Work, make_link
@@ -27,8 +27,6 @@ from hvreplica.transport.local import Owner
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator
-    from types import TracebackType
-    from typing import Self
 
     from hvreplica.clock import Clock
     from hvreplica.files import FileSystem
@@ -101,7 +99,7 @@ def extend(  # noqa: PLR0913 - a verb with its options, all but two by keyword
         return result
 
 
-class Extender:
+class Extender(CycleProcess):
     """Ships a VM's newest point again and again. Used as Replicator is."""
 
     def __init__(  # noqa: PLR0913 - a verb with its options, all but two by keyword
@@ -135,33 +133,6 @@ class Extender:
             loop = CycleLoop(runner, interval_s=interval_s, passing=passing)
             self._resident = Resident(runner, loop, running="extend", metrics=metrics)
             self._closing = stack.pop_all()
-
-    @property
-    def metrics_address(self) -> str | None:
-        """Where measurements are served; a port of 0 is resolved."""
-        return self._resident.metrics_address
-
-    def serve_forever(self) -> None:
-        """Run cycles until stop()."""
-        self._resident.start()
-        self._resident.wait()
-
-    def stop(self) -> None:
-        """End serve_forever(), and a cycle that runs; what it had sent is gone on with later."""
-        self._resident.stop()
-
-    def close(self) -> None:
-        """Stop, wait for the cycle, and give the state folder back. May be called twice."""
-        self._resident.close()
-        self._closing.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _home(root: Path, vm: str, files: FileSystem, clock: Clock, stack: contextlib.ExitStack) -> VmHome:

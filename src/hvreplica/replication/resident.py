@@ -121,7 +121,44 @@ def interval_of(interval_s: float | None, *, continuous: bool) -> float | None:
     return None if continuous else interval_s or INTERVAL_DEFAULT_S
 
 
-class Replicator:
+class CycleProcess:
+    """What has a state folder, and runs its cycles until it is told to end.
+
+    serve_forever() in a thread of the caller's; stop() from anywhere; close() at the end.
+    """
+
+    _resident: Resident
+    _closing: contextlib.ExitStack
+
+    @property
+    def metrics_address(self) -> str | None:
+        """Where measurements are served; a port of 0 is resolved."""
+        return self._resident.metrics_address
+
+    def serve_forever(self) -> None:
+        """Run cycles until stop()."""
+        self._resident.start()
+        self._resident.wait()
+
+    def stop(self) -> None:
+        """End serve_forever(), and a cycle that runs; what it had sent is gone on with later."""
+        self._resident.stop()
+
+    def close(self) -> None:
+        """Stop, wait for the cycle, and give the state folder back. May be called twice."""
+        self._resident.close()
+        self._closing.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Replicator(CycleProcess):
     """Compare and replicate a VM's disks again and again.
 
     serve_forever() in a thread of the caller's; stop() from anywhere; close() at the end.
@@ -191,30 +228,3 @@ class Replicator:
             loop = CycleLoop(runner, interval_s=interval_s)
             self._resident = Resident(runner, loop, running="replicate", metrics=metrics)
             self._closing = stack.pop_all()
-
-    @property
-    def metrics_address(self) -> str | None:
-        """Where measurements are served; a port of 0 is resolved."""
-        return self._resident.metrics_address
-
-    def serve_forever(self) -> None:
-        """Run cycles until stop()."""
-        self._resident.start()
-        self._resident.wait()
-
-    def stop(self) -> None:
-        """End serve_forever(), and a cycle that runs; what it had sent is gone on with later."""
-        self._resident.stop()
-
-    def close(self) -> None:
-        """Stop, wait for the cycle, and give the state folder back. May be called twice."""
-        self._resident.close()
-        self._closing.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
